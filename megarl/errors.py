@@ -1,0 +1,33 @@
+"""Every error a user can cause or meet. The command line prints one as one line and exits with status 2."""
+
+
+class MegaRLError(Exception):
+    """Base of all errors that carry a message for the user: the value, the reason and the fix."""
+
+
+class ConfigError(MegaRLError):
+    """A configuration key or value is wrong, or two of them cannot go together."""
+
+
+class DataError(MegaRLError):
+    """A dataset is missing, empty or has a malformed row."""
+
+
+class WeightsError(MegaRLError):
+    """Model weights are missing, truncated, mis-shaped or belong to another model."""
+
+
+class CheckpointError(MegaRLError):
+    """A checkpoint is incomplete, belongs to another model, or could not be written."""
+
+
+class RolloutError(MegaRLError):
+    """A rollout engine could not start, died, or did not answer in time."""
+
+
+class RewardError(MegaRLError):
+    """A scorer failed and the configured policy is to stop."""
+
+
+class TrainingError(MegaRLError):
+    """Training cannot go on, for example after too many skipped steps."""

@@ -1,0 +1,72 @@
+"""What a rollout engine is: token ids in; token ids, log-probabilities, finish reason and weight version out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megarl.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How responses to one prompt are sampled.
+
+    Attributes:
+        num_samples: responses per prompt.
+        max_new_tokens: longest response.
+        temperature: softmax temperature; 0 means greedy.
+        top_p: nucleus mass, 1 means off.
+        top_k: 0 means off.
+        stop_token_ids: sampling stops after one of these.
+        seed: sample ``i`` of the prompt depends only on the weights, the prompt and ``(seed, i)``.
+    """
+
+    num_samples: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop_token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One response of an engine.
+
+    Attributes:
+        token_ids: response tokens, the stop token included.
+        logprobs: log-probability of each (nats) under softmax(logits / temperature) over the whole vocabulary, before top-k and
+            top-p; at temperature 0 (greedy) under softmax(logits).
+        finish_reason: why it ended.
+        weight_version: version of the weights that sampled it.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    weight_version: int
+
+
+class RolloutEngine(Protocol):
+    """An engine; all methods run on rank 0's asyncio loop. Failures raise RolloutError naming the engine and the fix."""
+
+    async def start(self) -> None:
+        """Start the engine or connect to it; returns when it is healthy. Its weights are not yet valid."""
+
+    async def health(self) -> None:
+        """Raise RolloutError when the engine cannot answer."""
+
+    async def generate(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
+        """Sample ``sampling.num_samples`` responses to one prompt, in order."""
+
+    async def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Load a whole new set of weights: Hugging Face names and full CPU or GPU tensors, each tensor used once.
+
+        After it returns every generation uses the new weights and reports ``version``, and no cache of old weights is used.
+        """
+
+    async def close(self) -> None:
+        """End what was started; never raises."""

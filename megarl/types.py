@@ -1,0 +1,171 @@
+"""The stages of data. A new fact about a sample is a new stage, never an optional key.
+
+    Prompt -> Rollout -> ScoredRollout -> RolloutGroup -> PackedBatch (+ TokenScores) -> TrainBatch -> UpdateResult
+
+Token-level tensors of a PackedBatch are aligned with the *predicted* token: entry ``t`` of ``loss_mask``, ``sampler_logprobs``,
+``advantages`` ... belongs to ``token_ids[t]``, whose log-probability comes from the model's output at position ``t - 1`` of
+the same sequence. The first token of a sequence is never predicted, so its ``loss_mask`` is False.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from torch import Tensor
+
+
+class FinishReason(StrEnum):
+    """Why an engine stopped sampling."""
+
+    STOP = "stop"  # a stop token was sampled (it is the last of token_ids)
+    LENGTH = "length"  # max_new_tokens were sampled
+    ABORT = "abort"  # the engine gave the request up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One task to answer.
+
+    Attributes:
+        prompt_id: unique within the run, e.g. ``"train/17"``; error messages name it.
+        token_ids: the chat-templated prompt, as the model reads it.
+        text: the same, as a person reads it.
+        reference: what scorers compare with (answer string, reasoning-gym entry ...).
+    """
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    reference: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled response.
+
+    Attributes:
+        prompt: the prompt it answers.
+        sample_index: 0 .. samples_per_prompt - 1 within its group.
+        token_ids: response tokens, stop token included.
+        logprobs: the sampler's log-probability of each response token (nats), under softmax(logits / temperature) over
+            the whole vocabulary.
+        finish_reason: why sampling ended.
+        weight_version: version of the policy weights that sampled it.
+        text: the decoded response without special tokens.
+    """
+
+    prompt: Prompt
+    sample_index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    weight_version: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRollout:
+    """A rollout with its reward.
+
+    Attributes:
+        rollout: the response.
+        reward: weighted sum of ``parts``.
+        parts: scorer name to its raw score, for the log.
+        failures: one line for each scorer that raised or timed out (already handled by the failure policy).
+    """
+
+    rollout: Rollout
+    reward: float
+    parts: Mapping[str, float]
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """All scored responses to one prompt, in ``sample_index`` order."""
+
+    prompt: Prompt
+    rollouts: tuple[ScoredRollout, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """The sequences of one step, ragged and concatenated, the same on every rank.
+
+    Worked example, two sequences "p p r r" and "p r": ``token_ids`` has 6 entries, ``cu_seqlens = [0, 4, 6]``,
+    ``loss_mask = [F, F, T, T, F, T]``.
+
+    Attributes:
+        token_ids: int64 [num_tokens], prompt and response of each sequence.
+        cu_seqlens: int64 [num_sequences + 1], start of each sequence in ``token_ids``.
+        loss_mask: bool [num_tokens], True where the token is trained on (the policy produced it).
+        sampler_logprobs: float32 [num_tokens], nats; 0 where ``loss_mask`` is False.
+        group_ids: int64 [num_sequences], sequences with equal id answer the same prompt.
+        rewards: float32 [num_sequences].
+    """
+
+    token_ids: Tensor
+    cu_seqlens: Tensor
+    loss_mask: Tensor
+    sampler_logprobs: Tensor
+    group_ids: Tensor
+    rewards: Tensor
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of sequences."""
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def sequence_lengths(self) -> Tensor:
+        """int64 [num_sequences], tokens of prompt and response."""
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """Log-probabilities (nats) that frozen models give to the tokens of a PackedBatch; 0 where its loss_mask is False.
+
+    Attributes:
+        old: float32 [num_tokens], the policy before this step's updates, by the trainer.
+        reference: float32 [num_tokens], the reference model; None when the algorithm has no KL term.
+    """
+
+    old: Tensor
+    reference: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """What one optimizer step of the policy learns from.
+
+    Attributes:
+        packed: the sequences.
+        scores: log-probabilities under frozen models; None for supervised training.
+        advantages: float32 [num_tokens]; None for supervised training.
+        token_weights: float32 [num_tokens], weight of each token's loss term with the global normaliser already in it: the
+            loss is a plain sum over tokens, micro-batches and ranks of ``token_weights * term``.
+    """
+
+    packed: PackedBatch
+    scores: TokenScores | None
+    advantages: Tensor | None
+    token_weights: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """What one optimizer step did; equal on every rank.
+
+    Attributes:
+        metrics: name to value, already reduced over the whole batch.
+        gradient_norm: global L2 norm before clipping.
+        learning_rate: of this step.
+        skipped: True when the gradient was NaN or Inf and the weights were left alone.
+    """
+
+    metrics: Mapping[str, float]
+    gradient_norm: float
+    learning_rate: float
+    skipped: bool
