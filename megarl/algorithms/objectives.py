@@ -1,0 +1,154 @@
+"""What a training step minimises, as a function of the chosen tokens' log-probabilities and entropies."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megarl.algorithms.advantages import group_advantages, spread_over_tokens
+from megarl.algorithms.aggregation import token_weights
+from megarl.algorithms.kl import kl_estimate
+from megarl.algorithms.policy_loss import clipped_policy_loss
+from megarl.config.schema import AlgorithmConfig
+from megarl.types import PackedBatch, TokenScores, TrainBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenData:
+    """The rows of a TrainBatch that one micro-batch trains on, each [tokens]; None where the TrainBatch has none."""
+
+    weights: Tensor
+    advantages: Tensor | None
+    old_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The loss of some tokens and what to report of them.
+
+    Attributes:
+        loss: scalar; losses of all micro-batches and ranks add up to the batch's loss.
+        sums: name to scalar that adds up over the batch; names in ``means`` are divided by the number of tokens afterwards.
+        maxima: name to scalar whose maximum over the batch is reported.
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    maxima: dict[str, Tensor]
+
+
+ObjectiveFunction = Callable[[Tensor, Tensor, TokenData], Objective]
+PER_TOKEN = "per_token/"  # prefix of sums that are reported as means over the batch's tokens
+
+
+def select_tokens(batch: TrainBatch, index: Tensor, device: torch.device) -> TokenData:
+    """The data of tokens ``index`` (int64 [tokens], into the packed batch), moved to ``device``."""
+
+    def rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[index].to(device)
+
+    scores = batch.scores
+    return TokenData(
+        weights=batch.token_weights[index].to(device),
+        advantages=rows(batch.advantages),
+        old_logprobs=None if scores is None else scores.old[index].to(device),
+        reference_logprobs=None if scores is None else rows(scores.reference),
+    )
+
+
+def supervised_objective(logprobs: Tensor, entropies: Tensor, data: TokenData) -> Objective:
+    """Cross-entropy: the weighted sum of -log p."""
+    loss = -(logprobs * data.weights).sum()
+    return Objective(loss, {"loss": loss.detach(), PER_TOKEN + "entropy": entropies.detach().sum()}, {})
+
+
+def policy_objective(config: AlgorithmConfig) -> ObjectiveFunction:
+    """Clipped surrogate, plus KL penalty and entropy bonus as configured."""
+
+    def objective(logprobs: Tensor, entropies: Tensor, data: TokenData) -> Objective:
+        assert data.advantages is not None and data.old_logprobs is not None
+        policy = clipped_policy_loss(logprobs, data.old_logprobs, data.advantages, config.clip.low, config.clip.high)
+        policy_loss = (policy.loss * data.weights).sum()
+        loss = policy_loss
+        detached = logprobs.detach()
+        sums = {
+            "policy_loss": policy_loss.detach(),
+            PER_TOKEN + "entropy": entropies.detach().sum(),
+            PER_TOKEN + "kl_old": kl_estimate(detached, data.old_logprobs, "k3").sum(),
+            PER_TOKEN + "clip_fraction_low": policy.clipped_low.float().sum(),
+            PER_TOKEN + "clip_fraction_high": policy.clipped_high.float().sum(),
+        }
+        if config.kl.place == "loss":
+            assert data.reference_logprobs is not None
+            kl = kl_estimate(logprobs, data.reference_logprobs, config.kl.estimator)
+            loss = loss + config.kl.coefficient * (kl * data.weights).sum()
+            sums[PER_TOKEN + "kl_reference"] = kl.detach().sum()
+        if config.entropy_coefficient > 0:
+            loss = loss - config.entropy_coefficient * (entropies * data.weights).sum()
+        sums["loss"] = loss.detach()
+        ratio_max = policy.ratio.detach().amax() if policy.ratio.numel() else logprobs.new_zeros(())
+        return Objective(loss, sums, {"ratio_max": ratio_max})
+
+    return objective
+
+
+def build_policy_batch(packed: PackedBatch, scores: TokenScores, config: AlgorithmConfig) -> list[TrainBatch]:
+    """Advantages over whole groups, then the step's mini-batches, each with its own normaliser.
+
+    Returns:
+        ``config.updates_per_step`` batches of equally many consecutive sequences.
+    """
+    per_sequence = group_advantages(packed.rewards, packed.group_ids, divide_by_std=config.advantage == "group_mean_std")
+    advantages = spread_over_tokens(per_sequence, packed.cu_seqlens, packed.loss_mask)
+    size = packed.num_sequences // config.updates_per_step
+    batches = []
+    for first in range(0, size * config.updates_per_step, size):
+        part = slice_sequences(packed, first, first + size)
+        tokens = slice(int(packed.cu_seqlens[first]), int(packed.cu_seqlens[first + size]))
+        batches.append(
+            TrainBatch(
+                packed=part,
+                scores=TokenScores(
+                    old=scores.old[tokens], reference=None if scores.reference is None else scores.reference[tokens]
+                ),
+                advantages=advantages[tokens],
+                token_weights=token_weights(part.loss_mask, part.cu_seqlens, config.aggregation),
+            )
+        )
+    return batches
+
+
+def build_supervised_batch(packed: PackedBatch) -> TrainBatch:
+    """Token-mean cross-entropy over the batch."""
+    weights = token_weights(packed.loss_mask, packed.cu_seqlens, "token_mean")
+    return TrainBatch(packed=packed, scores=None, advantages=None, token_weights=weights)
+
+
+def slice_sequences(packed: PackedBatch, first: int, last: int) -> PackedBatch:
+    """Sequences ``first:last`` as a batch of their own."""
+    tokens = slice(int(packed.cu_seqlens[first]), int(packed.cu_seqlens[last]))
+    return replace(
+        packed,
+        token_ids=packed.token_ids[tokens],
+        cu_seqlens=packed.cu_seqlens[first : last + 1] - packed.cu_seqlens[first],
+        loss_mask=packed.loss_mask[tokens],
+        sampler_logprobs=packed.sampler_logprobs[tokens],
+        group_ids=packed.group_ids[first:last],
+        rewards=packed.rewards[first:last],
+    )
+
+
+def finish_metrics(sums: dict[str, float], maxima: dict[str, float], num_tokens: int) -> dict[str, float]:
+    """Divide the per-token sums by the number of trained tokens and drop their prefix."""
+    metrics = dict(maxima)
+    for name, value in sums.items():
+        metrics[name.removeprefix(PER_TOKEN)] = value / max(num_tokens, 1) if name.startswith(PER_TOKEN) else value
+    return metrics
+
+
+def masked_mean_gap(first: Tensor, second: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Mean and maximum of |first - second| over the mask; 0 when the mask is empty."""
+    gap = (first - second).abs()[mask]
+    return (float(gap.mean()), float(gap.max())) if gap.numel() else (0.0, 0.0)

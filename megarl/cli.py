@@ -1,0 +1,115 @@
+"""The ``megarl`` command."""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megarl.config.checks import check
+from megarl.config.explain import explain
+from megarl.config.load import load_config
+from megarl.config.schema import Config
+from megarl.errors import ConfigError, MegaRLError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Reinforcement learning for large language models on Megatron-Core.")
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
+Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")]
+NumRanks = Annotated[int, typer.Option("--nproc", min=1, help="Ranks to start on this machine; ignored under torchrun and srun.")]
+
+
+def _load(path: Path, overrides: list[str], run_dir: Path | None = None) -> Config:
+    extra = [f"run_dir={run_dir}"] if run_dir is not None else []
+    return load_config(path, [*overrides, *extra])
+
+
+@app.command()
+def train(
+    config_path: ConfigPath,
+    overrides: Overrides = [],  # noqa: B006  (typer's way)
+    nproc: NumRanks = 1,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run writes; overrides the file's run_dir.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
+) -> None:
+    """Run the training that CONFIG describes."""
+    config = _load(config_path, overrides, run_dir)
+
+    from megarl.loop.launch import launch_training
+
+    launch_training(config, num_ranks=nproc, resume=resume)
+
+
+@app.command("eval")
+def evaluate(
+    config_path: ConfigPath,
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint folder (checkpoints/step_…) or a Hugging Face folder.")],
+    overrides: Overrides = [],  # noqa: B006
+    nproc: NumRanks = 1,
+) -> None:
+    """Accuracy of a checkpoint on the held-out prompts of CONFIG."""
+    config = _load(config_path, overrides)
+
+    from megarl.loop.launch import launch_evaluation
+
+    metrics = launch_evaluation(config, checkpoint, num_ranks=nproc)
+    for name, value in metrics.items():
+        print(f"{name}: {value:.4f}")
+
+
+@app.command("config")
+def show_config(config_path: ConfigPath, overrides: Overrides = [], nproc: NumRanks = 1) -> None:  # noqa: B006
+    """Print CONFIG resolved and explained, after checking it for --nproc ranks."""
+    config = _load(config_path, overrides)
+    check(config, nproc)
+    print(explain(config))
+
+
+@app.command()
+def parity(
+    config_path: ConfigPath,
+    layouts: Annotated[list[str], typer.Option("--layouts", help='Layout such as "tp=2,pp=2,vpp=2"; may be repeated.')],
+    overrides: Overrides = [],  # noqa: B006
+    bound: Annotated[float, typer.Option(help="Largest accepted gap of any parameter's gradient, relative to its norm.")] = 1e-5,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of the batch.")] = 4,
+) -> None:
+    """Compare loss and gradients of one batch between layouts and one rank; exit 1 where they differ."""
+    config = _load(config_path, overrides)
+
+    from megarl.loop.parity import ParityRun, parse_layout, with_layout
+    from megarl.loop.prompts import first_prompts
+
+    parsed = {text: parse_layout(text) for text in layouts}
+    for layout in parsed.values():
+        check(*with_layout(config, layout))
+    table = Table("layout", "ranks", "loss", "loss gap", "norm gap", "worst gradient gap", "parameter", "")
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="megarl-parity-") as folder:
+        run = ParityRun(config, first_prompts(config, num_prompts), Path(folder))
+        for text, layout in parsed.items():
+            row = run.compare_layout(text, layout)
+            accepted = max(row.loss_gap, row.norm_gap, row.worst_gap) <= bound
+            failed |= not accepted
+            gaps = [f"{gap:.1e}" for gap in (row.loss_gap, row.norm_gap, row.worst_gap)]
+            table.add_row(text, str(row.num_ranks), f"{row.loss:.6f}", *gaps, row.worst_parameter, "ok" if accepted else "ABOVE BOUND")
+    Console(width=160).print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: user errors are one line each, exit status 2."""
+    try:
+        app()
+    except MegaRLError as error:
+        kind = "configuration error" if isinstance(error, ConfigError) else "error"
+        for line in str(error).splitlines():
+            print(f"{kind}: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

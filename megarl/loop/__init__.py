@@ -1,0 +1,1 @@
+"""One short file per kind of run."""

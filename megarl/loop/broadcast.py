@@ -1,0 +1,36 @@
+"""Batches from rank 0 to every rank."""
+
+from dataclasses import fields, is_dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+Batch = TypeVar("Batch")
+
+
+def broadcast_batch(batch: Batch | None, kind: type[Batch]) -> Batch:
+    """Give every rank rank 0's batch.
+
+    Args:
+        batch: on rank 0 a dataclass whose fields are CPU tensors; None elsewhere.
+        kind: its class.
+    """
+    assert is_dataclass(kind)
+    names = [field.name for field in fields(kind)]
+    layout: list[object] = [None] if batch is None else [[(getattr(batch, n).dtype, getattr(batch, n).shape) for n in names]]
+    dist.broadcast_object_list(layout, src=0)
+    tensors = {}
+    for name, (dtype, shape) in zip(names, layout[0], strict=True):  # type: ignore[call-overload]
+        tensor = torch.empty(shape, dtype=dtype) if batch is None else getattr(batch, name).contiguous()
+        dist.broadcast(tensor, src=0)
+        tensors[name] = tensor
+    return kind(**tensors)
+
+
+def broadcast_metrics(metrics: dict[str, float] | None) -> dict[str, float]:
+    """Give every rank rank 0's numbers."""
+    box = [metrics]
+    dist.broadcast_object_list(box, src=0)
+    assert box[0] is not None
+    return box[0]

@@ -1,0 +1,215 @@
+"""``megarl parity``: one batch, many layouts, the same gradients.
+
+The batch is made once from the config's own prompts (so lengths are the user's) with responses of unequal lengths, random
+rewards, and old and reference log-probabilities near the model's own, so that ratios, clipping and KL all matter. Every
+layout then computes loss and gradients of that batch in a world of its own, and each gradient, put together under its
+Hugging Face name, is compared with one rank's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+from torch import Tensor
+
+from megarl.algorithms.objectives import build_policy_batch, build_supervised_batch, policy_objective, supervised_objective
+from megarl.config.schema import Config, ParallelConfig, RoleConfig
+from megarl.errors import ConfigError
+from megarl.models.architecture import read_architecture
+from megarl.parallel.launch import run_local_ranks
+from megarl.train.engine import TrainingEngine
+from megarl.train.roles import Policy, is_main_rank
+from megarl.types import PackedBatch, TokenScores
+from megarl.weights.transfer import hugging_face_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutResult:
+    """What one layout computed."""
+
+    layout: str
+    num_ranks: int
+    loss: float
+    gradient_norm: float
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ParityRow:
+    """One layout against one rank.
+
+    Attributes:
+        loss_gap: |loss - reference| / |reference|.
+        norm_gap: likewise of the global gradient norm.
+        worst_gap: largest over parameters of ‖gradient - reference‖ / ‖reference‖.
+        worst_parameter: where.
+    """
+
+    layout: str
+    num_ranks: int
+    loss: float
+    loss_gap: float
+    norm_gap: float
+    worst_gap: float
+    worst_parameter: str
+
+
+def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedBatch:
+    """Groups of random responses, lengths 1 to max_new_tokens (one empty), rewards in [0, 1]; a function of the seed.
+
+    Args:
+        prompts: token ids; each is answered samples_per_prompt times.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    vocabulary_size = read_architecture(config.model.path).vocabulary_size
+    tokens, masks, lengths, groups = [], [], [], []
+    for group, prompt in enumerate(prompts):
+        for sample in range(config.rollout.samples_per_prompt):
+            limit = config.rollout.max_new_tokens
+            length = 0 if group == 0 and sample == 0 else int(torch.randint(1, limit + 1, (), generator=generator))
+            response = torch.randint(0, vocabulary_size, (length,), generator=generator)
+            tokens.append(torch.cat([torch.tensor(prompt), response]))
+            masks.append(torch.arange(len(tokens[-1])) >= len(prompt))
+            lengths.append(len(tokens[-1]))
+            groups.append(group)
+    loss_mask = torch.cat(masks)
+    return PackedBatch(
+        token_ids=torch.cat(tokens),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        loss_mask=loss_mask,
+        sampler_logprobs=torch.zeros(len(loss_mask)),
+        group_ids=torch.tensor(groups),
+        rewards=torch.rand(len(lengths), generator=generator),
+    )
+
+
+def _gather_sharded_gradients(engine: TrainingEngine) -> None:
+    """Complete the gradient buffers that the distributed optimizer reduces by shards."""
+    if not engine.role.parallel.distributed_optimizer:
+        return
+    group = engine.layout.groups.dp_cp
+    for chunk in engine.ddp_chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+def _add_model_scores(config: Config, batch_file: Path) -> None:
+    """On one rank: log-probabilities near the model's own, as old and reference scores of the batch."""
+    packed: PackedBatch = torch.load(batch_file, weights_only=False)
+    logprobs, _ = Policy(config, total_updates=1).engine.logprobs(packed)
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    old, reference = (logprobs + 0.3 * torch.randn(logprobs.shape, generator=generator) for _ in range(2))
+    torch.save((packed, TokenScores(old=old, reference=reference)), batch_file)
+
+
+def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> None:
+    """One rank of one layout."""
+    packed, scores = torch.load(batch_file, weights_only=False)
+    policy = Policy(config, total_updates=1)
+    if config.kind == "sft":
+        batch, objective = build_supervised_batch(packed), supervised_objective
+    else:
+        batch, objective = build_policy_batch(packed, scores, config.algorithm)[0], policy_objective(config.algorithm)
+    metrics = policy.engine.forward_backward(batch, objective)
+    _gather_sharded_gradients(policy.engine)
+    gradients = dict(hugging_face_tensors(policy.engine.chunks, policy.weight_map, policy.engine.layout, lambda p: p.main_grad))
+    norm, _, _ = policy.optimizer.step()
+    if is_main_rank():
+        torch.save(LayoutResult(name, dist.get_world_size(), metrics["loss"], norm, gradients), result_file)
+
+
+def parse_layout(text: str) -> dict[str, object]:
+    """Read ``"tp=2,pp=2"``.
+
+    Raises:
+        ConfigError: an item is not key=value, or the key is no layout key.
+    """
+    known = (*ParallelConfig.model_fields, "dp", "max_tokens_per_micro_batch")
+    layout: dict[str, object] = {}
+    for item in filter(None, text.split(",")):
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ConfigError(f"layout {text!r}: {item!r} is not key=value; write for example tp=2,pp=2")
+        if name not in known:
+            raise ConfigError(f"layout {text!r}: unknown key {name!r}; known: {', '.join(known)}")
+        layout[name] = value
+    return layout
+
+
+def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]:
+    """The config with its policy in another layout, and the ranks it needs.
+
+    Args:
+        layout: keys of policy.parallel, plus ``dp`` and ``max_tokens_per_micro_batch``.
+    """
+    sizes = dict(layout)
+    dp = int(str(sizes.pop("dp", 1)))
+    role = {"max_tokens_per_micro_batch": config.policy.max_tokens_per_micro_batch} | {
+        key: sizes.pop(key) for key in ("max_tokens_per_micro_batch",) if key in sizes
+    }
+    policy = config.policy.model_dump() | role | {"parallel": sizes}
+    try:
+        changed = config.model_copy(update={"policy": RoleConfig.model_validate(policy)})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"layout {layout}: {problem['loc'][-1]} = {problem['input']!r}: {problem['msg']}") from error
+    parallel = changed.policy.parallel
+    return changed, parallel.tp * parallel.pp * parallel.cp * dp
+
+
+def compare(reference: LayoutResult, result: LayoutResult) -> ParityRow:
+    """Relative gaps of one layout to the reference."""
+    gaps = {}
+    for name, expected in reference.gradients.items():
+        difference = (result.gradients[name].double() - expected.double()).norm()
+        gaps[name] = float(difference / expected.double().norm().clamp(min=1e-30))
+    worst = max(gaps, key=lambda name: gaps[name])
+    return ParityRow(
+        layout=result.layout,
+        num_ranks=result.num_ranks,
+        loss=result.loss,
+        loss_gap=abs(result.loss - reference.loss) / abs(reference.loss),
+        norm_gap=abs(result.gradient_norm - reference.gradient_norm) / reference.gradient_norm,
+        worst_gap=gaps[worst],
+        worst_parameter=worst,
+    )
+
+
+class ParityRun:
+    """Holds the batch and one rank's result; ``compare_layout`` runs one layout after another.
+
+    Args:
+        config: the run; its own policy layout is not used.
+        prompts: token ids of the batch's prompts.
+        folder: for the batch and the results.
+    """
+
+    def __init__(self, config: Config, prompts: Sequence[Sequence[int]], folder: Path) -> None:
+        # gradients of one optimizer step over the whole batch
+        self._config = config.model_copy(update={"algorithm": config.algorithm.model_copy(update={"updates_per_step": 1})})
+        self._folder = folder
+        self._batch_file = folder / "batch.pt"
+        torch.save(synthetic_batch(prompts, config), self._batch_file)
+        single, _ = with_layout(self._config, {})
+        self._run(_add_model_scores, (single, self._batch_file), 1)
+        self.reference = self._result(single, "one rank", 1)
+
+    def _run(self, function: object, args: tuple[object, ...], num_ranks: int) -> None:
+        run_local_ranks(function, args, num_ranks, self._config.distributed_timeout)  # type: ignore[arg-type]
+
+    def _result(self, config: Config, name: str, num_ranks: int) -> LayoutResult:
+        result_file = self._folder / "result.pt"
+        self._run(_compute, (config, name, self._batch_file, result_file), num_ranks)
+        result: LayoutResult = torch.load(result_file, weights_only=False)
+        result_file.unlink()
+        return result
+
+    def compare_layout(self, name: str, layout: dict[str, object]) -> ParityRow:
+        """Compute the batch in ``layout`` (see with_layout) and compare it with one rank."""
+        config, num_ranks = with_layout(self._config, layout)
+        return compare(self.reference, self._result(config, name, num_ranks))

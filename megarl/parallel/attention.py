@@ -1,0 +1,196 @@
+"""Causal attention over packed sequences, with context parallelism: the core_attention of every layer.
+
+Sequences lie one after another in the token dimension ("thd"); ``cu_seqlens`` says where each starts, and no token ever sees
+another sequence. Under context parallelism each sequence is cut into 2·cp equal chunks and rank r holds chunks r and
+2·cp - 1 - r ("zigzag", so that causal work is balanced; Llama 3, arXiv 2407.21783, section 3.3.2). Two ways to see the others:
+
+* ``all_gather``: every rank gathers all keys and values and computes its own queries;
+* ``all_to_all``: ranks exchange tokens for heads and compute whole sequences for heads / cp (Ulysses, arXiv 2309.14509).
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
+
+@lru_cache(maxsize=64)
+def zigzag_positions(lengths: tuple[int, ...], cp_size: int) -> Tensor:
+    """Packed positions held by each context parallel rank.
+
+    Args:
+        lengths: length of each sequence, each a multiple of 2 · cp_size.
+        cp_size: context parallel size.
+
+    Returns:
+        int64 [cp_size, num_tokens / cp_size], positions into the packed tokens.
+    """
+    if cp_size == 1:
+        return torch.arange(sum(lengths))[None]
+    rows: list[list[Tensor]] = [[] for _ in range(cp_size)]
+    start = 0
+    for length in lengths:
+        chunks = torch.arange(start, start + length).chunk(2 * cp_size)
+        for rank in range(cp_size):
+            rows[rank] += [chunks[rank], chunks[2 * cp_size - 1 - rank]]
+        start += length
+    return torch.stack([torch.cat(row) for row in rows])
+
+
+class _AllGatherTokens(torch.autograd.Function):
+    """[tokens, ...] of each rank to [cp, tokens, ...]; the backward pass sums what every rank computed for this one's tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = local.new_empty((group.size(), *local.shape))
+        dist.all_gather_into_tensor(gathered.view(-1), local.contiguous().view(-1), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        local = gradient.new_empty(gradient.shape[1:])
+        dist.reduce_scatter_tensor(local.view(-1), gradient.contiguous().view(-1), group=ctx.group)
+        return local, None
+
+
+class _AllToAll(torch.autograd.Function):
+    """[cp, ...] to [cp, ...]: block i goes to rank i. Its own inverse, and so its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        received = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, blocks.contiguous(), group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        sent_back = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(sent_back, gradient.contiguous(), group=ctx.group)
+        return sent_back, None
+
+
+def _tokens_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[tokens / cp, heads, d] to [tokens, heads / cp, d], tokens in rank order."""
+    tokens, heads, head_dim = x.shape
+    cp = group.size()
+    blocks = x.view(tokens, cp, heads // cp, head_dim).transpose(0, 1)
+    return _AllToAll.apply(blocks, group).reshape(cp * tokens, heads // cp, head_dim)
+
+
+def _heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Inverse of _tokens_to_heads."""
+    tokens, heads, head_dim = x.shape
+    cp = group.size()
+    received = _AllToAll.apply(x.view(cp, tokens // cp, heads, head_dim), group)
+    return received.transpose(0, 1).reshape(tokens // cp, cp * heads, head_dim)
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, num_hidden: int = 0) -> Tensor:
+    """Causal attention of one stretch of a sequence by torch's fused kernel, whose memory grows linearly.
+
+    Query ``i`` sees keys ``0 .. num_hidden + i`` where ``num_hidden = len(key) - len(query)``: the stretch ends where the keys end.
+
+    Args:
+        query: [queries, heads, d].
+        key, value: [keys, kv heads, d], keys >= queries.
+        scale: of the logits.
+        num_hidden: len(key) - len(query); 0 takes the causal kernel.
+    """
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    grouped = query.size(1) != key.size(1)
+    if num_hidden == 0:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    else:
+        mask = torch.ones(query.size(2), key.size(2), dtype=torch.bool, device=query.device).tril(num_hidden)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return out[0].transpose(0, 1)
+
+
+def _packed_causal_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """Whole sequences, [tokens, heads, d]: one causal call each, or flash attention's varlen kernel on GPU."""
+    if query.is_cuda and flash_attn_varlen_func is not None and query.dtype in (torch.float16, torch.bfloat16):
+        boundaries = torch.tensor((0, *lengths), device=query.device).cumsum(0, dtype=torch.int32)
+        longest = max(lengths)
+        return flash_attn_varlen_func(query, key, value, boundaries, boundaries, longest, longest, softmax_scale=scale, causal=True)
+    parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+    return torch.cat([_causal_attention(q, k, v, scale) for q, k, v in parts])
+
+
+class PackedAttention(MegatronModule):
+    """core_attention for megatron-core's SelfAttention: no parameters, packed sequences only."""
+
+    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **kwargs: Any) -> None:
+        super().__init__(config=config)
+        self.context_parallel_group: dist.ProcessGroup = kwargs["pg_collection"].cp
+        self.scale: float = kwargs.get("softmax_scale") or config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [tokens / cp, heads / tp, d], this rank's zigzag chunks of every sequence.
+            key, value: [tokens / cp, kv heads / tp, d].
+            packed_seq_params: ``cu_seqlens_q_padded`` are the boundaries over all cp ranks, each sequence a multiple of 2 · cp.
+            attention_mask, attn_mask_type, attention_bias: unused; the mask is causal within each sequence.
+
+        Returns:
+            [tokens / cp, heads / tp · d].
+        """
+        assert packed_seq_params is not None, "PackedAttention takes packed sequences only"
+        boundaries = packed_seq_params.cu_seqlens_q_padded
+        lengths = tuple((boundaries[1:] - boundaries[:-1]).tolist())
+        group = self.context_parallel_group
+        if group.size() == 1:
+            out = _packed_causal_attention(query, key, value, lengths, self.scale)
+        elif self.config.cp_comm_type == "a2a":
+            out = self._exchange_heads(query, key, value, lengths)
+        else:
+            out = self._gather_keys(query, key, value, lengths)
+        return out.reshape(out.size(0), -1)
+
+    def _gather_keys(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        group = self.context_parallel_group
+        cp, rank = group.size(), group.rank()
+        order = zigzag_positions(lengths, cp).flatten().argsort().to(key.device)
+        gathered = _AllGatherTokens.apply(torch.stack([key, value], dim=1), group).flatten(0, 1)[order]
+        keys, values = gathered.unbind(1)
+        outputs = []
+        start, local_start = 0, 0
+        for length in lengths:
+            chunk = length // (2 * cp)
+            for index in (rank, 2 * cp - 1 - rank):
+                end = start + (index + 1) * chunk
+                local = query[local_start : local_start + chunk]
+                outputs.append(_causal_attention(local, keys[start:end], values[start:end], self.scale, num_hidden=index * chunk))
+                local_start += chunk
+            start += length
+        return torch.cat(outputs)
+
+    def _exchange_heads(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        group = self.context_parallel_group
+        positions = zigzag_positions(lengths, group.size()).flatten().to(query.device)
+        order = positions.argsort()
+        whole = [_tokens_to_heads(x, group)[order] for x in (query, key, value)]
+        out = _packed_causal_attention(*whole, lengths, self.scale)
+        return _heads_to_tokens(out[positions], group)

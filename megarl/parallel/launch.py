@@ -1,0 +1,107 @@
+"""Starts the ranks of a run and joins them into one world."""
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megarl.errors import ConfigError, MegaRLError
+
+LOCALHOST = "127.0.0.1"
+
+
+def started_by_launcher() -> bool:
+    """True when torchrun or srun has placed this process as one rank of a world."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join_world(timeout_seconds: float) -> None:
+    """Join the world described by torchrun's environment variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK)."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ.get("MASTER_ADDR", LOCALHOST), int(os.environ.get("MASTER_PORT", "29500"))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    # under torchrun the agent already serves the store on that port
+    serves_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(address, port, world_size, is_master=serves_store, timeout=timeout)
+    except dist.DistNetworkError as error:
+        raise ConfigError(f"rank {rank} cannot use {address}:{port} for the rendezvous: {error}; set MASTER_PORT to a free port") from error
+    _join(store, rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), timeout)
+
+
+def _join(store: dist.Store, rank: int, world_size: int, local_rank: int, timeout: datetime.timedelta) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        backend = "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("megarl", store), rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _run_rank(rank: int, world_size: int, port: int, timeout_seconds: float, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    store = dist.TCPStore(LOCALHOST, port, world_size, is_master=False, timeout=timeout)
+    _join(store, rank, world_size, rank, timeout)
+    try:
+        function(*args)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+class _Failure(Exception):
+    """A user error of one rank, carried to the parent by its text."""
+
+
+def _run_rank_reporting(rank: int, *args: Any) -> None:
+    try:
+        _run_rank(rank, *args)
+    except MegaRLError as error:
+        raise _Failure(f"{type(error).__name__}\0{error}") from None
+
+
+def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ranks: int, timeout_seconds: float) -> None:
+    """Fork ``num_ranks`` ranks of one world on this machine and run ``function(*args)`` on each.
+
+    The ranks share this process's imports, so they start in a moment. When one fails the others are ended.
+
+    Raises:
+        MegaRLError: a rank met a user error; the first one is raised here.
+        torch.multiprocessing.ProcessRaisedException, ProcessExitedException: a rank failed otherwise or was killed.
+    """
+    # port 0: the system picks a free port and no other program can take it in between
+    store = dist.TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
+    context = mp.start_processes(
+        _run_rank_reporting,
+        args=(num_ranks, store.port, timeout_seconds, function, args),
+        nprocs=num_ranks,
+        join=False,
+        start_method="fork",
+    )
+    try:
+        while not context.join(timeout=1.0):
+            pass
+    except mp.ProcessRaisedException as error:
+        raise _user_error(str(error)) or error from None
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.terminate()
+                process.join(timeout=5.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _user_error(text: str) -> MegaRLError | None:
+    marker = f"{_Failure.__module__}.{_Failure.__qualname__}: "
+    if marker not in text:
+        return None
+    name, message = text.rsplit(marker, 1)[1].strip().split("\0", 1)
+    kinds = {kind.__name__: kind for kind in MegaRLError.__subclasses__()}
+    return kinds[name](message)

@@ -1,0 +1,123 @@
+"""The layout of one role over the ranks of the world, and its process groups.
+
+megatron-core's ``parallel_state`` stays uninitialised: every role passes its own ProcessGroupCollection, so that two roles can
+have two layouts in one world and a forgotten read of a global fails loudly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megarl.config.schema import ParallelConfig
+from megarl.errors import ConfigError
+
+RANK_ORDER = "tp-cp-ep-dp-pp"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where this rank stands in one role.
+
+    Attributes:
+        config: the sizes.
+        dp: data parallel size, world size / (tp · pp · cp).
+        groups: megatron-core's process groups of the role.
+    """
+
+    config: ParallelConfig
+    dp: int
+    groups: ProcessGroupCollection
+
+    @property
+    def tp_rank(self) -> int:
+        """Rank within the tensor parallel group."""
+        return self.groups.tp.rank()
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage."""
+        return self.groups.pp.rank()
+
+    @property
+    def cp_rank(self) -> int:
+        """Rank within the context parallel group."""
+        return self.groups.cp.rank()
+
+    @property
+    def dp_rank(self) -> int:
+        """Data parallel replica."""
+        return self.groups.dp.rank()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the pipeline's output is."""
+        return self.pp_rank == self.config.pp - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_process_group_ranks(self.groups.pp)[-1]
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Each packed sequence is padded to a multiple of this, so that zigzag context parallel chunks are equal."""
+        return 2 * self.config.cp if self.config.cp > 1 else 1
+
+    @property
+    def tokens_multiple(self) -> int:
+        """The tokens of a micro-batch are padded to a multiple of this, so that every tp rank holds equally many."""
+        return self.sequence_multiple * (self.config.tp if self.config.sequence_parallel else 1)
+
+
+def _new_group(rank_lists: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """Create every group on every rank, in the same order; return this rank's."""
+    mine = None
+    for ranks in rank_lists:
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
+
+
+def build_layout(config: ParallelConfig) -> Layout:
+    """Create the process groups of one role over the whole world. Every rank must call it, roles in the same order."""
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()  # the one global that linear layers need and no argument replaces
+    world_size = dist.get_world_size()
+    model_size = config.tp * config.pp * config.cp
+    if world_size % model_size:
+        raise ConfigError(
+            f"world size {world_size} is not divisible by tp {config.tp} × pp {config.pp} × cp {config.cp} = {model_size}"
+        )
+    dp = world_size // model_size
+    expert_tp = config.etp or config.tp
+    dense = parallel_state.RankGenerator(tp=config.tp, ep=1, dp=dp, pp=config.pp, cp=config.cp, order=RANK_ORDER)
+    expert_dp = world_size // (expert_tp * config.ep * config.pp)
+    expert = parallel_state.RankGenerator(tp=expert_tp, ep=config.ep, dp=expert_dp, pp=config.pp, cp=1, order=RANK_ORDER)
+
+    groups = ProcessGroupCollection()
+    for field, generator, axes in (
+        ("tp", dense, "tp"),
+        ("pp", dense, "pp"),
+        ("mp", dense, "tp-pp"),
+        ("cp", dense, "cp"),
+        ("tp_cp", dense, "tp-cp"),
+        ("dp", dense, "dp"),
+        ("dp_cp", dense, "dp-cp"),
+        ("tp_dp_cp", dense, "tp-dp-cp"),
+        ("ep", expert, "ep"),
+        ("expt_tp", expert, "tp"),
+        ("tp_ep", expert, "tp-ep"),
+        ("tp_ep_pp", expert, "tp-ep-pp"),
+        ("expt_dp", expert, "dp"),
+    ):
+        setattr(groups, field, _new_group(generator.get_ranks(axes)))
+    pipelines = dense.get_ranks("pp")
+    groups.embd = _new_group([parallel_state.default_embedding_ranks(ranks) for ranks in pipelines])
+    groups.pos_embd = _new_group([parallel_state.default_position_embedding_ranks(ranks) for ranks in pipelines])
+    groups.intra_dp_cp, groups.intra_expt_dp = groups.dp_cp, groups.expt_dp
+    groups.intra_dist_opt, groups.inter_dist_opt = dist.group.WORLD, None
+    return Layout(config=config, dp=dp, groups=groups)

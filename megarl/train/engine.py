@@ -1,0 +1,198 @@
+"""The training engine: forward, forward-backward and optimizer step of one model in one layout."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megarl.algorithms.objectives import Objective, ObjectiveFunction, finish_metrics, select_tokens
+from megarl.config.schema import RoleConfig
+from megarl.data.packing import plan_micro_batches
+from megarl.models.build import CausalLM
+from megarl.parallel.layout import Layout
+from megarl.parallel.logprobs import vocab_parallel_logprobs
+from megarl.parallel.pipeline import PipelineCommunicator
+from megarl.train.micro_batch import MicroBatch, build_micro_batch
+from megarl.types import PackedBatch, TrainBatch
+
+
+class TrainingEngine:
+    """One model over the ranks of its layout.
+
+    Args:
+        chunks: this rank's model chunks with their weights.
+        role: layout and sizes.
+        layout: this rank's place.
+        vocabulary_size: without padding.
+        temperature: of all log-probabilities and entropies.
+        trainable: build gradient buffers; a frozen model has none.
+    """
+
+    def __init__(
+        self, chunks: list[CausalLM], role: RoleConfig, layout: Layout, *, vocabulary_size: int, temperature: float, trainable: bool
+    ) -> None:
+        self.role = role
+        self.layout = layout
+        self.chunks = chunks
+        self.device = next(chunks[0].parameters()).device
+        self._vocabulary_size = vocabulary_size
+        self._temperature = temperature
+        self._config: TransformerConfig = chunks[0].config
+        self.ddp_chunks: list[DistributedDataParallel] = self._wrap() if trainable else []
+        self._communicator = PipelineCommunicator(pp_group=layout.groups.pp, config=self._config)
+
+    def _wrap(self) -> list[DistributedDataParallel]:
+        parallel = self.role.parallel
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_gradient_reduce,
+            grad_reduce_in_fp32=True,
+            average_in_collective=False,
+        )
+        wrapped = [
+            DistributedDataParallel(
+                self._config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=self.layout.groups
+            )
+            for number, chunk in enumerate(self.chunks)
+        ]
+        if parallel.overlap_gradient_reduce:
+            no_sync = [chunk.no_sync for chunk in wrapped]
+            self._config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+        # the objective's weights hold the global normaliser: gradients are summed and never divided by a token count
+        self._config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(model, None, **kwargs)
+        return wrapped
+
+    def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of every trained token, without gradients.
+
+        Returns:
+            Two float32 CPU tensors [num_tokens], nats, 0 where ``loss_mask`` is False; equal on all ranks.
+        """
+
+        def collect(micro_batch: MicroBatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Any]:
+            return logprobs.sum(), (micro_batch.index, torch.stack([logprobs, entropies]))
+
+        with torch.no_grad():
+            outputs = self._run(batch, self.chunks, collect, forward_only=True)
+        values = torch.zeros(2, batch.token_ids.numel(), device=self.device)
+        for index, rows in outputs:
+            values[:, index.to(self.device)] = rows
+        self._sum_over_replicas(values)
+        logprobs, entropies = values.cpu()
+        return logprobs, entropies
+
+    def forward_backward(self, batch: TrainBatch, objective: ObjectiveFunction) -> dict[str, float]:
+        """Accumulate the gradient of the objective over the whole batch into the gradient buffers.
+
+        Returns:
+            The objective's metrics, reduced over the batch; equal on all ranks.
+        """
+
+        def collect(micro_batch: MicroBatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Any]:
+            result = objective(logprobs, entropies, select_tokens(batch, micro_batch.index, self.device))
+            return result.loss, result
+
+        for chunk in self.ddp_chunks:
+            chunk.zero_grad_buffer()
+        results: list[Objective] = self._run(batch.packed, self.ddp_chunks, collect, forward_only=False)
+        return self._reduce_metrics(results, int(batch.packed.loss_mask.sum()))
+
+    def _run(
+        self,
+        batch: PackedBatch,
+        models: Sequence[torch.nn.Module],
+        collect: Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Any]],
+        *,
+        forward_only: bool,
+    ) -> list[Any]:
+        """Send the batch through megatron-core's schedule; returns what ``collect`` gave per micro-batch (last stage only)."""
+        parallel = self.role.parallel
+        multiple = self.layout.sequence_multiple
+        plan = plan_micro_batches(
+            [-(-length // multiple) * multiple for length in batch.sequence_lengths.tolist()],
+            num_replicas=self.layout.dp,
+            max_tokens=self.role.max_tokens_per_micro_batch,
+            # the interleaved schedule works through micro-batches in rounds of pp
+            count_multiple=parallel.pp if parallel.vpp > 1 else 1,
+        )[self.layout.dp_rank]
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            for sequences in plan:
+                yield build_micro_batch(batch, sequences, self.layout, self.device)
+
+        schedule = get_forward_backward_func(pp_size=parallel.pp, vp_size=parallel.vpp if parallel.vpp > 1 else None)
+        interleaved = len(models) > 1
+        return schedule(
+            forward_step_func=partial(self._forward_step, collect),
+            data_iterator=[micro_batches() for _ in models] if interleaved else micro_batches(),
+            model=list(models) if interleaved else models[0],
+            num_microbatches=len(plan),
+            seq_length=1,  # lengths differ and are sent along
+            micro_batch_size=1,
+            forward_only=forward_only,
+            p2p_communicator=self._communicator,
+            pg_collection=self.layout.groups,
+        )
+
+    def _forward_step(self, collect: Callable[..., tuple[Tensor, Any]], batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+        micro_batch = next(batches)
+        hidden = model(micro_batch.input_ids, micro_batch.position_ids, None, packed_seq_params=micro_batch.packed_seq_params)
+
+        def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+            logprobs, entropies = self._score(hidden, model, micro_batch)
+            value, kept = collect(micro_batch, logprobs, entropies)
+            return value, torch.zeros((), dtype=torch.int, device=value.device), kept
+
+        return hidden, loss
+
+    def _score(self, hidden: Tensor, model: Any, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of the micro-batch's targets from the last stage's hidden states [tokens, 1, hidden]."""
+        chunk = model.module if isinstance(model, DistributedDataParallel) else model
+        tp_group = self.layout.groups.tp
+        if self.role.parallel.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp_group)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=tp_group)
+        return vocab_parallel_logprobs(
+            hidden[:, 0][micro_batch.rows],
+            chunk.output_weight(),
+            micro_batch.targets,
+            vocabulary_size=self._vocabulary_size,
+            temperature=self._temperature,
+            chunk_tokens=self.role.logprob_chunk_tokens,
+            group=tp_group,
+        )
+
+    def _sum_over_replicas(self, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
+        """Reduce over data and context parallel ranks of the last stage, then give the result to every stage."""
+        groups = self.layout.groups
+        if self.layout.is_last_stage:
+            dist.all_reduce(values, op=operation, group=groups.dp_cp)
+        if groups.pp.size() > 1:
+            dist.broadcast(values, src=self.layout.last_stage_rank, group=groups.pp)
+
+    def _reduce_metrics(self, results: list[Objective], num_tokens: int) -> dict[str, float]:
+        names: list[Any] = [None]
+        if results:
+            names = [(sorted(results[0].sums), sorted(results[0].maxima))]
+        if self.layout.groups.pp.size() > 1:
+            dist.broadcast_object_list(names, src=self.layout.last_stage_rank, group=self.layout.groups.pp)
+        sum_names, max_names = names[0]
+        sums = torch.zeros(len(sum_names), dtype=torch.float64, device=self.device)
+        maxima = torch.zeros(len(max_names), dtype=torch.float64, device=self.device)
+        for result in results:
+            sums += torch.stack([result.sums[name].double() for name in sum_names])
+            if max_names:
+                maxima = torch.maximum(maxima, torch.stack([result.maxima[name].double() for name in max_names]))
+        self._sum_over_replicas(sums)
+        self._sum_over_replicas(maxima, dist.ReduceOp.MAX)
+        return finish_metrics(
+            dict(zip(sum_names, sums.tolist(), strict=True)), dict(zip(max_names, maxima.tolist(), strict=True)), num_tokens
+        )

@@ -1,0 +1,118 @@
+"""megatron-core's Adam and learning-rate schedule for one engine, with non-finite gradients skipped and counted."""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megarl.config.schema import OptimizerConfig
+from megarl.errors import TrainingError
+from megarl.train.engine import TrainingEngine
+
+
+class EngineOptimizer:
+    """Optimizer and schedule of a trainable engine.
+
+    Args:
+        engine: the engine whose gradient buffers are stepped on.
+        config: settings.
+        total_steps: optimizer steps of the run; the schedule's decay ends there.
+    """
+
+    def __init__(self, engine: TrainingEngine, config: OptimizerConfig, total_steps: int) -> None:
+        transformer = engine.chunks[0].config
+        megatron_config = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.learning_rate,
+            min_lr=config.min_learning_rate,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.epsilon,
+            bf16=transformer.bf16,
+            params_dtype=transformer.params_dtype,
+            use_distributed_optimizer=engine.role.parallel.distributed_optimizer,
+            clip_grad=config.clip_gradient,
+        )
+        self.megatron = get_megatron_optimizer(
+            megatron_config,
+            engine.ddp_chunks,
+            config_overrides=get_standard_config_overrides(megatron_config),
+            use_gloo_process_groups=False,
+            pg_collection=engine.layout.groups,
+        )
+        transformer.grad_scale_func = self.megatron.scale_loss
+        self.scheduler = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=0.0,
+            max_lr=config.learning_rate,
+            min_lr=config.min_learning_rate,
+            lr_warmup_steps=config.warmup_steps,
+            lr_decay_steps=max(total_steps, config.warmup_steps + 1),
+            lr_decay_style=config.schedule,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
+        )
+        self._config = config
+        self.num_skipped = 0
+        self.num_consecutive_skipped = 0
+
+    @torch.no_grad()
+    def step(self) -> tuple[float, float, bool]:
+        """Clip and apply the gradient, unless it is NaN or Inf, and advance the schedule.
+
+        Returns:
+            Gradient norm before clipping, learning rate of the step, and whether the step was skipped.
+
+        Raises:
+            TrainingError: too many consecutive steps were skipped.
+        """
+        self.scheduler.step(increment=1)
+        learning_rate = self.scheduler.get_lr(self.megatron.param_groups[0])
+        found_inf = self.megatron.prepare_grads()
+        norm = float(self.megatron.get_grad_norm())
+        skipped = bool(found_inf) or not math.isfinite(norm)
+        if skipped:
+            self._count_skipped(norm)
+        else:
+            self.num_consecutive_skipped = 0
+            self._clip(norm)
+            self.megatron.step_with_ready_grads()
+        self.megatron.zero_grad()
+        return norm, learning_rate, skipped
+
+    def _clip(self, norm: float) -> None:
+        if self._config.clip_gradient == 0:
+            return
+        for optimizer in self.megatron.chained_optimizers:
+            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=self._config.clip_gradient, total_norm=norm)
+
+    def _count_skipped(self, norm: float) -> None:
+        self.num_skipped += 1
+        self.num_consecutive_skipped += 1
+        if self.num_consecutive_skipped > self._config.max_skipped_steps:
+            raise TrainingError(
+                f"gradient norm {norm} in {self.num_consecutive_skipped} consecutive steps, more than "
+                f"optimizer.max_skipped_steps {self._config.max_skipped_steps}; lower the learning rate or look at the last rollouts"
+            )
+
+    def fill_state(self) -> None:
+        """Give a fresh Adam its zero state (step 0), which loading a checkpoint needs as a template."""
+        for optimizer in self.megatron.chained_optimizers:
+            adam: Any = optimizer.optimizer
+            for group in adam.param_groups:
+                for parameter in group["params"]:
+                    if not adam.state[parameter]:
+                        adam.state[parameter] = {
+                            "step": torch.tensor(0.0),
+                            "exp_avg": torch.zeros_like(parameter),
+                            "exp_avg_sq": torch.zeros_like(parameter),
+                        }

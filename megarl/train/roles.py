@@ -1,0 +1,117 @@
+"""The models of a run: the policy that learns and the reference that does not."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarl.algorithms.objectives import ObjectiveFunction
+from megarl.config.schema import Config, RoleConfig
+from megarl.models.architecture import read_architecture
+from megarl.models.build import build_model_chunks, use_transformer_engine
+from megarl.parallel.layout import build_layout
+from megarl.train.engine import TrainingEngine
+from megarl.train.optimizer import EngineOptimizer
+from megarl.types import PackedBatch, TokenScores, TrainBatch, UpdateResult
+from megarl.weights.mapping import WeightMap, build_weight_map
+from megarl.weights.sources import RandomSource, SafetensorsSource
+from megarl.weights.transfer import hugging_face_tensors, load_weights
+
+
+def _build_engine(config: Config, role: RoleConfig, path: Path, *, trainable: bool) -> tuple[TrainingEngine, WeightMap]:
+    architecture = read_architecture(path)
+    weight_map = build_weight_map(
+        architecture, config.model.vocabulary_pad_multiple, use_transformer_engine(config.model.transformer_impl)
+    )
+    layout = build_layout(role.parallel)
+    chunks = build_model_chunks(architecture, config.model, role, layout, config.seed)
+    random = config.model.init == "random" and path == config.model.path
+    source = RandomSource(weight_map, config.seed) if random else SafetensorsSource(path, weight_map)
+    load_weights(chunks, source, weight_map, layout)
+    temperature = config.rollout.temperature if config.kind == "rl" else 1.0
+    engine = TrainingEngine(
+        chunks,
+        role,
+        layout,
+        vocabulary_size=architecture.vocabulary_size,
+        temperature=temperature,
+        trainable=trainable,
+    )
+    return engine, weight_map
+
+
+class Reference:
+    """The frozen model that the KL penalty keeps the policy near to. Every rank must build it."""
+
+    def __init__(self, config: Config) -> None:
+        role = config.reference or config.policy
+        path = (config.reference.path if config.reference else None) or config.model.path
+        self.engine, _ = _build_engine(config, role, path, trainable=False)
+
+
+class Policy:
+    """The model that learns, with its optimizer. Every rank must build it.
+
+    Args:
+        config: the run.
+        total_updates: optimizer steps of the run, for the learning-rate schedule.
+    """
+
+    def __init__(self, config: Config, total_updates: int) -> None:
+        self.engine, self.weight_map = _build_engine(config, config.policy, config.model.path, trainable=True)
+        self.optimizer = EngineOptimizer(self.engine, config.optimizer, total_updates)
+
+    def update(self, batch: TrainBatch, objective: ObjectiveFunction) -> UpdateResult:
+        """One optimizer step on one batch."""
+        metrics = self.engine.forward_backward(batch, objective)
+        norm, learning_rate, skipped = self.optimizer.step()
+        return UpdateResult(metrics=metrics, gradient_norm=norm, learning_rate=learning_rate, skipped=skipped)
+
+    def hugging_face_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as whole Hugging Face tensors on rank 0; every rank must exhaust it."""
+        return hugging_face_tensors(self.engine.chunks, self.weight_map, self.engine.layout)
+
+    def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
+        """Model, optimizer, scheduler and random state as megatron-core's sharded state dict; collective.
+
+        Args:
+            is_loading: it is a template to load into.
+        """
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": self.engine.layout.groups.dp_cp}
+        model = {
+            f"model{number}": chunk.sharded_state_dict(metadata=dict(metadata)) for number, chunk in enumerate(self.engine.chunks)
+        }
+        if is_loading:
+            self.optimizer.fill_state()
+        optimizer = self.optimizer.megatron.sharded_state_dict(dict(model), is_loading=is_loading, metadata=dict(metadata))
+        counters = {"num_skipped": self.optimizer.num_skipped, "num_consecutive_skipped": self.optimizer.num_consecutive_skipped}
+        return model | {
+            "optimizer": optimizer,
+            "scheduler": self.optimizer.scheduler.state_dict(),
+            "counters": counters,
+            "random": torch.get_rng_state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over a state dict that ``weights.checkpoint.load_policy`` filled."""
+        for number, chunk in enumerate(self.engine.chunks):
+            chunk.load_state_dict(state[f"model{number}"])
+        self.optimizer.megatron.load_state_dict(state["optimizer"])
+        self.optimizer.scheduler.load_state_dict(state["scheduler"])
+        self.optimizer.num_skipped = state["counters"]["num_skipped"]
+        self.optimizer.num_consecutive_skipped = state["counters"]["num_consecutive_skipped"]
+        torch.set_rng_state(state["random"])
+
+
+def score(policy: Policy, reference: Reference | None, packed: PackedBatch) -> TokenScores:
+    """Log-probabilities of the batch under the policy before its updates and under the reference."""
+    old, _ = policy.engine.logprobs(packed)
+    return TokenScores(old=old, reference=None if reference is None else reference.engine.logprobs(packed)[0])
+
+
+def is_main_rank() -> bool:
+    """True on the rank that owns prompts, engines, files and the display."""
+    return dist.get_rank() == 0
