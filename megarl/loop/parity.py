@@ -191,16 +191,16 @@ class ParityRun:
 
     def __init__(self, config: Config, prompts: Sequence[Sequence[int]], folder: Path) -> None:
         # gradients of one optimizer step over the whole batch
-        self._config = config.model_copy(update={"algorithm": config.algorithm.model_copy(update={"updates_per_step": 1})})
+        self.config = config.model_copy(update={"algorithm": config.algorithm.model_copy(update={"updates_per_step": 1})})
         self._folder = folder
         self._batch_file = folder / "batch.pt"
         torch.save(synthetic_batch(prompts, config), self._batch_file)
-        single, _ = with_layout(self._config, {})
+        single, _ = with_layout(self.config, {})
         self._run(_add_model_scores, (single, self._batch_file), 1)
         self.reference = self._result(single, "one rank", 1)
 
     def _run(self, function: object, args: tuple[object, ...], num_ranks: int) -> None:
-        run_local_ranks(function, args, num_ranks, self._config.distributed_timeout)  # type: ignore[arg-type]
+        run_local_ranks(function, args, num_ranks, self.config.distributed_timeout)  # type: ignore[arg-type]
 
     def _result(self, config: Config, name: str, num_ranks: int) -> LayoutResult:
         result_file = self._folder / "result.pt"
@@ -209,7 +209,11 @@ class ParityRun:
         result_file.unlink()
         return result
 
+    def set_policy(self, **settings: object) -> None:
+        """Change settings of the policy role for the layouts that follow, e.g. recompute."""
+        self.config = self.config.model_copy(update={"policy": self.config.policy.model_copy(update=settings)})
+
     def compare_layout(self, name: str, layout: dict[str, object]) -> ParityRow:
         """Compute the batch in ``layout`` (see with_layout) and compare it with one rank."""
-        config, num_ranks = with_layout(self._config, layout)
+        config, num_ranks = with_layout(self.config, layout)
         return compare(self.reference, self._result(config, name, num_ranks))

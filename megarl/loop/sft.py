@@ -1,0 +1,20 @@
+"""The supervised fine-tuning loop."""
+
+from megarl.algorithms.objectives import build_supervised_batch, supervised_objective
+from megarl.config.schema import Config
+from megarl.loop.run import Run
+from megarl.train.roles import Policy
+
+
+def run_sft(config: Config, resume: bool) -> None:
+    """Train on the answers of data.train; every rank of the world runs this."""
+    policy = Policy(config, total_updates=config.steps)
+    with Run(config, policy, resume=resume) as run:
+        run.evaluate_if_due()
+        while run.step < config.steps:
+            with run.timer.phase("data"):
+                packed = run.examples.take(config.sft.examples_per_step)
+            with run.timer.phase("update"):
+                result = policy.update(build_supervised_batch(packed), supervised_objective)
+            run.finish_step([result])
+        run.export()

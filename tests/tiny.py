@@ -1,0 +1,54 @@
+"""Tiny random models of the real families, written by transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from megarl.config.schema import Config
+
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": False, "head_dim": 16}),
+}
+VOCABULARY_SIZE = 131  # prime: not divisible by any tensor parallel size
+
+
+def write_tiny_model(folder: Path, family: str, **overrides: Any) -> PreTrainedModel:
+    """Save a random float32 model with no weight at a special value, and return it."""
+    config_class, model_class, special = CLASSES[family]
+    sizes = {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+    }
+    torch.manual_seed(0)
+    model = model_class(config_class(**(sizes | special | overrides))).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def tiny_config(model: Path, **overrides: Any) -> Config:
+    """An RL config of the tiny model with every term of the objective switched on."""
+    values: dict[str, Any] = {
+        "kind": "rl",
+        "steps": 1,
+        "model": {"path": str(model)},
+        "data": {"train": {"type": "jsonl", "path": "unused.jsonl"}},
+        "rollout": {"samples_per_prompt": 3, "max_new_tokens": 17, "prompts_per_step": 4},
+        "policy": {"max_tokens_per_micro_batch": 64, "logprob_chunk_tokens": 7},
+        "algorithm": {"kl": {"place": "loss", "coefficient": 0.1}, "entropy_coefficient": 0.01},
+    }
+    return Config.model_validate(values | overrides)
+
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11, 12, 13]]
