@@ -37,12 +37,12 @@ def write_tiny_model(folder: Path, family: str, **overrides: Any) -> PreTrainedM
     return model
 
 
-def tiny_config(model: Path, **overrides: Any) -> Config:
+def tiny_config(folder: Path, **overrides: Any) -> Config:
     """An RL config of the tiny model with every term of the objective switched on."""
     values: dict[str, Any] = {
         "kind": "rl",
         "steps": 1,
-        "model": {"path": str(model)},
+        "model": {"path": str(folder)},
         "data": {"train": {"type": "jsonl", "path": "unused.jsonl"}},
         "rollout": {"samples_per_prompt": 3, "max_new_tokens": 17, "prompts_per_step": 4},
         "policy": {"max_tokens_per_micro_batch": 64, "logprob_chunk_tokens": 7},

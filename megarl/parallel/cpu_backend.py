@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -87,6 +88,8 @@ def _redirect_cuda_module() -> None:
 
 
 def _redirect_tensors() -> None:
+    # torch looks its factories up once for `with torch.device(...)`; it must know the originals, which the redirected ones call
+    _device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "zeros_like", "ones_like", "empty_like"):
         setattr(torch, name, _redirect_factory(getattr(torch, name)))
     tensor: Any = torch.Tensor
