@@ -83,6 +83,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 # -g_lp p - g_H p (log p + H), written as p · factor to keep two chunks alive, not three
                 factor = log_p.add_(entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(grad_logprobs[rows, None])
                 grad_logits = p.mul_(factor).neg_()
+                del factor
             if num_valid:
                 grad_logits.scatter_add_(-1, local, (grad_logprobs[rows] * owned)[:, None])
             grad_logits.div_(temperature)
