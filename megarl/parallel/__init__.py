@@ -1,3 +1,4 @@
 """Layouts, process groups, the CPU backend, packed context-parallel attention and vocab-parallel log-probabilities."""
 
-import megarl.parallel.cpu_backend  # noqa: F401  (must come before the first import of megatron)
+import megarl.parallel.cpu_backend  # must come before the first import of megatron
+import megarl.parallel.megatron_fixes  # noqa: F401

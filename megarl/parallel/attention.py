@@ -169,6 +169,10 @@ class PackedAttention(MegatronModule):
             out = self._gather_keys(query, key, value, lengths)
         return out.reshape(out.size(0), -1)
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing to save; upstream's default asks for a global process group."""
+        return {}
+
     def _gather_keys(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
         group = self.context_parallel_group
         cp, rank = group.size(), group.rank()

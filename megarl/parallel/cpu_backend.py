@@ -132,23 +132,6 @@ def _allow_sequence_parallel_torch_norm() -> None:
     WrappedTorchNorm.__new__ = new
 
 
-def _own_step_per_parameter() -> None:
-    """Loading the distributed optimizer misses 'step' and then shares one step tensor among all parameters (corrupting Adam)."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group_index, group_order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][group_order]]
-        if "step" in state:
-            state["step"] = state["step"].clone()
-            tensors = {**tensors, "step": state["step"]}
-        original(self, model_param, tensors)
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-
-
 def install() -> None:
     """Redirect CUDA to the CPU and mend megatron-core; does nothing where CUDA is present."""
     if torch.cuda.is_available():
@@ -158,7 +141,6 @@ def install() -> None:
     _redirect_cuda_module()
     _redirect_tensors()
     _allow_sequence_parallel_torch_norm()
-    _own_step_per_parameter()
 
 
 install()

@@ -1,6 +1,7 @@
 """Starts the ranks of a run and joins them into one world."""
 
 import datetime
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -76,13 +77,19 @@ def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ra
     """
     # port 0: the system picks a free port and no other program can take it in between
     store = dist.TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
-    context = mp.start_processes(
-        _run_rank_reporting,
-        args=(num_ranks, store.port, timeout_seconds, function, args),
-        nprocs=num_ranks,
-        join=False,
-        start_method="fork",
-    )
+    # A rank must never collect this process's garbage: destructors of stores would wait for threads that a fork does not copy.
+    gc.collect()
+    gc.freeze()
+    try:
+        context = mp.start_processes(
+            _run_rank_reporting,
+            args=(num_ranks, store.port, timeout_seconds, function, args),
+            nprocs=num_ranks,
+            join=False,
+            start_method="fork",
+        )
+    finally:
+        gc.unfreeze()
     try:
         while not context.join(timeout=1.0):
             pass

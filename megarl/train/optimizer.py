@@ -105,7 +105,7 @@ class EngineOptimizer:
             )
 
     def fill_state(self) -> None:
-        """Give a fresh Adam its zero state (step 0), which loading a checkpoint needs as a template."""
+        """Give a fresh Adam its zero state (step 0): checkpoints are written from it and loaded into it."""
         for optimizer in self.megatron.chained_optimizers:
             adam: Any = optimizer.optimizer
             for group in adam.param_groups:

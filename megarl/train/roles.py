@@ -84,8 +84,7 @@ class Policy:
         model = {
             f"model{number}": chunk.sharded_state_dict(metadata=dict(metadata)) for number, chunk in enumerate(self.engine.chunks)
         }
-        if is_loading:
-            self.optimizer.fill_state()
+        self.optimizer.fill_state()
         optimizer = self.optimizer.megatron.sharded_state_dict(dict(model), is_loading=is_loading, metadata=dict(metadata))
         counters = {"num_skipped": self.optimizer.num_skipped, "num_consecutive_skipped": self.optimizer.num_consecutive_skipped}
         return model | {

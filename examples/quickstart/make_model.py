@@ -1,0 +1,78 @@
+"""Write a small Qwen2 model with random weights and a byte-level tokenizer without merges as a Hugging Face folder."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def make_tokenizer() -> Qwen2Tokenizer:
+    """<pad> is 0, <eos> is 1, then one token per byte, so that each ASCII character is one token and every text round-trips."""
+    vocabulary = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    return Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(vocabulary)},
+        merges=[],
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token=None,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(
+    out: Path,
+    hidden: int = 128,
+    layers: int = 6,
+    heads: int = 4,
+    kv_heads: int = 2,
+    intermediate: int = 512,
+    max_positions: int = 2048,
+    seed: int = 0,
+) -> int:
+    """Write the model folder ``out`` and return its number of parameters."""
+    tokenizer = make_tokenizer()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return model.num_parameters()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--hidden", type=int, default=128, help="hidden size")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--heads", type=int, default=4, help="attention heads")
+    parser.add_argument("--kv-heads", type=int, default=2, help="key and value heads")
+    parser.add_argument("--intermediate", type=int, default=512, help="size of the MLP")
+    parser.add_argument("--max-positions", type=int, default=2048, help="longest sequence")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    arguments = parser.parse_args()
+    num_parameters = make_model(**vars(arguments))
+    print(f"{arguments.out}: Qwen2, {num_parameters / 1e6:.2f} million parameters")
+
+
+if __name__ == "__main__":
+    main()

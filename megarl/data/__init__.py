@@ -1,0 +1,1 @@
+"""Prompts and examples: sources of rows, templates, resumable sampling, packing."""

@@ -1,0 +1,194 @@
+"""Rows from JSON-lines files, Hugging Face datasets and reasoning-gym tasks."""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarl.config.schema import DatasetsSource, DataSource, JsonlSource, ReasoningGymSource
+from megarl.errors import DataError
+
+ChatMessage = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One task as its source has it, before any template.
+
+    Attributes:
+        row_id: the caller's prefix and the row's index in its source, e.g. ``"train/17"``.
+        prompt: the question, or a chat of ``{"role": ..., "content": ...}`` messages.
+        answer: the expected answer; SFT trains on it.
+        reference: what scorers compare with. ``"answer"`` is always there. jsonl and datasets rows carry all their fields,
+            reasoning_gym rows ``"task"``, ``"options"`` and ``"entry"``.
+    """
+
+    row_id: str
+    prompt: str | list[ChatMessage]
+    answer: str
+    reference: Mapping[str, Any]
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt without any template; rows with equal texts ask the same."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
+
+
+def read_rows(source: DataSource, prefix: str) -> Sequence[Row]:
+    """All rows of a source, with ids ``prefix/0``, ``prefix/1`` ...; rows of datasets and reasoning_gym are made on access.
+
+    Raises:
+        DataError: the source is missing or empty, or a row is malformed (for lazily made rows: when the row is accessed).
+    """
+    if isinstance(source, JsonlSource):
+        return _read_jsonl(source, prefix)
+    if isinstance(source, DatasetsSource):
+        return _DatasetRows(source, prefix)
+    return _ReasoningGymRows(source, prefix)
+
+
+def _read_jsonl(source: JsonlSource, prefix: str) -> list[Row]:
+    rows: list[Row] = []
+    try:
+        # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+        with source.path.open(encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    place = f"{source.path}:{number}"
+                    rows.append(_row(_parse_object(line, place), source, f"{prefix}/{len(rows)}", place))
+    except OSError as error:
+        raise DataError(f"cannot read {source.path}: {error.strerror}; give the path of a JSON-lines file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source.path} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8") from error
+    if not rows:
+        raise DataError(f"{source.path} has no rows; write one JSON object a line")
+    return rows
+
+
+def _parse_object(line: str, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno}); write one JSON object a line") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: a {type(value).__name__}, not a JSON object; write one object a line")
+    return value
+
+
+def _row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, row_id: str, place: str) -> Row:
+    for option, name in (("prompt_field", source.prompt_field), ("answer_field", source.answer_field)):
+        if name not in fields:
+            raise DataError(f"{place}: no field '{name}' (it has: {', '.join(fields)}); add it or set {option}")
+    prompt, answer = fields[source.prompt_field], fields[source.answer_field]
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str):
+        raise DataError(f"{place}: field '{source.answer_field}' is a {type(answer).__name__}; it must be a string or a number")
+    _check_prompt(prompt, f"{place}: field '{source.prompt_field}'")
+    return Row(row_id=row_id, prompt=prompt, answer=answer, reference={**fields, "answer": answer})
+
+
+def _check_prompt(prompt: Any, place: str) -> None:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise DataError(f"{place} is an empty string; write a prompt or leave the row out")
+        return
+    if not isinstance(prompt, list):
+        raise DataError(f"{place} is a {type(prompt).__name__}; it must be a string or a list of chat messages")
+    if not prompt:
+        raise DataError(f"{place} is an empty list; write a prompt or leave the row out")
+    for index, message in enumerate(prompt):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+            raise DataError(f"{place}: message {index} must be an object with the strings 'role' and 'content'")
+
+
+class _LazyRows(Sequence[Row]):
+    """A sequence whose rows are made when asked for, so that a large source stays on disk."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._make(i) for i in range(self._num_rows)[index]]
+        return self._make(range(self._num_rows)[index])
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self._make(index) for index in range(self._num_rows))
+
+    def _make(self, index: int) -> Row:
+        raise NotImplementedError
+
+
+class _DatasetRows(_LazyRows):
+    """Rows of a Hugging Face dataset, memory-mapped."""
+
+    def __init__(self, source: DatasetsSource, prefix: str) -> None:
+        self._source, self._prefix = source, prefix
+        self._dataset = _load_dataset(source)
+        super().__init__(len(self._dataset))
+        if not self._num_rows:
+            raise DataError(f"dataset {source.path} split '{source.split}' has no rows; choose another split")
+
+    def _make(self, index: int) -> Row:
+        place = f"dataset {self._source.path} split '{self._source.split}' row {index}"
+        return _row(self._dataset[index], self._source, f"{self._prefix}/{index}", place)
+
+
+def _load_dataset(source: DatasetsSource) -> Any:
+    import datasets  # here, because it takes seconds and other sources do without
+
+    is_saved = any((Path(source.path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    try:
+        loaded = datasets.load_from_disk(source.path) if is_saved else datasets.load_dataset(source.path, split=source.split)
+    except Exception as error:
+        raise DataError(
+            f"cannot load dataset {source.path} split '{source.split}': {_one_line(error)}; check path and split"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if source.split not in loaded:
+            raise DataError(
+                f"dataset {source.path} has no split '{source.split}' (it has: {', '.join(loaded)}); set split to one of them"
+            )
+        return loaded[source.split]
+    return loaded
+
+
+class _ReasoningGymRows(_LazyRows):
+    """Tasks of a reasoning-gym generator; entry ``i`` depends only on the options, the seed and ``i``."""
+
+    def __init__(self, source: ReasoningGymSource, prefix: str) -> None:
+        self._source, self._prefix = source, prefix
+        self._dataset = _create_tasks(source)
+        super().__init__(source.size)
+
+    def _make(self, index: int) -> Row:
+        entry = self._dataset[index]
+        # Some generators give a number or nothing as the answer; their score_answer reads the entry, not this text.
+        answer = "" if entry["answer"] is None else str(entry["answer"])
+        reference = {"answer": answer, "task": self._source.task, "options": self._source.options, "entry": entry}
+        return Row(row_id=f"{self._prefix}/{index}", prompt=entry["question"], answer=answer, reference=reference)
+
+
+def _create_tasks(source: ReasoningGymSource) -> Any:
+    import reasoning_gym  # here, because it takes seconds and other sources do without
+    from reasoning_gym.factory import DATASETS
+
+    if source.task not in DATASETS:
+        nearest = difflib.get_close_matches(source.task, DATASETS, n=1, cutoff=0)[0]
+        raise DataError(f"reasoning_gym has no task '{source.task}'; the nearest is '{nearest}'")
+    try:
+        return reasoning_gym.create_dataset(source.task, size=source.size, seed=source.seed, **source.options)
+    except Exception as error:
+        raise DataError(f"reasoning_gym task '{source.task}' refuses options {source.options}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,131 @@
+"""How a row is written for the model: prompt text, prompt tokens, supervised example."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megarl.data.sources import Row
+from megarl.errors import ConfigError, DataError
+from megarl.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PLACEHOLDER = "{prompt}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTExample:
+    """One supervised example.
+
+    Attributes:
+        row_id: the row it was made from.
+        token_ids: prompt, answer, response suffix and end-of-sequence token.
+        num_prompt_tokens: how many of them are the prompt, which is not trained on; at least 1.
+    """
+
+    row_id: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+
+
+def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a local Hugging Face folder.
+
+    Raises:
+        DataError: no tokenizer can be read from ``path``.
+    """
+    import transformers  # here, because it takes seconds
+
+    if not path.is_dir():
+        raise DataError(f"tokenizer folder {path} does not exist; set model.tokenizer or model.path to a Hugging Face folder")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"cannot load a tokenizer from {path}: {reason}; it needs tokenizer.json and tokenizer_config.json"
+        ) from error
+
+
+class PromptTemplate:
+    """Turns rows into tokens, the same for RL, SFT and evaluation.
+
+    The prompt and the response are always tokenised apart: a policy that samples after the prompt's tokens never sees the
+    merges that a tokenizer would make across their border, so supervised examples must not have them either.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
+        """``template`` is 'chat' or a text with {prompt}.
+
+        Raises:
+            ConfigError: the text has no {prompt}.
+            DataError: the tokenizer lacks a chat template or an end-of-sequence token that is needed.
+        """
+        if template == "chat" and not tokenizer.chat_template:
+            raise DataError(
+                f"data.template is 'chat' but the tokenizer of {tokenizer.name_or_path} has no chat template; "
+                "set data.template to a text such as 'Question: {prompt} Answer:'"
+            )
+        if template != "chat" and _PLACEHOLDER not in template:
+            raise ConfigError(f"data.template {template!r} has no {_PLACEHOLDER}; write 'chat' or a text with {_PLACEHOLDER} in it")
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"the tokenizer of {tokenizer.name_or_path} has no eos_token; name one in its tokenizer_config.json")
+        self._tokenizer = tokenizer
+        self._template = template
+
+    def encode_prompt(self, row: Row, max_prompt_tokens: int) -> Prompt:
+        """The prompt as the model reads it.
+
+        Raises:
+            DataError: it is longer than ``max_prompt_tokens``, or cannot be written with this template.
+        """
+        text = self._render(row)
+        token_ids = self._prompt_tokens(row, text)
+        if len(token_ids) > max_prompt_tokens:
+            raise DataError(
+                f"prompt {row.row_id} has {len(token_ids)} tokens, above rollout.max_prompt_tokens = {max_prompt_tokens}; "
+                "raise the limit or leave the row out"
+            )
+        return Prompt(prompt_id=row.row_id, token_ids=token_ids, text=text, reference=row.reference)
+
+    def encode_example(self, row: Row, response_suffix: str, max_tokens: int) -> SFTExample:
+        """The prompt with the row's answer, ``response_suffix`` and the end-of-sequence token as its response.
+
+        Raises:
+            DataError: it is longer than ``max_tokens``, or cannot be written with this template.
+        """
+        prompt = self._prompt_tokens(row, self._render(row))
+        response = (*self._encode(row.answer + response_suffix), self._tokenizer.eos_token_id)
+        num_tokens = len(prompt) + len(response)
+        if num_tokens > max_tokens:
+            raise DataError(
+                f"example {row.row_id} has {num_tokens} tokens, {len(prompt)} prompt + {len(response)} response, above "
+                f"sft.max_tokens = {max_tokens}; raise the limit or leave the row out"
+            )
+        return SFTExample(row_id=row.row_id, token_ids=prompt + response, num_prompt_tokens=len(prompt))
+
+    def _render(self, row: Row) -> str:
+        if self._template != "chat":
+            if not isinstance(row.prompt, str):
+                raise DataError(f"prompt {row.row_id} is a list of chat messages; set data.template to 'chat' or give a string")
+            return self._template.replace(_PLACEHOLDER, row.prompt)
+        messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        try:
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template may refuse a chat with any error, e.g. for an unknown role
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise DataError(f"the tokenizer's chat template refuses prompt {row.row_id}: {reason}") from error
+
+    def _prompt_tokens(self, row: Row, text: str) -> tuple[int, ...]:
+        token_ids = self._encode(text)
+        if not token_ids:
+            raise DataError(
+                f"prompt {row.row_id} has no tokens: the tokenizer knows none of {text!r}; change the prompt or the template"
+            )
+        return token_ids
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        token_ids: Sequence[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return tuple(token_ids)

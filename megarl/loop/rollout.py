@@ -1,0 +1,116 @@
+"""Sampling and scoring as the loops see it: rank 0 does the work, every rank gets the batch."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from megarl.config.schema import Config
+from megarl.data.packing import pack_groups
+from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_prompt_source
+from megarl.loop.broadcast import broadcast_batch, broadcast_metrics
+from megarl.observe.metrics import pass_at_k, rollout_metrics
+from megarl.rewards.combine import RewardScorer
+from megarl.rollout.build import build_engine
+from megarl.rollout.collector import Collector
+from megarl.train.roles import Policy, is_main_rank
+from megarl.types import PackedBatch, RolloutGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """The rollouts of one step.
+
+    Attributes:
+        packed: the batch, on every rank.
+        groups: the same as people read it, on rank 0; empty elsewhere.
+        metrics: what was seen while sampling and scoring, on rank 0.
+    """
+
+    packed: PackedBatch
+    groups: tuple[RolloutGroup, ...]
+    metrics: dict[str, float]
+
+
+class MainRankRollout:
+    """Engine, collector, prompts and scorers, on rank 0.
+
+    Args:
+        config: the run.
+        tokenizer: of the policy.
+        warn: called with one line when something needs a person's eye.
+    """
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]) -> None:
+        self.config = config
+        self.prompts: PromptSource | None = build_prompt_source(config, tokenizer) if config.kind == "rl" else None
+        self.evaluation_prompts = build_evaluation_prompts(config, tokenizer)
+        self.scorer = RewardScorer(config.rewards)
+        self.engine = build_engine(config, config.run_dir)
+        stop_token_ids = {*config.rollout.stop_token_ids, tokenizer.eos_token_id}
+        self.collector = Collector(
+            self.engine,
+            config,
+            stop_token_ids=tuple(sorted(stop_token_ids)),
+            decode=lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True),
+            score=self.scorer.score,
+            warn=warn,
+        )
+        self.runner = asyncio.Runner()
+        self.runner.run(self.engine.start())
+
+    def close(self) -> None:
+        """End the engine and the scorers."""
+        self.runner.run(self.engine.close())
+        self.runner.run(self.scorer.close())
+        self.runner.close()
+
+
+class Rollout:
+    """The collective face of MainRankRollout: every rank calls every method."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]) -> None:
+        self._main = MainRankRollout(config, tokenizer, warn) if is_main_rank() else None
+
+    def push_weights(self, policy: Policy, version: int) -> None:
+        """Give the policy's weights to the engine; afterwards every response reports ``version``."""
+        tensors = policy.hugging_face_tensors()
+        if self._main is None:
+            for _ in tensors:
+                pass
+        else:
+            self._main.runner.run(self._main.engine.update_weights(tensors, version))
+
+    def collect(self, step: int) -> Collected:
+        """Sample and score the groups of one step."""
+        if self._main is None:
+            return Collected(packed=broadcast_batch(None, PackedBatch), groups=(), metrics={})
+        main = self._main
+        assert main.prompts is not None
+        result = main.runner.run(main.collector.collect(main.prompts.take, step))
+        packed = broadcast_batch(pack_groups(result.groups), PackedBatch)
+        metrics = rollout_metrics(result.groups) | result.stats.metrics()
+        return Collected(packed=packed, groups=tuple(result.groups), metrics=metrics)
+
+    def evaluate(self) -> tuple[dict[str, float], tuple[RolloutGroup, ...]]:
+        """Accuracy on the held-out prompts: metrics on every rank, groups on rank 0."""
+        if self._main is None:
+            return broadcast_metrics(None), ()
+        main, evaluation = self._main, self._main.config.evaluation
+        groups = main.runner.run(main.collector.evaluate(main.evaluation_prompts))
+        metrics = {"accuracy": pass_at_k(groups, 1, evaluation.pass_threshold)}
+        if evaluation.samples_per_prompt > 1:
+            k = evaluation.samples_per_prompt
+            metrics[f"pass@{k}"] = pass_at_k(groups, k, evaluation.pass_threshold)
+        return broadcast_metrics(metrics), tuple(groups)
+
+    def data_state(self) -> dict[str, int]:
+        """Position in the training prompts, for the checkpoint."""
+        state = None if self._main is None or self._main.prompts is None else self._main.prompts.state()
+        return {name: int(value) for name, value in broadcast_metrics({} if state is None and self._main else state).items()}
+
+    def close(self) -> None:
+        """End the engine and the scorers."""
+        if self._main is not None:
+            self._main.close()

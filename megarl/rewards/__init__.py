@@ -1,0 +1,1 @@
+"""Scorers of responses, run in worker processes, and their weighted sum."""

@@ -1,0 +1,169 @@
+"""What each scorer computes. Worker processes import this, so it stays light: no torch, hence no megarl.types.
+
+A scorer is called with the decoded response and the prompt's reference and returns a number; whatever it raises is a failure.
+"""
+
+import importlib
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any
+
+from megarl.errors import ConfigError
+
+Scorer = Callable[[str, Mapping[str, Any]], Any]
+
+_LATEX_ANCHOR = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin\{")
+_LATEX_COMMAND = re.compile(r"\\[A-Za-z]+")
+_GROUPED_NUMBER = re.compile(r"[+-]?\d{1,3}([ ,]\d{3})+(\.\d+)?%?")
+_WORD = re.compile(r"[A-Za-z]{2}")
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d+)?[eE][+-]?\d{1,2}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorerSpec:
+    """One scorer as a worker process is told of it; the fields are those of ScorerConfig, ``name`` always given."""
+
+    name: str
+    type: str
+    pattern: str | None
+    function: str | None
+
+
+def build_scorer(spec: ScorerSpec) -> Scorer:
+    """The scorer; its libraries are imported here, so that no response's time-out pays for that.
+
+    Raises:
+        ConfigError: the pattern or the function is missing or wrong.
+    """
+    pattern = compile_pattern(spec)
+    if spec.type == "python":
+        return import_function(spec)
+    if spec.type == "regex":
+        assert pattern is not None
+        return lambda response, reference: 1.0 if pattern.search(response) else 0.0
+    loaders: dict[str, Callable[[], Scorer]] = {"exact": lambda: exact, "math": load_math, "reasoning_gym": load_reasoning_gym}
+    score_answer = loaders[spec.type]()
+    if pattern is None:
+        return score_answer
+
+    def score_extracted(response: str, reference: Mapping[str, Any]) -> Any:
+        match = pattern.search(response)
+        # A response without an answer is a wrong response, not a failed scorer.
+        return 0.0 if match is None or match[1] is None else score_answer(match[1], reference)
+
+    return score_extracted
+
+
+def compile_pattern(spec: ScorerSpec) -> re.Pattern[str] | None:
+    """The compiled pattern, None when there is none.
+
+    Raises:
+        ConfigError: it is missing, not wanted, not a regular expression, or lacks the group that holds the answer.
+    """
+    if spec.pattern is None:
+        if spec.type == "regex":
+            raise ConfigError(f"scorer '{spec.name}' of type regex has no pattern; set pattern to the regular expression to find")
+        return None
+    if spec.type == "python":
+        raise ConfigError(f"scorer '{spec.name}' of type python takes no pattern; search the response in {spec.function}")
+    try:
+        pattern = re.compile(spec.pattern)
+    except re.error as error:
+        raise ConfigError(f"scorer '{spec.name}': pattern {spec.pattern!r} is not a regular expression: {error}") from error
+    if spec.type != "regex" and pattern.groups == 0:
+        raise ConfigError(f"scorer '{spec.name}': pattern {spec.pattern!r} has no group; put the answer's part in ( )")
+    return pattern
+
+
+def import_function(spec: ScorerSpec) -> Callable[..., Any]:
+    """The function that ``module:function`` of a python scorer names.
+
+    Raises:
+        ConfigError: it is not given, cannot be imported, or cannot be called.
+    """
+    if spec.function is None:
+        raise ConfigError(f"scorer '{spec.name}' of type python has no function; set function to module:function")
+    module_name, colon, function_name = spec.function.partition(":")
+    if not (module_name and colon and function_name):
+        raise ConfigError(f"scorer '{spec.name}': function {spec.function!r} is not module:function, e.g. my_rewards:brevity")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        raise ConfigError(
+            f"scorer '{spec.name}': cannot import {spec.function}: {one_line(error)}; its folder must be on PYTHONPATH"
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"scorer '{spec.name}': {spec.function} is a {type(function).__name__}, not a function")
+    return function
+
+
+def exact(answer: str, reference: Mapping[str, Any]) -> float:
+    """1 if the answer equals the reference's, apart from case and white space."""
+    return 1.0 if _normalise(answer) == _normalise(reference["answer"]) else 0.0
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def load_math() -> Scorer:
+    """1 if math-verify finds the answer mathematically equal to the reference's."""
+    import math_verify  # here, because it takes a second and other scorers do without
+
+    # It warns in every worker that its time-outs are off, as they are meant to be.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+    def parse(text: str) -> list[Any]:
+        # math-verify's own time-outs turn a slow comparison into a silent "wrong"; the worker's time-out is a failure instead.
+        return math_verify.parse(text, parsing_timeout=None)
+
+    def parse_mathematics(text: str) -> list[Any]:
+        text = text.strip()
+        if _SCIENTIFIC.fullmatch(text):
+            text = f"{Decimal(text):f}"  # math-verify reads 1e5 as 1
+        if _LATEX_ANCHOR.search(text):
+            return parse(text)
+        # math-verify reads LaTeX only between anchors: of a bare "(1, 2)" it would take the 2. Prose and "10 000" are no LaTeX.
+        is_prose = _WORD.search(_LATEX_COMMAND.sub("", text)) or "\n" in text
+        if is_prose or _GROUPED_NUMBER.fullmatch(text):
+            return parse(text) or parse(f"${text}$")
+        return parse(f"${text}$") or parse(text)
+
+    @lru_cache(maxsize=4096)
+    def parse_reference(text: str) -> list[Any]:
+        parsed = parse_mathematics(text)
+        if not parsed:
+            raise ValueError(f"the reference answer {text!r} is not mathematics")
+        return parsed
+
+    def score(answer: str, reference: Mapping[str, Any]) -> float:
+        return float(math_verify.verify(parse_reference(reference["answer"]), parse_mathematics(answer), timeout_seconds=None))
+
+    return score
+
+
+def load_reasoning_gym() -> Scorer:
+    """The score that the task's own generator gives to the answer, 0 to 1."""
+    import reasoning_gym  # here, because it takes seconds and other scorers do without
+
+    generators: dict[str, Any] = {}
+
+    def score(answer: str, reference: Mapping[str, Any]) -> float:
+        if "entry" not in reference:
+            raise ValueError("the prompt is not of a reasoning_gym source, so its answer cannot be scored by one")
+        # Some generators score by their options, so these are part of the key.
+        key = repr((reference["task"], reference["options"]))
+        if key not in generators:
+            generators[key] = reasoning_gym.create_dataset(reference["task"], **reference["options"])
+        return generators[key].score_answer(answer.strip(), reference["entry"])
+
+    return score
+
+
+def one_line(error: BaseException) -> str:
+    """The error's type and message on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,1 @@
+"""Rollout engines behind one protocol, and the collector that turns prompts into scored groups."""

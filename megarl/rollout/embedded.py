@@ -1,0 +1,214 @@
+"""The engine for laptops: transformers' generate in the trainer's own process."""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice, takewhile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from megarl.config.schema import EmbeddedEngineConfig
+from megarl.errors import RolloutError
+from megarl.rollout.protocol import Generation, SamplingParams
+from megarl.rollout.sampler import GumbelSampler
+from megarl.rollout.weight_checklist import WeightChecklist
+from megarl.types import FinishReason
+
+
+@dataclass(eq=False)
+class _Request:
+    """One call of ``generate``: finished when every sample is there."""
+
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    answer: asyncio.Future[list[Generation]]
+    samples: dict[int, Generation] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sequence to decode."""
+
+    request: _Request
+    sample_index: int
+
+    @property
+    def batch_key(self) -> tuple[object, ...]:
+        """Rows that differ in it cannot be decoded together."""
+        sampling = self.request.sampling
+        return (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids)
+
+
+class EmbeddedEngine:
+    """RolloutEngine over a transformers model in this process, on CUDA where present, else on CPU.
+
+    Concurrent ``generate`` calls are decoded together, first come first served, ``batch_size`` sequences at a time, in a worker
+    thread. A batch is formed one turn of the event loop after its requests came, so requests submitted in the same turn form
+    the same batches in every run: with equal submissions the results are equal bit for bit.
+    """
+
+    def __init__(self, model_path: Path, dtype: torch.dtype, config: EmbeddedEngineConfig) -> None:
+        """``model_path`` is a Hugging Face folder; only its config.json is read."""
+        self._model_path = model_path
+        self._dtype = dtype
+        self._config = config
+        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self._model: PreTrainedModel | None = None
+        self._version: int | None = None
+        self._unusable = "it has no weights yet; call update_weights first"
+        self._queue: deque[_Row] = deque()
+        self._decoding: asyncio.Task[None] | None = None
+        self._model_lock = asyncio.Lock()
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedded-engine")
+
+    async def start(self) -> None:
+        """Build the model; its weights come with the first ``update_weights``."""
+        try:
+            config = AutoConfig.from_pretrained(self._model_path)
+        except (OSError, ValueError) as error:
+            raise RolloutError(f"the embedded engine cannot read {self._model_path}/config.json: {error}") from error
+        with torch.random.fork_rng():  # the throw-away initial weights must not shift the trainer's random numbers
+            model = AutoModelForCausalLM.from_config(config, dtype=self._dtype)
+        self._model = model.to(self._device).eval().requires_grad_(False)
+        # The folder's own sampling defaults (repetition penalty, ...) would change the distribution behind the trainer's back.
+        self._model.generation_config = GenerationConfig()
+
+    async def health(self) -> None:
+        """Raise RolloutError when the engine cannot answer."""
+        if self._model is None:
+            raise RolloutError("the embedded engine was not started")
+        if self._version is None:
+            raise RolloutError(f"the embedded engine cannot answer: {self._unusable}")
+
+    async def generate(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
+        """Sample ``sampling.num_samples`` responses to one prompt, in order."""
+        await self.health()
+        assert self._model is not None
+        vocabulary = self._model.get_input_embeddings().num_embeddings
+        if not prompt_token_ids or not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocabulary:
+            raise RolloutError(
+                f"the embedded engine got a prompt of {len(prompt_token_ids)} tokens that is empty or has ids outside "
+                f"0..{vocabulary - 1}; does the tokenizer belong to {self._model_path}?"
+            )
+        request = _Request(prompt_token_ids, sampling, asyncio.get_running_loop().create_future())
+        self._queue.extend(_Row(request, index) for index in range(sampling.num_samples))
+        if self._decoding is None or self._decoding.done():
+            self._decoding = asyncio.create_task(self._decode_queue())
+        return await request.answer
+
+    async def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Copy a whole new set of weights in place, after the batch being decoded.
+
+        Raises:
+            WeightsError: a parameter is missing, unknown or mis-shaped; the engine then refuses to generate.
+        """
+        if self._model is None:
+            raise RolloutError("the embedded engine was not started")
+        async with self._model_lock:
+            self._version, self._unusable = None, f"its update to weight version {version} did not complete"
+            state = self._model.state_dict()
+            checklist = WeightChecklist(self._model)
+            for name, tensor in weights:
+                if checklist.accepts(name, tensor):
+                    state[name].copy_(tensor)
+            checklist.finish("the embedded engine")
+            self._version = version
+
+    async def close(self) -> None:
+        """Drop the queue and the model; a batch being decoded ends on its own."""
+        if self._decoding is not None:
+            self._decoding.cancel()
+        for row in self._queue:
+            row.request.answer.cancel()
+        self._queue.clear()
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        self._model, self._version, self._unusable = None, None, "it is closed"
+
+    async def _decode_queue(self) -> None:
+        """Decode batch after batch until the queue is empty."""
+        while rows := self._next_batch():
+            try:
+                async with self._model_lock:
+                    await self.health()
+                    generations = await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, rows)
+            except Exception as error:
+                self._fail(rows, error)
+                continue
+            for row, generation in zip(rows, generations, strict=True):
+                samples = row.request.samples
+                samples[row.sample_index] = generation
+                if len(samples) == row.request.sampling.num_samples and not row.request.answer.done():
+                    row.request.answer.set_result([samples[index] for index in range(len(samples))])
+
+    def _next_batch(self) -> list[_Row]:
+        """Take the longest run of rows at the head of the queue that can be decoded together."""
+        while self._queue and self._queue[0].request.answer.done():  # given up by its caller, or failed in an earlier batch
+            self._queue.popleft()
+        if not self._queue:
+            return []
+        key = self._queue[0].batch_key
+        alike = takewhile(lambda row: row.batch_key == key, self._queue)
+        rows = list(islice(alike, self._config.batch_size))
+        for _ in rows:
+            self._queue.popleft()
+        return rows
+
+    def _fail(self, rows: list[_Row], error: Exception) -> None:
+        """Hand the error to the callers of the batch."""
+        for row in rows:
+            if not row.request.answer.done():
+                failure = RolloutError(f"the embedded engine failed while decoding: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                row.request.answer.set_exception(failure)
+
+    def _decode(self, rows: Sequence[_Row]) -> list[Generation]:
+        """Decode one batch; runs in the worker thread."""
+        assert self._model is not None and self._version is not None
+        sampling = rows[0].request.sampling
+        prompts = [row.request.prompt_token_ids for row in rows]
+        width = max(map(len, prompts))
+        input_ids = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in prompts], device=self._device)
+        attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self._device)
+        sampler = GumbelSampler(
+            [(row.request.sampling.seed, row.sample_index) for row in rows], sampling.temperature, sampling.top_k, sampling.top_p
+        )
+        generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=list(sampling.stop_token_ids) or None,
+            pad_token_id=0,
+        )
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(self._config.threads or torch.multiprocessing.cpu_count())
+        try:
+            with torch.inference_mode():
+                sequences = self._model.generate(
+                    input_ids,
+                    attention_mask=attention_mask,
+                    generation_config=generation_config,
+                    logits_processor=LogitsProcessorList([sampler]),
+                )
+        finally:
+            torch.set_num_threads(threads_before)
+        responses = sequences[:, width:].tolist()
+        logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
+        return [
+            _generation(response, row_logprobs, sampling.stop_token_ids, self._version)
+            for response, row_logprobs in zip(responses, logprobs, strict=True)
+        ]
+
+
+def _generation(response: list[int], logprobs: list[float], stop_token_ids: tuple[int, ...], version: int) -> Generation:
+    """Cut a row of a batch after its first stop token: what follows is padding."""
+    length = next((index + 1 for index, token in enumerate(response) if token in stop_token_ids), None)
+    return Generation(
+        token_ids=tuple(response[:length]),
+        logprobs=tuple(logprobs[:length]),
+        finish_reason=FinishReason.LENGTH if length is None else FinishReason.STOP,
+        weight_version=version,
+    )

@@ -1,0 +1,50 @@
+"""Where the Python environments of rollout engines live.
+
+Standard library only: tools/build_engine.py imports it before anything is installed.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+from megarl.errors import RolloutError
+
+COMPLETE_MARKER = ".complete"
+
+
+def requirements_file(engine: str) -> Path:
+    """The pins of an engine's environment, in the clone's requirements folder."""
+    return Path(__file__).resolve().parents[2] / "requirements" / f"{engine}-cpu.txt"
+
+
+def engine_folder(engine: str, prefix: Path | None = None) -> Path:
+    """Folder of the engine's environment, named by its pins and the Python version so that clones with equal pins share one.
+
+    Args:
+        engine: ``"vllm"``.
+        prefix: folder of all engine environments; ``~/.cache/megarl/engines`` when not given.
+
+    Raises:
+        RolloutError: MegaRL was installed without its requirements folder.
+    """
+    requirements = requirements_file(engine)
+    if not requirements.is_file():
+        raise RolloutError(
+            f"{requirements} does not exist, so the environment of {engine} cannot be found; "
+            f"set rollout.{engine}.python to a Python that has {engine}, or install MegaRL from a clone with pip install -e"
+        )
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    digest = hashlib.sha256(version.encode() + requirements.read_bytes()).hexdigest()[:12]
+    return (prefix or Path.home() / ".cache" / "megarl" / "engines") / f"{engine}-{digest}"
+
+
+def default_vllm_python() -> Path:
+    """Python of the environment that ``make engine-vllm`` builds.
+
+    Raises:
+        RolloutError: it is not built, or its build did not finish.
+    """
+    folder = engine_folder("vllm")
+    if not (folder / COMPLETE_MARKER).is_file():
+        raise RolloutError(f"no vLLM environment in {folder}; run make engine-vllm, or set rollout.vllm.python or rollout.vllm.url")
+    return folder / "bin" / "python"

@@ -1,0 +1,55 @@
+"""Reproducible sampling inside transformers' greedy generate()."""
+
+from collections.abc import Sequence
+
+import numpy
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+
+class GumbelSampler(LogitsProcessor):
+    """Perturbs the logits so that their argmax is a sample, and records the log-probability of that argmax.
+
+    Gumbel-max: argmax(logits / temperature + Gumbel noise) is distributed as softmax(logits / temperature). The noise of a row
+    comes from its own Philox stream, so what a row samples does not depend on the rows beside it, except where two
+    perturbed logits are closer than the rounding of a batched matrix product (about 1e-6).
+
+    Attributes:
+        logprobs: for each step float32 [batch], log softmax(logits / temperature) of the token chosen by each row, before
+            top-k and top-p; at temperature 0 log softmax(logits).
+    """
+
+    def __init__(self, keys: Sequence[tuple[int, int]], temperature: float, top_k: int, top_p: float) -> None:
+        """``keys`` holds (seed, sample index) of each row, each an unsigned 64-bit number."""
+        self.logprobs: list[Tensor] = []
+        self._temperature = temperature
+        self._streams = [numpy.random.Generator(numpy.random.Philox(key=key)) for key in keys]
+        self._warpers: list[LogitsProcessor] = []
+        if top_k > 0:
+            self._warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            self._warpers.append(TopPLogitsWarper(top_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Float32 logits [batch, vocabulary] to scores whose argmax is each row's next token."""
+        if self._temperature == 0:
+            choice = logits = scores
+        else:
+            choice = logits = scores / self._temperature
+            for warper in self._warpers:
+                choice = warper(input_ids, choice)
+            choice = choice - self._log_exponential_noise(scores.shape[1]).to(scores.device)
+        token = choice.argmax(dim=-1, keepdim=True)
+        self.logprobs.append((logits.gather(1, token) - logits.logsumexp(dim=-1, keepdim=True)).squeeze(1))
+        return choice
+
+    def _log_exponential_noise(self, vocabulary: int) -> Tensor:
+        """Log of Exponential(1) draws, float32 [batch, vocabulary]; its negative is Gumbel noise."""
+        noise = numpy.empty((len(self._streams), vocabulary), dtype=numpy.float32)
+        for stream, row in zip(self._streams, noise, strict=True):
+            stream.random(dtype=numpy.float32, out=row)
+        # The draws are multiples of 2^-24 in [0, 1); both ends are kept off 0 and 1, where the logarithms are infinite.
+        uniform = torch.from_numpy(noise).add_(2**-25).clamp_(max=1 - 2**-24)
+        return uniform.log_().neg_().log_()

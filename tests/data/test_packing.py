@@ -1,0 +1,131 @@
+import itertools
+import random
+
+import pytest
+import torch
+
+from megarl.data.packing import pack_examples, pack_groups, plan_micro_batches
+from megarl.data.template import SFTExample
+from megarl.errors import DataError
+from megarl.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_plan_keeps_every_promise_on_random_lengths(seed):
+    draw = random.Random(seed)
+    max_tokens = draw.choice([50, 128, 1000])
+    lengths = [draw.randint(1, draw.choice([10, max_tokens])) for _ in range(draw.randint(0, 80))]
+    num_replicas, multiple = draw.randint(1, 5), draw.choice([1, 2, 3, 4])
+    plan = plan_micro_batches(lengths, num_replicas, max_tokens, multiple)
+
+    assert len(plan) == num_replicas
+    counts = {len(replica) for replica in plan}
+    assert len(counts) == 1
+    assert min(counts) > 0
+    assert min(counts) % multiple == 0
+    micro_batches = list(itertools.chain.from_iterable(plan))
+    assert sorted(itertools.chain.from_iterable(micro_batches)) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in micro_batch) <= max_tokens for micro_batch in micro_batches)
+    loads = [sum(lengths[i] for micro_batch in replica for i in micro_batch) for replica in plan]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+    assert plan == plan_micro_batches(list(lengths), num_replicas, max_tokens, multiple)
+
+
+def fewest_bins(lengths, max_tokens):
+    """The optimum by exhaustive search."""
+
+    def fits(remaining, space):
+        if not remaining:
+            return True
+        first, *rest = remaining
+        tried = set()
+        for b, free in enumerate(space):
+            if free >= first and free not in tried:
+                tried.add(free)
+                if fits(rest, [*space[:b], free - first, *space[b + 1 :]]):
+                    return True
+        return False
+
+    ordered = sorted(lengths, reverse=True)
+    return next(count for count in itertools.count(1) if fits(ordered, [max_tokens] * count))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_number_of_micro_batches_is_near_the_optimum(seed):
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, 20) for _ in range(draw.randint(1, 9))]
+    (replica,) = plan_micro_batches(lengths, 1, 20)
+    assert len(replica) <= fewest_bins(lengths, 20) * 11 / 9 + 1
+
+
+def test_tight_packing_where_even_spreading_overflows():
+    (replica,) = plan_micro_batches([6, 5, 4, 3, 2], 1, 10)
+    assert sorted(replica) == [[0, 2], [1, 3, 4]]
+
+
+def test_no_needlessly_empty_micro_batch():
+    plan = plan_micro_batches([10] * 8, 2, 100, count_multiple=4)
+    assert [[len(micro_batch) for micro_batch in replica] for replica in plan] == [[1, 1, 1, 1]] * 2
+
+
+def test_more_replicas_than_sequences():
+    assert sorted(plan_micro_batches([3], 3, 5)) == [[[]], [[]], [[0]]]
+
+
+def test_sequence_above_the_limit_is_an_error():
+    with pytest.raises(DataError, match="sequence 1 has 6 tokens, above max_tokens_per_micro_batch = 5"):
+        plan_micro_batches([5, 6, 1], 1, 5)
+
+
+def group(prompt_ids, *responses):
+    prompt = Prompt(prompt_id="train/0", token_ids=prompt_ids, text="", reference={})
+    return RolloutGroup(
+        prompt=prompt,
+        rollouts=tuple(
+            ScoredRollout(
+                rollout=Rollout(
+                    prompt=prompt,
+                    sample_index=index,
+                    token_ids=tuple(token for token, _ in response),
+                    logprobs=tuple(logprob for _, logprob in response),
+                    finish_reason=FinishReason.STOP,
+                    weight_version=0,
+                    text="",
+                ),
+                reward=reward,
+                parts={},
+                failures=(),
+            )
+            for index, (reward, response) in enumerate(responses)
+        ),
+    )
+
+
+def test_groups_are_packed_as_the_types_say():
+    packed = pack_groups(
+        [group((7, 8), (1.0, [(9, -0.5), (10, -0.25)]), (0.5, [])), group((11,), (-1.0, [(12, -2.0)]))],
+    )
+    assert packed.token_ids.tolist() == [7, 8, 9, 10, 7, 8, 11, 12]
+    assert packed.cu_seqlens.tolist() == [0, 4, 6, 8]
+    assert packed.loss_mask.tolist() == [False, False, True, True, False, False, False, True]
+    assert packed.sampler_logprobs.tolist() == [0, 0, -0.5, -0.25, 0, 0, 0, -2.0]
+    assert packed.group_ids.tolist() == [0, 0, 1]
+    assert packed.rewards.tolist() == [1.0, 0.5, -1.0]
+    assert packed.sequence_lengths.tolist() == [4, 2, 2]
+    dtypes = [packed.token_ids, packed.cu_seqlens, packed.loss_mask, packed.sampler_logprobs, packed.group_ids, packed.rewards]
+    assert [t.dtype for t in dtypes] == [torch.int64, torch.int64, torch.bool, torch.float32, torch.int64, torch.float32]
+
+
+def test_examples_train_on_their_responses_only():
+    packed = pack_examples(
+        [
+            SFTExample(row_id="train/0", token_ids=(1, 2, 3), num_prompt_tokens=2),
+            SFTExample(row_id="train/1", token_ids=(4, 5, 6), num_prompt_tokens=1),
+        ]
+    )
+    assert packed.token_ids.tolist() == [1, 2, 3, 4, 5, 6]
+    assert packed.cu_seqlens.tolist() == [0, 3, 6]
+    assert packed.loss_mask.tolist() == [False, False, True, False, True, True]
+    assert packed.group_ids.tolist() == [0, 1]
+    assert not packed.sampler_logprobs.any()
+    assert not packed.rewards.any()

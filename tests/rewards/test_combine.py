@@ -1,0 +1,246 @@
+import asyncio
+import os
+import re
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megarl.config.schema import RewardsConfig
+from megarl.errors import ConfigError, RewardError
+from megarl.rewards.combine import RewardScorer
+from megarl.types import FinishReason, Prompt, Rollout
+
+
+@pytest.fixture(autouse=True)
+def user_modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+def worker_ids():
+    """Processes that this one started and that still run."""
+    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {int(child) for task in children for child in task.read_text().split()}
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    before = worker_ids()
+    yield
+    assert worker_ids() <= before
+
+
+def rollout(text="four", reference=None):
+    prompt = Prompt(prompt_id="train/3", token_ids=(1,), text="2+2?", reference=reference or {"answer": "four"})
+    return Rollout(
+        prompt=prompt,
+        sample_index=5,
+        token_ids=(),
+        logprobs=(),
+        finish_reason=FinishReason.STOP,
+        weight_version=0,
+        text=text,
+    )
+
+
+def python(function, **settings):
+    return {"type": "python", "name": function, "function": f"user_rewards:{function}", **settings}
+
+
+def run(scorers, use, **settings):
+    """What ``use(reward_scorer)`` returns; the workers are closed after it."""
+
+    async def main():
+        reward_scorer = RewardScorer(RewardsConfig(scorers=scorers, **settings))
+        try:
+            return await use(reward_scorer)
+        finally:
+            await reward_scorer.close()
+
+    return asyncio.run(main())
+
+
+def score_one(scorers, **settings):
+    return run(scorers, lambda reward_scorer: reward_scorer.score(rollout()), **settings)
+
+
+def test_reward_is_the_weighted_sum_of_sync_and_async_scorers():
+    scored = score_one(
+        [
+            {"type": "exact", "weight": 2.0},
+            {"type": "regex", "pattern": "x", "weight": 100.0},
+            python("noisy_length", weight=0.5),
+            python("async_length", weight=-1.0),
+            python("judge"),
+        ]
+    )
+    assert scored.parts == {"exact": 1.0, "regex": 0.0, "noisy_length": 4.0, "async_length": 4.0, "judge": 2.0}
+    assert scored.reward == 2.0 + 0.5 * 4 - 4 + 2
+    assert scored.failures == ()
+
+
+FAILURES = [
+    ("raises", r"KeyError: 'two\\nlines'"),
+    ("exits", "its worker process ended with code 3"),
+    ("returns_text", "returned '1.0', not a finite number"),
+    ("returns_nan", "returned nan, not a finite number"),
+    ("reads_level", "KeyError: 'level'"),
+    ("async_never", r"no score within rewards.timeout = 0.2 seconds"),
+    ("async_raises", "TimeoutError: the judge is away"),
+]
+
+
+@pytest.mark.parametrize(("function", "reason"), FAILURES)
+def test_failure_policies(function, reason, caplog):
+    scorers = [python(function), python("length", weight=2.0)]
+    scored = score_one(scorers, on_failure="zero", timeout=0.2 if function == "async_never" else 10)
+    assert scored.reward == 8.0
+    assert scored.parts == {"length": 4.0}
+    (failure,) = scored.failures
+    assert failure.startswith(f"{function} failed on train/3 sample 5: ")
+    assert re.search(reason, failure)
+    assert failure in caplog.messages
+
+
+def test_drop_and_stop_and_the_count():
+    async def twice(reward_scorer):
+        dropped = [await reward_scorer.score(rollout()) for _ in range(2)]
+        return dropped, reward_scorer.failure_counts
+
+    assert run([python("raises"), python("length")], twice, on_failure="drop") == ([None, None], {"raises": 2})
+    with pytest.raises(RewardError, match="scorer raises failed on train/3 sample 5: KeyError"):
+        score_one([python("raises")], on_failure="stop")
+
+
+def test_a_reference_that_cannot_be_sent_is_a_failure():
+    async def use(reward_scorer):
+        return await reward_scorer.score(rollout(reference={"answer": "four", "lambda": lambda: 0}))
+
+    scored = run([python("length")], use, on_failure="zero")
+    assert "the reference cannot be sent to a worker" in scored.failures[0]
+
+
+@pytest.mark.parametrize("blocking", ["loop", "pattern"])
+def test_a_scorer_that_never_returns_is_killed_and_the_next_one_scored(blocking, tmp_path):
+    (tmp_path / "started").touch()
+    scorers, stuck, good = {
+        "loop": ([python("loops_on_request", name="scorer")], "loop", "fine"),
+        "pattern": ([{"type": "regex", "name": "scorer", "pattern": "^(a+)+$"}], "a" * 60 + "b", "aaa"),
+    }[blocking]
+
+    async def use(reward_scorer):
+        before = await reward_scorer.score(rollout(good))
+        workers = worker_ids()
+        failed = await reward_scorer.score(rollout(stuck, {"started": str(tmp_path / "started")}))
+        assert not workers & worker_ids()
+        after = await reward_scorer.score(rollout(good))
+        return before, failed, after
+
+    before, failed, after = run(scorers, use, on_failure="zero", timeout=0.5, concurrency=1)
+    assert "no score within" in failed.failures[0]
+    assert before.parts["scorer"] > 0
+    assert after.parts["scorer"] > 0
+    if blocking == "loop":
+        assert before.parts["scorer"] != after.parts["scorer"]
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    os.mkfifo(tmp_path / "started")
+    return str(tmp_path / "started")
+
+
+async def start_loop(reward_scorer, pipe):
+    """A task that scores a response whose scorer is now in an endless loop."""
+    task = asyncio.create_task(reward_scorer.score(rollout("loop", {"started": pipe})))
+    await asyncio.to_thread(Path(pipe).read_bytes)
+    return task
+
+
+def test_a_stuck_scorer_does_not_hold_up_the_event_loop(pipe):
+    async def use(reward_scorer):
+        judge = RewardScorer(RewardsConfig(scorers=[python("async_length")]))
+        stuck = await start_loop(reward_scorer, pipe)
+        judged = await asyncio.gather(*(judge.score(rollout("quick")) for _ in range(3)))
+        return [scored.reward for scored in judged], stuck.done(), (await stuck).failures
+
+    rewards, was_done, failures = run([python("loops_on_request")], use, timeout=1, on_failure="zero")
+    assert rewards == [5.0] * 3
+    assert not was_done
+    assert "no score within" in failures[0]
+
+
+def test_a_cancelled_request_ends_its_worker_and_never_answers_the_next(pipe):
+    async def use(reward_scorer):
+        first = await reward_scorer.score(rollout("ok"))
+        stuck = await start_loop(reward_scorer, pipe)
+        stuck.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stuck
+        second = await reward_scorer.score(rollout("ok"))
+        return first.reward, second.reward
+
+    first, second = run([python("loops_on_request")], use, concurrency=1)
+    assert first != second
+
+
+def test_a_worker_ends_with_the_run_even_while_its_scorer_loops(pipe, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import asyncio, sys\n"
+        "from megarl.rewards.process_pool import WorkerPool\n"
+        "from megarl.rewards.scorers import ScorerSpec\n"
+        "spec = ScorerSpec(name='s', type='python', pattern=None, function='user_rewards:loops_on_request')\n"
+        f"asyncio.run(WorkerPool([spec], 1).score('s', 'loop', {{'started': {pipe!r}}}, 1000))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run_process = subprocess.Popen([sys.executable, script], env=environment, stderr=subprocess.DEVNULL)
+    with open(pipe) as started:
+        started.read()
+    (worker,) = Path(f"/proc/{run_process.pid}/task").glob(f"{run_process.pid}/children")
+    worker_file = os.pidfd_open(int(worker.read_text()))
+    run_process.kill()
+    run_process.wait()
+    assert select.select([worker_file], [], [], 30)[0], "the worker outlives its run"
+    os.close(worker_file)
+
+
+def test_many_responses_share_few_workers_in_any_order():
+    async def use(reward_scorer):
+        texts = ["x" * length for length in range(200)]
+        scored = await asyncio.gather(*(reward_scorer.score(rollout(text)) for text in texts))
+        return [entry.reward for entry in scored], len(worker_ids())
+
+    rewards, num_workers = run([python("length")], use)
+    assert rewards == list(range(200))
+    assert num_workers <= len(os.sched_getaffinity(0))
+
+
+def test_math_and_reasoning_gym_in_workers():
+    import reasoning_gym
+
+    entry = reasoning_gym.create_dataset("chain_sum", size=1, seed=0)[0]
+    reference = {"answer": entry["answer"], "task": "chain_sum", "options": {}, "entry": entry}
+
+    async def use(reward_scorer):
+        right = await reward_scorer.score(rollout(f"Answer: {entry['answer']}", reference))
+        wrong = await reward_scorer.score(rollout("Answer: 123456", reference))
+        return right.reward, wrong.parts["math"]
+
+    pattern = r"Answer: (.*)"
+    assert run([{"type": "math", "pattern": pattern}, {"type": "reasoning_gym", "pattern": pattern}], use) == (2.0, 0.0)
+
+
+def test_a_worker_that_cannot_start_is_an_error_at_once(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RewardError, match="ended with code 1 while starting"):
+        score_one([{"type": "exact"}], on_failure="zero")
+
+
+def test_wrong_functions_and_names_are_found_at_construction():
+    with pytest.raises(ConfigError, match=r"cannot import user_rewards:lenght: .*has no attribute 'lenght'"):
+        RewardScorer(RewardsConfig(scorers=[python("lenght")]))
+    with pytest.raises(ConfigError, match="2 scorers have the name 'exact'"):
+        RewardScorer(RewardsConfig(scorers=[{"type": "exact"}, {"type": "exact"}]))

@@ -1,0 +1,138 @@
+import pytest
+import reasoning_gym
+
+from megarl.errors import ConfigError
+from megarl.rewards.scorers import ScorerSpec, build_scorer
+
+
+def scorer(type, pattern=None, function=None):
+    return build_scorer(ScorerSpec(name=type, type=type, pattern=pattern, function=function))
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [("  New\n York ", "new york", 1), ("ẞ", "SS", 1), ("NewYork", "new york", 0), ("", "4", 0), ("4.0", "4", 0)],
+)
+def test_exact(response, answer, score):
+    assert scorer("exact")(response, {"answer": answer}) == score
+
+
+def test_exact_extracts_the_first_group():
+    score = scorer("exact", r"Answer:\s*(\S+)|none")
+    assert score("12 or so. Answer: 7", {"answer": "7"}) == 1
+    assert score("7", {"answer": "7"}) == 0
+    assert score("none", {"answer": "None"}) == 0
+
+
+def test_regex():
+    score = scorer("regex", r"^<think>.*</think>")
+    assert score("<think>x</think> 4", {}) == 1
+    assert score("4 <think>x</think>", {}) == 0
+
+
+EQUAL = [
+    ("72", "72"),
+    ("The answer is 72.", "72"),
+    ("1,234", "1234"),
+    ("0.5", "\\frac{1}{2}"),
+    ("so it is $\\frac{2}{4}$", "1/2"),
+    ("First 3, then \\boxed{\\dfrac{1}{2}}.", "0.5"),
+    ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}"),
+    ("$(x+1)^2$", "x^2 + 2x + 1"),
+    ("(1, 2)", "(1,2)"),
+    ("$\\{1, 2, 3\\}$", "\\{3, 2, 1\\}"),
+    ("x = 5", "5"),
+    ("-4", "-4"),
+    ("1e5", "100000"),
+    ("2.5e-3", "0.0025"),
+    ("50%", "50\\%"),
+    ("2\\pi", "$2\\pi$"),
+    ("10 000", "10000"),
+    ("\\text{Evelyn}", "\\text{Evelyn}"),
+    ("12 apples", "12"),
+]
+DIFFERENT = [
+    ("71", "72"),
+    ("4", "-4"),
+    ("$\\frac{1}{3}$", "\\frac{1}{2}"),
+    ("1", "\\frac{1}{2}"),
+    ("(1, 3)", "(1, 2)"),
+    ("2", "(1, 2)"),
+    ("2", "2\\pi"),
+    ("x+1", "x^2 + 2x + 1"),
+    ("1e6", "100000"),
+    ("I do not know", "3"),
+    ("", "3"),
+]
+
+
+@pytest.fixture(scope="module")
+def math():
+    return scorer("math")
+
+
+@pytest.mark.parametrize(("response", "answer"), EQUAL)
+def test_math_equal(math, response, answer):
+    assert math(response, {"answer": answer}) == 1
+
+
+@pytest.mark.parametrize(("response", "answer"), DIFFERENT)
+def test_math_different(math, response, answer):
+    assert math(response, {"answer": answer}) == 0
+
+
+def test_math_extracts_the_first_group_and_refuses_a_bad_reference(math):
+    score = scorer("math", r"<answer>(.*?)</answer>")
+    assert score("3 <answer>\\frac{1}{2}</answer> 4", {"answer": "0.5"}) == 1
+    assert score("0.5", {"answer": "0.5"}) == 0
+    with pytest.raises(ValueError, match="is not mathematics"):
+        math("3", {"answer": ""})
+
+
+@pytest.mark.parametrize(
+    "task", ["chain_sum", "basic_arithmetic", "gcd", "spell_backward", "decimal_arithmetic", "countdown", "leg_counting"]
+)
+def test_reasoning_gym_own_answers_score_one_and_wrong_ones_less(task):
+    score = scorer("reasoning_gym")
+    for entry in reasoning_gym.create_dataset(task, size=5, seed=7):
+        reference = {"answer": entry["answer"], "task": task, "options": {}, "entry": entry}
+        assert score(f"  {entry['answer']}\n", reference) == 1
+        assert score("nothing at all", reference) < 1
+
+
+def test_reasoning_gym_scores_by_the_tasks_options():
+    loose, tight = ({"precision": 12, "max_num_decimal_places": places} for places in (1, 6))
+    entry = {"question": "", "answer": "1.05", "metadata": {}}
+    score = scorer("reasoning_gym")
+    scores = [
+        score("1.0", {"answer": "1.05", "task": "decimal_arithmetic", "options": options, "entry": entry})
+        for options in (loose, tight)
+    ]
+    assert scores[0] == 1
+    assert scores[1] < 1
+
+
+def test_reasoning_gym_needs_its_own_rows():
+    with pytest.raises(ValueError, match="not of a reasoning_gym source"):
+        scorer("reasoning_gym")("4", {"answer": "4"})
+
+
+@pytest.mark.parametrize(
+    ("type", "pattern", "function", "expected"),
+    [
+        ("regex", None, None, "has no pattern"),
+        ("exact", "(", None, "is not a regular expression"),
+        ("math", "Answer: .*", None, "has no group"),
+        ("python", None, None, "has no function"),
+        ("python", "(a)", "math:sqrt", "takes no pattern"),
+        ("python", None, "math.sqrt", "is not module:function"),
+        ("python", None, "no_such_module:f", "No module named 'no_such_module'"),
+        ("python", None, "math:root", "has no attribute 'root'"),
+        ("python", None, "math:pi", "is a float, not a function"),
+    ],
+)
+def test_wrong_scorers_are_one_line(type, pattern, function, expected):
+    with pytest.raises(ConfigError) as error:
+        scorer(type, pattern, function)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,64 @@
+"""Reward functions as a user would write them, good and bad."""
+
+import asyncio
+import os
+
+
+def length(response, reference):
+    return len(response)
+
+
+def noisy_length(response, reference):
+    print("a print must not break the worker's answers")
+    return len(response)
+
+
+def loops_on_request(response, reference):
+    """Loops for ever after opening the pipe ``reference["started"]``, for the response "loop"; else gives its process id."""
+    if response == "loop":
+        with open(reference["started"], "w"):
+            pass
+        while True:
+            pass
+    return os.getpid()
+
+
+def raises(response, reference):
+    raise KeyError("two\nlines")
+
+
+def exits(response, reference):
+    os._exit(3)
+
+
+def returns_text(response, reference):
+    return "1.0"
+
+
+def returns_nan(response, reference):
+    return float("nan")
+
+
+def reads_level(response, reference):
+    return reference["level"]
+
+
+async def async_length(response, reference):
+    await asyncio.sleep(0)
+    return len(response)
+
+
+async def async_never(response, reference):
+    await asyncio.Event().wait()
+
+
+async def async_raises(response, reference):
+    raise TimeoutError("the judge is away")
+
+
+class AsyncJudge:
+    async def __call__(self, response, reference):
+        return 2
+
+
+judge = AsyncJudge()

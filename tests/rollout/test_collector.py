@@ -1,0 +1,299 @@
+"""The collector over a real embedded engine, and over one that fails where a test wants it to."""
+
+import asyncio
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from megarl.config.schema import Config, EmbeddedEngineConfig
+from megarl.errors import RolloutError
+from megarl.rollout.collector import Collector, CollectResult
+from megarl.rollout.embedded import EmbeddedEngine
+from megarl.rollout.protocol import Generation, SamplingParams
+from megarl.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
+
+
+class FailingEngine:
+    """Answers with the prompt's first token; ``fail(first_token, attempt)`` may raise or wait first."""
+
+    def __init__(self, fail: Callable[[int, int], Any] = lambda token, attempt: None) -> None:
+        self.fail = fail
+        self.dead = ""
+        self.attempts: dict[int, int] = {}
+        self.now = self.most = 0
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None: ...
+
+    async def health(self) -> None:
+        if self.dead:
+            raise RolloutError(self.dead)
+
+    async def generate(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
+        token = prompt_token_ids[0]
+        self.attempts[token] = self.attempts.get(token, 0) + 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            waiting = self.fail(token, self.attempts[token])
+            await (waiting if waiting is not None else asyncio.sleep(0))
+        finally:
+            self.now -= 1
+        one = Generation(token_ids=(token,), logprobs=(-0.5,), finish_reason=FinishReason.STOP, weight_version=0)
+        return [one] * sampling.num_samples
+
+
+class PromptSource:
+    """Endless prompts ``task/0``, ``task/1`` ... whose first token is their number."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def __call__(self, count: int) -> list[Prompt]:
+        start = sum(self.taken)
+        self.taken.append(count)
+        return [make_prompt(number) for number in range(start, start + count)]
+
+
+def make_prompt(number: int) -> Prompt:
+    return Prompt(prompt_id=f"task/{number}", token_ids=(number % 90, 1, 2), text=str(number), reference={})
+
+
+def scored(rollout: Rollout, reward: float) -> ScoredRollout:
+    return ScoredRollout(rollout=rollout, reward=reward, parts={}, failures=())
+
+
+async def score_by_length(rollout: Rollout) -> ScoredRollout:
+    return scored(rollout, float(len(rollout.token_ids)))
+
+
+def make_config(*, stall: float = 60.0, dynamic: bool = False, evaluation: dict[str, Any] | None = None, **rollout: Any) -> Config:
+    settings = {"prompts_per_step": 6, "samples_per_prompt": 4, "max_new_tokens": 6, "request_timeout": 30.0, "max_retries": 2}
+    return Config.model_validate(
+        {
+            "kind": "rl",
+            "steps": 1,
+            "seed": 7,
+            "model": {"path": "unused"},
+            "data": {"train": {"type": "jsonl", "path": "unused.jsonl"}},
+            "algorithm": {"max_sampling_waves": 5, "dynamic_sampling": dynamic},
+            "observe": {"stall_warning": stall},
+            "evaluation": evaluation or {},
+            "rollout": settings | rollout,
+        }
+    )
+
+
+def make_collector(engine: Any, score: Any = score_by_length, warnings: list[str] | None = None, **config: Any) -> Collector:
+    return Collector(
+        engine,
+        make_config(**config),
+        stop_token_ids=(),
+        decode=lambda ids: " ".join(map(str, ids)),
+        score=score,
+        warn=(warnings if warnings is not None else []).append,
+    )
+
+
+def collect(engine: Any, num_groups: int = 6, *, source: Any = None, **options: Any) -> CollectResult:
+    collector = make_collector(engine, prompts_per_step=num_groups, **options)
+    return asyncio.run(collector.collect(source or PromptSource(), step=3))
+
+
+def embedded(folder: Path, model: PreTrainedModel, use: Callable[[EmbeddedEngine], Any]) -> Any:
+    async def run() -> Any:
+        engine = EmbeddedEngine(folder, torch.float32, EmbeddedEngineConfig(batch_size=8, threads=1))
+        await engine.start()
+        await engine.update_weights(iter(model.state_dict().items()), 9)
+        try:
+            return await use(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
+
+
+def test_groups_come_in_prompt_order_whatever_completes_first(model_folder: Path, tiny_model: Any) -> None:
+    """Scorers that end in the opposite order, and one prompt at a time for the engine, change nothing at all."""
+
+    def run(order: Sequence[int], concurrency: int) -> CollectResult:
+        events = [asyncio.Event() for _ in range(6)]
+
+        async def score(rollout: Rollout) -> ScoredRollout:
+            number = int(rollout.prompt.text)
+            place = order.index(number)
+            if place > 0:
+                await events[order[place - 1]].wait()
+            if rollout.sample_index == 3:
+                events[number].set()
+            return scored(rollout, float(number))
+
+        async def use(engine: EmbeddedEngine) -> CollectResult:
+            return await make_collector(engine, score, concurrency=concurrency).collect(PromptSource(), step=3)
+
+        return embedded(model_folder, tiny_model(0), use)
+
+    forward, backward = run(range(6), 64), run([5, 4, 3, 2, 1, 0], 64)
+    assert forward.groups == backward.groups  # token ids, log-probs, rewards: bit for bit
+    assert [group.prompt.prompt_id for group in forward.groups] == [f"task/{number}" for number in range(6)]
+    one_at_a_time = run(range(6), 1)
+    for group, other in zip(forward.groups, one_at_a_time.groups, strict=True):
+        assert [one.rollout.sample_index for one in group.rollouts] == [0, 1, 2, 3]
+        assert [one.rollout.token_ids for one in group.rollouts] == [one.rollout.token_ids for one in other.rollouts]
+        assert {one.rollout.weight_version for one in group.rollouts} == {9}
+        assert [one.rollout.text for one in group.rollouts] == [" ".join(map(str, one.rollout.token_ids)) for one in group.rollouts]
+
+
+def test_seeds_differ_by_position_and_step_and_repeat_between_runs(model_folder: Path, tiny_model: Any) -> None:
+    def run(step: int) -> list[tuple[int, ...]]:
+        def same_prompt(count: int) -> list[Prompt]:
+            return [make_prompt(5)] * count
+
+        async def use(engine: EmbeddedEngine) -> CollectResult:
+            return await make_collector(engine, prompts_per_step=3).collect(same_prompt, step=step)
+
+        groups = embedded(model_folder, tiny_model(0), use).groups
+        return [one.rollout.token_ids for group in groups for one in group.rollouts]
+
+    assert run(1) == run(1)
+    assert len(set(run(1) + run(2))) == 24
+
+
+def test_dynamic_sampling_asks_for_exactly_what_is_missing() -> None:
+    async def score(rollout: Rollout) -> ScoredRollout:
+        informative = int(rollout.prompt.text) % 3 == 0
+        return scored(rollout, 1.0 if informative and rollout.sample_index == 3 else 0.0)
+
+    source = PromptSource()
+    result = collect(FailingEngine(), 4, source=source, score=score, dynamic=True)
+    assert source.taken == [4, 2, 2, 1, 1]  # tasks 0-3 keep 0 and 3; 4-5 none; 6-7 keep 6; 8 none; 9 is kept
+    assert [group.prompt.text for group in result.groups] == ["0", "3", "6", "9"]
+    assert [group.prompt.text for group in result.filtered] == ["1", "2", "4", "5", "7", "8"]
+    assert (result.stats.waves, result.stats.dropped_filtered, result.stats.dropped_unscored) == (5, 6, 0)
+
+
+def test_a_group_with_an_unscored_response_is_dropped_and_replaced() -> None:
+    async def score(rollout: Rollout) -> ScoredRollout | None:
+        return None if rollout.prompt.text in ("1", "4") and rollout.sample_index == 2 else scored(rollout, 1.0)
+
+    result = collect(FailingEngine(), 4, score=score)
+    assert [group.prompt.text for group in result.groups] == ["0", "2", "3", "5"]
+    assert (result.stats.dropped_unscored, result.stats.dropped_filtered, result.stats.waves) == (2, 0, 3)
+
+
+def test_waves_are_bounded_and_the_error_has_the_numbers() -> None:
+    async def score(rollout: Rollout) -> ScoredRollout:
+        return scored(rollout, 1.0 if rollout.prompt.text == "0" and rollout.sample_index < 2 else 0.25)
+
+    with pytest.raises(RolloutError) as error:
+        collect(FailingEngine(), 2, score=score, dynamic=True)
+    message = str(error.value)
+    assert "after 5 waves only 1 of 2 groups are kept (5 dropped" in message
+    assert "min 0.25, mean 0.3125, max 1" in message and "algorithm.max_sampling_waves" in message
+
+
+def test_a_failed_request_is_sent_again() -> None:
+    def fail(token: int, attempt: int) -> None:
+        if token == 2 and attempt <= 2:
+            raise RolloutError("connection reset")
+
+    warnings: list[str] = []
+    result = collect(FailingEngine(fail), warnings=warnings)
+    assert [group.prompt.text for group in result.groups] == list("012345")
+    assert result.stats.retries == 2
+    assert result.stats.failures == ["prompt task/2 failed: connection reset"] * 2
+    assert "task/2" in warnings[0] and "1 of 2 retries" in warnings[0]
+
+
+def test_a_prompt_that_is_never_answered_is_named() -> None:
+    engine = FailingEngine(lambda token, attempt: asyncio.Event().wait() if token == 4 else None)
+    with pytest.raises(RolloutError, match=r"prompt task/4 was not answered and scored within 0\.05 s, after 2 retries"):
+        collect(engine, request_timeout=0.05)
+    assert engine.attempts[4] == 3
+    assert engine.now == 0  # given-up requests were cancelled
+
+
+def test_a_scorer_that_hangs_counts_against_the_prompt() -> None:
+    async def score(rollout: Rollout) -> ScoredRollout:
+        if rollout.prompt.text == "3":
+            await asyncio.Event().wait()
+        return scored(rollout, 0.0)
+
+    with pytest.raises(RolloutError, match="prompt task/3 was not answered and scored"):
+        collect(FailingEngine(), score=score, request_timeout=0.05, max_retries=0)
+
+
+def test_a_dead_engine_ends_the_step_without_retries() -> None:
+    def fail(token: int, attempt: int) -> Any:
+        if token == 0:
+            engine.dead = "vLLM was killed by SIGKILL"
+            raise RolloutError("connection reset")
+        return asyncio.Event().wait()
+
+    engine = FailingEngine(fail)
+    with pytest.raises(RolloutError, match=r"^vLLM was killed by SIGKILL$"):
+        collect(engine)
+    assert engine.attempts[0] == 1
+    assert engine.now == 0
+
+
+def test_an_error_of_a_scorer_is_raised_as_it_is() -> None:
+    async def score(rollout: Rollout) -> ScoredRollout:
+        raise ZeroDivisionError("in the scorer")
+
+    with pytest.raises(ZeroDivisionError, match="in the scorer"):
+        collect(FailingEngine(), score=score)
+
+
+def test_concurrency_is_bounded_at_the_engine() -> None:
+    engine = FailingEngine()
+    collect(engine, 20, concurrency=3)
+    assert engine.most == 3
+
+
+def test_a_stall_is_warned_of_with_the_prompts_in_flight() -> None:
+    release = asyncio.Event()
+    warnings: list[str] = []
+
+    class ReleasingList(list[str]):
+        def append(self, line: str) -> None:
+            warnings.append(line)
+            release.set()
+
+    engine = FailingEngine(lambda token, attempt: release.wait() if token in (1, 3) else None)
+    result = collect(engine, warnings=ReleasingList(), stall=0.05)
+    assert len(result.groups) == 6
+    assert len(warnings) == 1
+    assert re.search(r"no response has come for 0\.05 s; waiting for prompts task/1, task/3$", warnings[0])
+
+
+def test_evaluation_takes_its_own_samples_and_temperature(model_folder: Path, tiny_model: Any) -> None:
+    prompts = [make_prompt(number) for number in range(5)]
+
+    async def use(engine: EmbeddedEngine) -> list[RolloutGroup]:
+        evaluation = {"samples_per_prompt": 2, "temperature": 0.0}
+        return await make_collector(engine, evaluation=evaluation, dynamic=True).evaluate(prompts)
+
+    groups = embedded(model_folder, tiny_model(0), use)
+    assert [group.prompt for group in groups] == prompts
+    for group in groups:
+        first, second = (one.rollout for one in group.rollouts)
+        assert first.token_ids == second.token_ids  # greedy
+
+
+def test_statistics_add_up() -> None:
+    result = collect(FailingEngine())
+    stats = result.stats
+    assert 0 < stats.generating_seconds <= stats.wall_seconds
+    assert stats.generate_seconds >= stats.generating_seconds
+    assert stats.metrics()["rollout/waves"] == 1.0
+    assert stats.metrics()["rollout/failures"] == 0.0

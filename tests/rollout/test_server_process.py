@@ -1,0 +1,132 @@
+"""Servers, their guard and their ports, with small real processes."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megarl.errors import RolloutError
+from megarl.rollout.engine_environment import COMPLETE_MARKER, default_vllm_python, engine_folder
+from megarl.rollout.server_process import ServerProcess, free_port
+
+# A server with a child of its own; both ignore TERM when told to. It writes the process ids once all are up.
+SERVER = """
+import os, signal, subprocess, sys, time
+deaf, path = sys.argv[1] == "deaf", sys.argv[2]
+if deaf:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited by the child
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open(path + ".tmp", "w") as file:
+    file.write(f"{os.getpid()} {child.pid}")
+os.rename(path + ".tmp", path)
+time.sleep(600)
+"""
+
+TRAINER = """
+import asyncio, sys
+from pathlib import Path
+from megarl.rollout.server_process import ServerProcess
+async def main():
+    folder = Path(sys.argv[1])
+    command = [sys.executable, "-c", sys.argv[2], "polite", str(folder / "pids")]
+    await ServerProcess("server", command, {}, folder / "log").start()
+    await asyncio.sleep(600)
+asyncio.run(main())
+"""
+
+
+def started_processes(path: Path) -> list[psutil.Process]:
+    """The server and its child, once they are up."""
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return [psutil.Process(int(pid)) for pid in path.read_text().split()]
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    return psutil.wait_procs(processes, timeout=10)[1] == []
+
+
+@pytest.mark.parametrize("manner", ["polite", "deaf"])
+def test_close_ends_the_server_and_its_children(tmp_path: Path, manner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megarl.rollout.server_process.GRACE_SECONDS", 0.5)
+
+    async def run() -> list[psutil.Process]:
+        server = ServerProcess("server", [sys.executable, "-c", SERVER, manner, str(tmp_path / "pids")], {}, tmp_path / "log")
+        await server.start()
+        processes = await asyncio.to_thread(started_processes, tmp_path / "pids")
+        await server.close()
+        return processes
+
+    assert all_gone(asyncio.run(run()))
+
+
+def test_a_killed_trainer_leaves_no_server_behind(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", TRAINER, str(tmp_path), SERVER]) as trainer:
+        processes = started_processes(tmp_path / "pids")
+        os.kill(trainer.pid, signal.SIGKILL)
+    assert all_gone(processes)
+
+
+def test_a_killed_server_takes_its_children_along_and_is_named(tmp_path: Path) -> None:
+    async def run() -> tuple[list[psutil.Process], RolloutError]:
+        server = ServerProcess("server", [sys.executable, "-c", SERVER, "polite", str(tmp_path / "pids")], {}, tmp_path / "log")
+        await server.start()
+        processes = await asyncio.to_thread(started_processes, tmp_path / "pids")
+        processes[0].kill()
+        assert server.exited is not None
+        await server.exited
+        return processes, server.death()
+
+    processes, death = asyncio.run(run())
+    assert all_gone(processes)
+    assert str(death).startswith("server was killed by SIGKILL; ")
+
+
+def test_a_server_that_dies_is_quoted_in_one_line(tmp_path: Path) -> None:
+    program = "print('loading'); raise ValueError('block size 7 is odd')"
+
+    async def run() -> RolloutError:
+        server = ServerProcess("server", [sys.executable, "-c", program], {}, tmp_path / "log")
+        await server.start()
+        assert server.exited is not None
+        await server.exited
+        await server.close()
+        return server.death()
+
+    message = str(asyncio.run(run()))
+    assert message == f"server exited with code 1; its last words in {tmp_path / 'log'}: ValueError: block size 7 is odd"
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(
+            RolloutError, match=rf"port {port} of 127\.0\.0\.1 cannot be used \(Address already in use\); set rollout\.vllm\.port"
+        ):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", port) == port
+    assert free_port("127.0.0.1", 0) > 0
+
+
+def test_only_a_finished_environment_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = engine_folder("vllm")
+    assert folder.is_relative_to(tmp_path)
+    with pytest.raises(RolloutError, match="run make engine-vllm"):
+        default_vllm_python()
+    (folder / "bin").mkdir(parents=True)
+    with pytest.raises(RolloutError, match="run make engine-vllm"):
+        default_vllm_python()  # interrupted before the marker was written
+    (folder / COMPLETE_MARKER).touch()
+    assert default_vllm_python() == folder / "bin" / "python"

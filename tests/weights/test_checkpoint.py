@@ -1,0 +1,157 @@
+"""Checkpoints: resumed equals uninterrupted, bit for bit in the same layout and to 1e-5 in another; nothing half-written is read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tiny import PROMPTS, tiny_config, write_tiny_model
+
+from megarl.algorithms.objectives import build_policy_batch, policy_objective
+from megarl.config.schema import Config
+from megarl.errors import CheckpointError
+from megarl.loop.parity import parse_layout, synthetic_batch, with_layout
+from megarl.parallel.launch import run_local_ranks
+from megarl.train.roles import Policy, is_main_rank
+from megarl.types import TokenScores
+from megarl.weights import checkpoint as checkpoint_module
+from megarl.weights.checkpoint import CheckpointWriter, RunState, load_policy, read_run_state, whole_checkpoints
+
+UPDATES = 6
+SAVE_AFTER = 3
+
+
+def train(config: Config, folder: Path, resume: bool, asynchronous: bool, output: Path) -> None:
+    """UPDATES updates with a checkpoint after SAVE_AFTER, or the rest of them from that checkpoint."""
+    policy = Policy(config, total_updates=UPDATES)
+    writer = CheckpointWriter(folder, policy.weight_map, keep=2, asynchronous=asynchronous)
+    first = 0
+    if resume:
+        checkpoint = whole_checkpoints(folder)[-1]
+        first = read_run_state(checkpoint, policy.weight_map).step
+        policy.load_state(load_policy(checkpoint, policy.sharded_state(is_loading=True)))
+    packed = synthetic_batch(PROMPTS, config)
+    records = []
+    for step in range(first, UPDATES):
+        old, _ = policy.engine.logprobs(packed)
+        scores = TokenScores(old=old + 0.1, reference=old - 0.2)
+        result = policy.update(build_policy_batch(packed, scores, config.algorithm)[0], policy_objective(config.algorithm))
+        records.append(dict(result.metrics) | {"norm": result.gradient_norm, "lr": result.learning_rate})
+        if step + 1 == SAVE_AFTER:
+            writer.save(policy.sharded_state(), RunState(step=step + 1, weight_version=step + 1, data={"position": 7}))
+    writer.close()
+    tensors = dict(policy.hugging_face_tensors())
+    if is_main_rank():
+        save_file(tensors, output)
+        output.with_suffix(".json").write_text(json.dumps(records[SAVE_AFTER - first :]))
+
+
+def config_for(folder: Path, layout: str) -> tuple[Config, int]:
+    schedule = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 2}
+    return with_layout(tiny_config(folder / "model", optimizer=schedule), parse_layout(layout))
+
+
+def run(folder: Path, layout: str, *, resume: bool = False, asynchronous: bool = False) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    config, num_ranks = config_for(folder, layout)
+    output = folder / "out.safetensors"
+    run_local_ranks(train, (config, folder / "checkpoints", resume, asynchronous, output), num_ranks, 120)
+    return load_file(output), json.loads(output.with_suffix(".json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "other", "asynchronous"),
+    [
+        ("qwen2", "tp=2,pp=2", "dp=2", False),
+        ("qwen2", "pp=2,dp=2", "tp=2,pp=2,vpp=2", False),
+        ("llama", "dp=2", "tp=4", True),
+        ("qwen3", "tp=2,cp=2,sequence_parallel=true", "pp=4", False),
+        ("llama", "dp=2,distributed_optimizer=false", "tp=2,distributed_optimizer=false", False),
+    ],
+)
+def test_resumed_equals_uninterrupted(tmp_path: Path, family: str, layout: str, other: str, asynchronous: bool) -> None:
+    write_tiny_model(tmp_path / "model", family)
+    weights, metrics = run(tmp_path, layout, asynchronous=asynchronous)
+    assert [path.name for path in whole_checkpoints(tmp_path / "checkpoints")] == ["step_00000003"]
+
+    resumed_weights, resumed_metrics = run(tmp_path, layout, resume=True)
+    assert resumed_metrics == metrics
+    for name, tensor in weights.items():
+        assert torch.equal(resumed_weights[name], tensor), name
+
+    moved_weights, moved_metrics = run(tmp_path, other, resume=True)
+    for expected, actual in zip(metrics, moved_metrics, strict=True):
+        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    for name, tensor in weights.items():
+        assert (moved_weights[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+def resume_only(config: Config, folder: Path) -> None:
+    policy = Policy(config, total_updates=UPDATES)
+    checkpoint = whole_checkpoints(folder)[-1]
+    read_run_state(checkpoint, policy.weight_map)
+    load_policy(checkpoint, policy.sharded_state(is_loading=True))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    write_tiny_model(folder / "model", "llama")
+    run(folder, "dp=2")
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["missing file", "truncated file", "broken manifest", "another model"])
+def test_damaged_checkpoint_is_refused_in_one_line(saved: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    checkpoint = whole_checkpoints(tmp_path / "checkpoints")[-1]
+    data = next((checkpoint / "policy").glob("*.distcp"))
+    match damage:
+        case "missing file":
+            data.unlink()
+            expected = f"{data} is missing"
+        case "truncated file":
+            data.write_bytes(data.read_bytes()[:-1])
+            expected = "the manifest says"
+        case "broken manifest":
+            (checkpoint / "manifest.json").write_text("{")
+            expected = "is not valid JSON"
+        case _:
+            write_tiny_model(tmp_path / "model", "llama", num_hidden_layers=2)
+            expected = "is a checkpoint of another model"
+    config, num_ranks = config_for(tmp_path, "dp=2")
+    with pytest.raises(CheckpointError) as error:
+        run_local_ranks(resume_only, (config, tmp_path / "checkpoints"), num_ranks, 60)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unfinished_save_is_never_read(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "checkpoints" / "step_00000003", tmp_path / "checkpoints" / "step_00000009")
+    (tmp_path / "checkpoints" / "step_00000009" / "manifest.json").unlink()
+    assert [path.name for path in whole_checkpoints(tmp_path / "checkpoints")] == ["step_00000003"]
+
+
+def save_many(config: Config, folder: Path, keep: int) -> None:
+    policy = Policy(config, total_updates=1)
+    writer = CheckpointWriter(folder, policy.weight_map, keep=keep, asynchronous=False)
+    for step in range(1, 5):
+        writer.save(policy.sharded_state(), RunState(step=step, weight_version=step, data={}))
+        dist.barrier()
+
+
+def test_only_the_newest_are_kept(saved: Path, tmp_path: Path) -> None:
+    config, _ = config_for(saved, "")
+    run_local_ranks(save_many, (config, tmp_path, 2), 1, 60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def test_full_disk_is_refused_before_anything_is_written(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    config, _ = config_for(saved, "")
+    with pytest.raises(CheckpointError, match="GB free; free some space or lower checkpoint.keep"):
+        run_local_ranks(save_many, (config, tmp_path / "checkpoints", 1), 1, 60)
+    assert not list((tmp_path / "checkpoints").iterdir())
