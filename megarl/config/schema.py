@@ -15,18 +15,24 @@ def key(default: Any, unit: str, sentence: str, **constraints: Any) -> Any:
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused."""
+    """Base of all sections: immutable, unknown keys and numbers that are NaN or infinite refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
     """The Hugging Face model that is trained."""
 
-    path: Path = key(..., "folder", "Hugging Face model folder: config.json, tokenizer files, and safetensors unless init is random.")
-    init: Literal["pretrained", "random"] = key("pretrained", "-", "Read the folder's weights, or draw random ones from its config and the seed.")
+    path: Path = key(
+        ..., "folder", "Hugging Face model folder: config.json, tokenizer files, and safetensors unless init is random."
+    )
+    init: Literal["pretrained", "random"] = key(
+        "pretrained", "-", "Read the folder's weights, or draw random ones from its config and the seed."
+    )
     tokenizer: Path | None = key(None, "folder", "Tokenizer folder; the model folder when not given.")
-    dtype: Literal["float32", "bfloat16"] = key("float32", "-", "Type of parameters and activations; gradients and optimizer state stay float32.")
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "-", "Type of parameters and activations; gradients and optimizer state stay float32."
+    )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = key(
         "auto", "-", "Megatron layer implementation; auto takes Transformer Engine where it is installed and CUDA is present."
     )
@@ -68,7 +74,9 @@ class RoleConfig(Section):
 class ReferenceConfig(RoleConfig):
     """The frozen reference model of the KL term; built only when algorithm.kl needs it."""
 
-    path: Path | None = key(None, "folder", "Hugging Face folder of the reference weights; the policy's starting weights when not given.")
+    path: Path | None = key(
+        None, "folder", "Hugging Face folder of the reference weights; the policy's starting weights when not given."
+    )
 
 
 class OptimizerConfig(Section):
@@ -84,7 +92,10 @@ class OptimizerConfig(Section):
     epsilon: float = key(1e-8, "-", "Adam's denominator constant.", gt=0)
     clip_gradient: float = key(1.0, "L2 norm", "The global gradient norm is clipped to this; 0 means no clipping.", ge=0)
     max_skipped_steps: int = key(
-        10, "optimizer steps", "Training ends with an error after this many consecutive steps skipped for NaN or Inf gradients.", ge=1
+        10,
+        "optimizer steps",
+        "Training ends with an error after this many consecutive steps skipped for NaN or Inf gradients.",
+        ge=1,
     )
 
 
@@ -106,14 +117,18 @@ class ClipConfig(Section):
 class AlgorithmConfig(Section):
     """A policy-gradient method as one choice per axis; the defaults are GRPO (arXiv 2402.03300)."""
 
-    advantage: Literal["group_mean_std", "group_mean"] = key("group_mean_std", "-", "Baseline and scale of the reward within its group.")
+    advantage: Literal["group_mean_std", "group_mean"] = key(
+        "group_mean_std", "-", "Baseline and scale of the reward within its group."
+    )
     clip: ClipConfig = key(ClipConfig, "-", "PPO clipping.")
     aggregation: Literal["sequence_mean", "token_mean"] = key(
         "sequence_mean", "-", "Mean of each sequence's token mean, or mean over all response tokens; both over the global batch."
     )
     kl: KLConfig = key(KLConfig, "-", "KL penalty.")
     entropy_coefficient: float = key(0.0, "-", "Weight of the entropy bonus.", ge=0)
-    dynamic_sampling: bool = key(False, "-", "Drop groups whose rewards are all equal and sample others in their place (DAPO, arXiv 2503.14476).")
+    dynamic_sampling: bool = key(
+        False, "-", "Drop groups whose rewards are all equal and sample others in their place (DAPO, arXiv 2503.14476)."
+    )
     max_sampling_waves: int = key(
         10, "waves", "Dynamic sampling gives up with an error after this many waves of prompts for one step.", ge=1
     )
@@ -130,7 +145,9 @@ class EmbeddedEngineConfig(Section):
 class VllmEngineConfig(Section):
     """The real vLLM as a server process in a Python environment of its own, or one given by URL."""
 
-    python: Path | None = key(None, "file", "Python of the environment that has vLLM; the one built by make engine-vllm when not given.")
+    python: Path | None = key(
+        None, "file", "Python of the environment that has vLLM; the one built by make engine-vllm when not given."
+    )
     url: str | None = key(None, "URL", "Use this running server instead of starting one.")
     port: int = key(0, "port", "Port of the started server; 0 takes a free one.", ge=0, le=65535)
     tensor_parallel_size: int = key(1, "ranks", "Tensor parallel size of the server.", ge=1)
@@ -152,7 +169,9 @@ class RolloutConfig(Section):
     top_p: float = key(1.0, "-", "Nucleus sampling mass; 1 means off.", gt=0, le=1)
     top_k: int = key(0, "tokens", "Sample among the k most probable tokens; 0 means off.", ge=0)
     stop_token_ids: list[int] = key(list, "token ids", "More stop tokens than the tokenizer's end-of-sequence token.")
-    request_timeout: float = key(600.0, "seconds", "Time one prompt has to be answered and scored; the error names the prompt.", gt=0)
+    request_timeout: float = key(
+        600.0, "seconds", "Time one prompt has to be answered and scored; the error names the prompt.", gt=0
+    )
     max_retries: int = key(2, "retries", "How often a failed or timed-out request is sent again.", ge=0)
     concurrency: int = key(256, "prompts", "Most prompts in flight at the same time.", ge=1)
     embedded: EmbeddedEngineConfig = key(EmbeddedEngineConfig, "-", "Settings of engine: embedded.")
@@ -162,7 +181,7 @@ class RolloutConfig(Section):
 class JsonlSource(Section):
     """Rows of a JSON-lines file."""
 
-    type: Literal["jsonl"] = "jsonl"
+    type: Literal["jsonl"] = key("jsonl", "-", "The rows come from a JSON-lines file.")
     path: Path = key(..., "file", "JSON-lines file, one object a line.")
     prompt_field: str = key("prompt", "-", "Field with the question, a string or a list of chat messages.")
     answer_field: str = key("answer", "-", "Field with the expected answer; SFT trains on it as the response.")
@@ -171,7 +190,7 @@ class JsonlSource(Section):
 class DatasetsSource(Section):
     """A Hugging Face dataset."""
 
-    type: Literal["datasets"] = "datasets"
+    type: Literal["datasets"] = key("datasets", "-", "The rows come from a Hugging Face dataset.")
     path: str = key(..., "name or folder", "Folder written by save_to_disk, or a name for datasets.load_dataset.")
     split: str = key("train", "-", "Split of the dataset.")
     prompt_field: str = key("prompt", "-", "Field with the question, a string or a list of chat messages.")
@@ -181,7 +200,7 @@ class DatasetsSource(Section):
 class ReasoningGymSource(Section):
     """Procedurally generated, verifiable tasks of the reasoning-gym package."""
 
-    type: Literal["reasoning_gym"] = "reasoning_gym"
+    type: Literal["reasoning_gym"] = key("reasoning_gym", "-", "The rows come from a reasoning-gym generator.")
     task: str = key(..., "-", "Name of the generator, e.g. chain_sum.")
     size: int = key(1000, "prompts", "How many tasks are generated.", ge=1)
     seed: int = key(0, "-", "Seed of the generator; different seeds give different tasks.")
@@ -214,8 +233,14 @@ class ScorerConfig(Section):
     type: Literal["exact", "regex", "math", "reasoning_gym", "python"] = key(..., "-", "Which scorer.")
     name: str | None = key(None, "-", "Name in the log; the type when not given.")
     weight: float = key(1.0, "-", "Factor of this score in the reward.")
-    pattern: str | None = key(None, "regular expression", "For regex: 1 if it is found in the response; for exact and math: its first group is the answer.")
-    function: str | None = key(None, "module:function", "For python: called with (response: str, reference: mapping), sync or async, returns a number.")
+    pattern: str | None = key(
+        None,
+        "regular expression",
+        "For regex: 1 if it is found in the response; for exact, math and reasoning_gym: its first group is the answer.",
+    )
+    function: str | None = key(
+        None, "module:function", "For python: called with (response: str, reference: mapping), sync or async, returns a number."
+    )
 
 
 class RewardsConfig(Section):
@@ -233,7 +258,9 @@ class EvaluationConfig(Section):
     """Accuracy on held-out prompts during training."""
 
     data: DataSource | None = key(None, "-", "Held-out prompts; no evaluation when not given.")
-    every: int = key(0, "steps", "Evaluate after every so many steps, at the start and at the end; 0 means only start and end.", ge=0)
+    every: int = key(
+        0, "steps", "Evaluate after every so many steps, at the start and at the end; 0 means only start and end.", ge=0
+    )
     samples_per_prompt: int = key(1, "responses", "Responses per prompt: k of pass@k.", ge=1)
     temperature: float = key(0.0, "-", "Sampling temperature; 0 means greedy.", ge=0)
     pass_threshold: float = key(1.0, "reward", "A response with at least this reward counts as correct.")

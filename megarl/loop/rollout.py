@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,11 +27,13 @@ class Collected:
         packed: the batch, on every rank.
         groups: the same as people read it, on rank 0; empty elsewhere.
         metrics: what was seen while sampling and scoring, on rank 0.
+        score_seconds: wall time in which nothing was generated any more, only scored.
     """
 
     packed: PackedBatch
     groups: tuple[RolloutGroup, ...]
     metrics: dict[str, float]
+    score_seconds: float
 
 
 class MainRankRollout:
@@ -85,13 +88,14 @@ class Rollout:
     def collect(self, step: int) -> Collected:
         """Sample and score the groups of one step."""
         if self._main is None:
-            return Collected(packed=broadcast_batch(None, PackedBatch), groups=(), metrics={})
+            return Collected(packed=broadcast_batch(None, PackedBatch), groups=(), metrics={}, score_seconds=0.0)
         main = self._main
         assert main.prompts is not None
         result = main.runner.run(main.collector.collect(main.prompts.take, step))
         packed = broadcast_batch(pack_groups(result.groups), PackedBatch)
         metrics = rollout_metrics(result.groups) | result.stats.metrics()
-        return Collected(packed=packed, groups=tuple(result.groups), metrics=metrics)
+        score_seconds = result.stats.wall_seconds - result.stats.generating_seconds
+        return Collected(packed=packed, groups=result.groups, metrics=metrics, score_seconds=score_seconds)
 
     def evaluate(self) -> tuple[dict[str, float], tuple[RolloutGroup, ...]]:
         """Accuracy on the held-out prompts: metrics on every rank, groups on rank 0."""
@@ -105,10 +109,14 @@ class Rollout:
             metrics[f"pass@{k}"] = pass_at_k(groups, k, evaluation.pass_threshold)
         return broadcast_metrics(metrics), tuple(groups)
 
-    def data_state(self) -> dict[str, int]:
-        """Position in the training prompts, for the checkpoint."""
-        state = None if self._main is None or self._main.prompts is None else self._main.prompts.state()
-        return {name: int(value) for name, value in broadcast_metrics({} if state is None and self._main else state).items()}
+    def data_state(self) -> dict[str, Any]:
+        """Position in the training prompts, on rank 0."""
+        return {} if self._main is None or self._main.prompts is None else self._main.prompts.state()
+
+    def restore_data(self, state: dict[str, Any]) -> None:
+        """Go on from that position."""
+        if self._main is not None and self._main.prompts is not None:
+            self._main.prompts.restore(state)
 
     def close(self) -> None:
         """End the engine and the scorers."""

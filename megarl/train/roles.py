@@ -74,18 +74,29 @@ class Policy:
         """The weights as whole Hugging Face tensors on rank 0; every rank must exhaust it."""
         return hugging_face_tensors(self.engine.chunks, self.weight_map, self.engine.layout)
 
+    def _metadata(self) -> dict[str, Any]:
+        return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": self.engine.layout.groups.dp_cp}
+
+    def sharded_weights(self) -> dict[str, Any]:
+        """The model's part of ``sharded_state``."""
+        return {
+            f"model{number}": chunk.sharded_state_dict(metadata=self._metadata()) for number, chunk in enumerate(self.engine.chunks)
+        }
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take over the model's part of a filled state dict."""
+        for number, chunk in enumerate(self.engine.chunks):
+            chunk.load_state_dict(state[f"model{number}"])
+
     def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
         """Model, optimizer, scheduler and random state as megatron-core's sharded state dict; collective.
 
         Args:
             is_loading: it is a template to load into.
         """
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": self.engine.layout.groups.dp_cp}
-        model = {
-            f"model{number}": chunk.sharded_state_dict(metadata=dict(metadata)) for number, chunk in enumerate(self.engine.chunks)
-        }
+        model = self.sharded_weights()
         self.optimizer.fill_state()
-        optimizer = self.optimizer.megatron.sharded_state_dict(dict(model), is_loading=is_loading, metadata=dict(metadata))
+        optimizer = self.optimizer.megatron.sharded_state_dict(dict(model), is_loading=is_loading, metadata=self._metadata())
         counters = {"num_skipped": self.optimizer.num_skipped, "num_consecutive_skipped": self.optimizer.num_consecutive_skipped}
         return model | {
             "optimizer": optimizer,
@@ -96,8 +107,7 @@ class Policy:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over a state dict that ``weights.checkpoint.load_policy`` filled."""
-        for number, chunk in enumerate(self.engine.chunks):
-            chunk.load_state_dict(state[f"model{number}"])
+        self.load_weights(state)
         self.optimizer.megatron.load_state_dict(state["optimizer"])
         self.optimizer.scheduler.load_state_dict(state["scheduler"])
         self.optimizer.num_skipped = state["counters"]["num_skipped"]

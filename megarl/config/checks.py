@@ -1,0 +1,69 @@
+"""Checks across keys, the model's config.json and the number of ranks, made before any process group exists.
+
+Each check yields one line for each mistake: the values, the reason and the fix.
+"""
+
+from collections.abc import Iterator
+
+from megarl.config.model_facts import ModelFacts, read_model_facts
+from megarl.config.role_checks import Role, check_role
+from megarl.config.run_checks import check_run
+from megarl.config.schema import Config
+from megarl.errors import ConfigError
+
+
+def check(config: Config, world_size: int) -> None:
+    """Refuse a config that cannot run.
+
+    Args:
+        config: the resolved config.
+        world_size: ranks of the run.
+
+    Raises:
+        ConfigError: with one line for each mistake.
+    """
+    failures = list(check_run(config))
+    try:
+        facts = read_model_facts(config.model.path)
+    except ConfigError as error:
+        failures.append(f"model.path: {error}")
+    else:
+        failures += _check_policy(config, facts, world_size)
+        failures += _check_reference(config, facts, world_size)
+    if failures:
+        raise ConfigError("\n".join(failures))
+
+
+def _check_policy(config: Config, facts: ModelFacts, world_size: int) -> Iterator[str]:
+    yield from check_role(Role(name="policy", path_key="model.path", config=config.policy, facts=facts), config, world_size)
+    if config.model.init == "pretrained" and not any(facts.path.glob("*.safetensors")):
+        yield f"model.path: {facts.path} has no *.safetensors file; give a folder with weights or set model.init to random"
+    for token_id in config.rollout.stop_token_ids:
+        if not 0 <= token_id < facts.vocab_size:
+            yield (
+                f"rollout.stop_token_ids: token id {token_id} is outside the model's vocabulary of {facts.vocab_size}; "
+                f"give ids from 0 to {facts.vocab_size - 1}"
+            )
+
+
+def _check_reference(config: Config, policy: ModelFacts, world_size: int) -> Iterator[str]:
+    """The reference role, where the KL term needs one that is not simply the policy's twin."""
+    reference = config.reference
+    if config.kind != "rl" or config.algorithm.kl.place == "none" or reference is None:
+        return
+    if reference.path is None:
+        yield from check_role(Role(name="reference", path_key="model.path", config=reference, facts=policy), config, world_size)
+        return
+    try:
+        facts = read_model_facts(reference.path)
+    except ConfigError as error:
+        yield f"reference.path: {error}"
+        return
+    yield from check_role(Role(name="reference", path_key="reference.path", config=reference, facts=facts), config, world_size)
+    if facts.vocab_size != policy.vocab_size:
+        yield (
+            f"reference.path: vocab_size {facts.vocab_size} of {facts.path} differs from the policy's {policy.vocab_size}; "
+            "the KL term compares token by token: give a reference with the policy's vocabulary"
+        )
+    if not any(facts.path.glob("*.safetensors")):
+        yield f"reference.path: {facts.path} has no *.safetensors file; give a folder with weights"

@@ -1,0 +1,143 @@
+"""Reading and writing configuration files; every mistake in one is one line with the key, the value, the reason and the fix."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from megarl.config import yaml_text
+from megarl.config.fields import Place, meaning_of, nearest_key, place_of, source_name, type_in_words, unit_of
+from megarl.config.schema import Config
+from megarl.errors import ConfigError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file into a Config.
+
+    Relative paths in the file stay relative to the current directory, not to the file.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.key=value`` texts, applied in order; the value is YAML, a number in the key is a list index.
+
+    Raises:
+        ConfigError: with one line for each mistake.
+    """
+    data = _read_mapping(path)
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        overridden = [override.partition("=")[0].strip() for override in overrides]
+        lines = [_one_line(detail, str(path), overridden) for detail in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole resolved config as YAML; loading it gives an equal Config."""
+    return yaml_text.dump(config.model_dump(mode="json"))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write ``dump_config`` to a file; raises ConfigError when it cannot be written."""
+    try:
+        path.write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: the config cannot be written ({error.strerror}); choose another --run-dir") from error
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """Parse the file into plain YAML values."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML config file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}); give a YAML config file") from None
+    try:
+        data = yaml_text.parse(text)
+    except yaml.YAMLError as error:
+        line, reason = yaml_text.problem_of(error)
+        raise ConfigError(f"{path}:{line or 1}: not valid YAML: {reason}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}:1: holds {_show(data)}, not 'key: value' lines; start from a file in configs/")
+    return data
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in ``data``, making the mappings on the way that are missing."""
+    dotted, equals, text = override.partition("=")
+    dotted = dotted.strip()
+    if not equals or not all(dotted.split(".")):
+        raise ConfigError(f"--set {override}: is not section.key=value, for example --set optimizer.learning_rate=1e-6")
+    try:
+        value = yaml_text.parse(text)
+    except yaml.YAMLError as error:
+        reason = yaml_text.problem_of(error)[1]
+        raise ConfigError(f"--set {override}: the value is not valid YAML ({reason}); put a text in double quotes") from None
+    *parents, name = dotted.split(".")
+    node: Any = data
+    for depth, part in enumerate(parents):
+        index = _index(node, part, ".".join(parents[:depth]), override)
+        if isinstance(node, dict) and node.get(index) is None:
+            node[index] = {}
+        node = node[index]
+    node[_index(node, name, ".".join(parents), override)] = value
+
+
+def _index(node: Any, part: str, where: str, override: str) -> str | int:
+    """``part`` as the key or index of ``node``, the value at ``where``."""
+    if isinstance(node, dict):
+        return part
+    if not isinstance(node, list):
+        raise ConfigError(f"--set {override}: {where} is {_show(node)}, which has no keys; set {where} itself")
+    if not (part.isdecimal() and int(part) < len(node)):
+        raise ConfigError(
+            f"--set {override}: {where} is a list with {len(node)} items and {part} is not one's index; indices start at 0"
+        )
+    return int(part)
+
+
+def _one_line(detail: ErrorDetails, file: str, overridden: Sequence[str]) -> str:
+    """One pydantic error as one line."""
+    location, kind, given = detail["loc"], detail["type"], detail["input"]
+    place = place_of(location)
+    by_override = any(f"{place.path}.".startswith(f"{dotted}.") for dotted in overridden)
+    where = f"{'--set' if by_override else file}: {place.path}"
+    if kind == "extra_forbidden":
+        if any(dotted.startswith(f"{place.path}.") for dotted in overridden):
+            where = f"--set: {place.path}"
+        siblings = [name for section in place_of(location[:-1]).sections for name in section.model_fields]
+        return f"{where}: unknown key; the nearest valid key is {nearest_key(place.path, siblings)}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        choices = " or ".join(str(source_name(section)) for section in place.sections)
+        given_type = given.get("type") if isinstance(given, dict) else None
+        return f"{where}.type: {'is required' if given_type is None else f'is {_show(given_type)}'}; give {choices}"
+    if kind == "missing":
+        return f"{where}: is required; give {_fix(place)}"
+    reason = "" if kind in ("literal_error", "model_type") else f", {_lower_first(detail['msg'])}"
+    return f"{where}: is {_show(given)}{reason}; give {_fix(place)}"
+
+
+def _fix(place: Place) -> str:
+    """What the value at a place must be."""
+    if place.field is None:
+        return "a value"
+    if len(place.sections) == 1:
+        return f"a section with keys among {', '.join(place.sections[0].model_fields)}"
+    unit, meaning = unit_of(place.field), meaning_of(place.field)
+    return f"{type_in_words(place.field)}{f' ({unit})' if unit else ''}: {meaning}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _show(value: Any) -> str:
+    """A value as it stands in an error message, cut when it is long."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,153 @@
+"""Checks of one role: its model can be built, its layout divides the world and the model, its micro-batches hold a sequence."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megarl.config.model_facts import ModelFacts
+from megarl.config.schema import Config, RoleConfig
+
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Role:
+    """One model of the run.
+
+    Attributes:
+        name: its section in the config.
+        path_key: the key that gives its model folder.
+        config: its section.
+        facts: its model.
+    """
+
+    name: str
+    path_key: str
+    config: RoleConfig
+    facts: ModelFacts
+
+
+def check_role(role: Role, config: Config, world_size: int) -> Iterator[str]:
+    """All checks of one role; one line for each mistake."""
+    yield from check_architecture(role)
+    yield from check_world_size(role, world_size)
+    yield from check_tensor_parallel(role)
+    yield from check_pipeline_parallel(role)
+    yield from check_context_parallel(role)
+    yield from check_expert_parallel(role)
+    yield from check_lengths(role, config)
+
+
+def check_architecture(role: Role) -> Iterator[str]:
+    """The model uses only what MegaRL builds."""
+    facts, where = role.facts, f"{role.path_key}: {role.facts.path / 'config.json'}"
+    if facts.rope_type not in SUPPORTED_ROPE_TYPES:
+        supported = ", ".join(SUPPORTED_ROPE_TYPES)
+        yield f"{where}: rope_type {facts.rope_type!r} is not supported; supported are {supported}: give another model"
+    if facts.sliding_window:
+        yield f"{where}: sliding-window attention is on and not supported; set use_sliding_window to false or give another model"
+    if facts.hidden_act != "silu":
+        yield f"{where}: hidden_act {facts.hidden_act!r} is not supported; only silu (SwiGLU) is: give another model"
+    for name in facts.biases:
+        yield f"{where}: {name} is true and not supported for {facts.model_type}; give a model without these biases"
+    if facts.quantization is not None:
+        yield f"{where}: the weights are quantized ({facts.quantization}) and cannot be trained; give full-precision weights"
+
+
+def check_world_size(role: Role, world_size: int) -> Iterator[str]:
+    """The data parallel size is a whole number."""
+    parallel = role.config.parallel
+    product = parallel.tp * parallel.pp * parallel.cp
+    if world_size % product:
+        above = (world_size // product + 1) * product
+        fit = f"{above} ranks" if world_size < product else f"{above - product} or {above} ranks"
+        yield (
+            f"{role.name}.parallel: world size {world_size} = tp {parallel.tp} × pp {parallel.pp} × cp {parallel.cp} × dp ?: "
+            f"{world_size} is not divisible by {product}; use {fit}, or smaller tp, pp or cp"
+        )
+
+
+def check_tensor_parallel(role: Role) -> Iterator[str]:
+    """tp divides everything that it shards."""
+    tp, facts = role.config.parallel.tp, role.facts
+    sharded = {
+        "num_attention_heads": facts.num_attention_heads,
+        "num_key_value_heads": facts.num_key_value_heads,
+        "intermediate_size": facts.intermediate_size,
+    }
+    for name, size in sharded.items():
+        if size % tp:
+            yield (
+                f"{role.name}.parallel.tp: tp {tp} does not divide the model's {name} {size}; "
+                f"tp must divide {', '.join(f'{key} {value}' for key, value in sharded.items())}"
+            )
+    if role.config.parallel.sequence_parallel and tp == 1:
+        yield (
+            f"{role.name}.parallel.sequence_parallel: is true with tp 1, and shards over the tp ranks; "
+            "set it to false or tp to 2 or more"
+        )
+
+
+def check_pipeline_parallel(role: Role) -> Iterator[str]:
+    """Every pipeline stage and virtual stage gets as many layers."""
+    parallel, layers = role.config.parallel, role.facts.num_layers
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield f"{role.name}.parallel.vpp: vpp {parallel.vpp} needs pp 2 or more and pp is 1; set vpp to 1 or raise pp"
+    chunks = parallel.pp * parallel.vpp
+    if layers % chunks:
+        yield (
+            f"{role.name}.parallel.pp: the model's {layers} layers do not divide into pp {parallel.pp} × vpp {parallel.vpp} = "
+            f"{chunks} equal chunks; choose pp × vpp among {_divisors(layers)}"
+        )
+
+
+def check_context_parallel(role: Role) -> Iterator[str]:
+    """The all-to-all method exchanges whole heads."""
+    parallel, facts = role.config.parallel, role.facts
+    if parallel.cp == 1 or parallel.context_parallel_method != "all_to_all":
+        return
+    heads = {"num_attention_heads": facts.num_attention_heads, "num_key_value_heads": facts.num_key_value_heads}
+    for name, size in heads.items():
+        if size % (parallel.tp * parallel.cp):
+            yield (
+                f"{role.name}.parallel.cp: all_to_all exchanges whole heads, and {name} {size} is not divisible by "
+                f"tp {parallel.tp} × cp {parallel.cp} = {parallel.tp * parallel.cp}; "
+                "use a smaller cp or context_parallel_method: all_gather"
+            )
+
+
+def check_expert_parallel(role: Role) -> Iterator[str]:
+    """All supported families are dense."""
+    parallel = role.config.parallel
+    for name, size in (("ep", parallel.ep), ("etp", parallel.etp or 1)):
+        if size > 1:
+            yield f"{role.name}.parallel.{name}: is {size}, but the model has no experts ({role.facts.model_type}); set it to 1"
+
+
+def check_lengths(role: Role, config: Config) -> Iterator[str]:
+    """The longest sequence fits into a micro-batch and into the model's positions."""
+    rollout = config.rollout
+    rollout_tokens = rollout.max_prompt_tokens + rollout.max_new_tokens
+    rollout_words = (
+        f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + rollout.max_new_tokens {rollout.max_new_tokens} = "
+        f"{rollout_tokens} tokens"
+    )
+    sft_tokens, sft_words = config.sft.max_tokens, f"sft.max_tokens {config.sft.max_tokens}"
+    trained, trained_words = (rollout_tokens, rollout_words) if config.kind == "rl" else (sft_tokens, sft_words)
+    if trained > role.config.max_tokens_per_micro_batch:
+        yield (
+            f"{role.name}.max_tokens_per_micro_batch: {role.config.max_tokens_per_micro_batch} tokens cannot hold the longest "
+            f"sequence ({trained_words}); raise it or shorten the sequences"
+        )
+    used = [(trained, trained_words)]
+    if config.kind == "sft" and config.evaluation.data is not None:
+        used.append((rollout_tokens, rollout_words))
+    for tokens, words in used:
+        if tokens > role.facts.max_position_embeddings:
+            yield (
+                f"{words} exceed max_position_embeddings {role.facts.max_position_embeddings} of {role.path_key} "
+                f"{role.facts.path}; shorten the sequences or give a model with more positions"
+            )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

@@ -1,0 +1,32 @@
+"""``megarl eval``: accuracy of a checkpoint or a Hugging Face folder on the held-out prompts."""
+
+import json
+from pathlib import Path
+
+from megarl.config.schema import Config
+from megarl.data.template import load_tokenizer
+from megarl.loop.rollout import Rollout
+from megarl.train.roles import Policy, is_main_rank
+from megarl.weights.checkpoint import MANIFEST, load_policy, read_run_state
+
+
+def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path) -> None:
+    """Evaluate and write the metrics as JSON to ``result``; every rank of the world runs this."""
+    saved_by_run = (checkpoint / MANIFEST).exists()
+    if not saved_by_run:
+        model = config.model.model_copy(update={"path": checkpoint, "init": "pretrained"})
+        config = config.model_copy(update={"model": model})
+    policy = Policy(config, total_updates=1)
+    version = 0
+    if saved_by_run:
+        version = read_run_state(checkpoint, policy.weight_map).weight_version
+        policy.load_weights(load_policy(checkpoint, policy.sharded_weights()))
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    rollout = Rollout(config, tokenizer, print)
+    try:
+        rollout.push_weights(policy, version)
+        metrics, _ = rollout.evaluate()
+    finally:
+        rollout.close()
+    if is_main_rank():
+        result.write_text(json.dumps(metrics))

@@ -1,0 +1,206 @@
+"""What every training run has around its loop: position, sampling, checkpoints, and what people watch."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from megarl.algorithms.objectives import masked_mean_gap
+from megarl.config.schema import Config
+from megarl.data.packing import pack_examples
+from megarl.data.sampler import build_sft_source
+from megarl.data.template import load_tokenizer
+from megarl.loop.broadcast import broadcast_batch
+from megarl.loop.rollout import Collected, Rollout
+from megarl.observe.progress import RunProgress
+from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
+from megarl.observe.sinks import MetricsWriter, RolloutWriter
+from megarl.observe.timers import PhaseTimer
+from megarl.train.roles import Policy, is_main_rank
+from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
+from megarl.weights.checkpoint import CheckpointWriter, RunState, load_policy, read_run_state, whole_checkpoints
+from megarl.weights.export import write_hugging_face_folder
+
+
+class Examples:
+    """Supervised examples: rank 0 reads them, every rank gets them."""
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        self._source = build_sft_source(config, tokenizer) if is_main_rank() else None
+
+    def take(self, count: int) -> PackedBatch:
+        """The next ``count`` examples."""
+        return broadcast_batch(None if self._source is None else pack_examples(self._source.take(count)), PackedBatch)
+
+    def data_state(self) -> dict[str, Any]:
+        """Position in the examples, on rank 0."""
+        return {} if self._source is None else self._source.state()
+
+    def restore_data(self, state: dict[str, Any]) -> None:
+        """Go on from that position."""
+        if self._source is not None:
+            self._source.restore(state)
+
+
+class Run:
+    """One run, from restore to export; a context manager that ends engines and closes files.
+
+    Attributes:
+        step: steps done.
+        weight_version: version of the policy's weights, equal to the steps done.
+        timer: seconds by phase.
+    """
+
+    def __init__(self, config: Config, policy: Policy, *, resume: bool) -> None:
+        self._config = config
+        self._policy = policy
+        self.timer = PhaseTimer()
+        folder = config.run_dir / "checkpoints"
+        self._checkpoints = CheckpointWriter(folder, policy.weight_map, config.checkpoint.keep, config.checkpoint.asynchronous)
+        state = self._restore_policy() if resume else None
+        self.step = state.step if state else 0
+        self.weight_version = state.weight_version if state else 0
+        self._first_step = self.step + 1
+        self._entropy_floor = EntropyFloor(config.observe.min_entropy)
+        self._open_displays(resume=resume)
+        tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        self._examples = Examples(config, tokenizer) if config.kind == "sft" else None
+        samples = config.kind == "rl" or config.evaluation.data is not None
+        self._rollout = Rollout(config, tokenizer, self.message) if samples else None
+        if state:
+            self._data.restore_data(state.data)
+
+    @property
+    def rollout(self) -> Rollout:
+        """Sampling and scoring; an SFT run has it only for evaluation."""
+        assert self._rollout is not None
+        return self._rollout
+
+    @property
+    def examples(self) -> Examples:
+        """Supervised examples of an SFT run."""
+        assert self._examples is not None
+        return self._examples
+
+    @property
+    def _data(self) -> Rollout | Examples:
+        return self._examples or self.rollout
+
+    def _restore_policy(self) -> RunState:
+        checkpoint = whole_checkpoints(self._config.run_dir / "checkpoints")[-1]
+        state = read_run_state(checkpoint, self._policy.weight_map)
+        self._policy.load_state(load_policy(checkpoint, self._policy.sharded_state(is_loading=True)))
+        return state
+
+    def _open_displays(self, *, resume: bool) -> None:
+        """Files and the display exist on rank 0 only."""
+        self._metrics: MetricsWriter | None = None
+        self._rollouts: RolloutWriter | None = None
+        self._progress: RunProgress | None = None
+        if is_main_rank():
+            config = self._config
+            self._metrics = MetricsWriter(
+                config.run_dir, tensorboard=config.observe.tensorboard, resume_step=self.step if resume else None
+            )
+            self._rollouts = RolloutWriter(config.run_dir, config.observe.rollouts_per_step)
+            self._progress = RunProgress(config.steps, start_step=self.step, enabled=config.observe.progress).__enter__()
+
+    def message(self, line: str) -> None:
+        """Print one line, on rank 0."""
+        if self._progress is not None:
+            self._progress.message(line)
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate before the first step; a resumed run has done so already."""
+        if self.step == 0 and self._config.evaluation.data is not None:
+            metrics = self._evaluate()
+            if self._metrics is not None:
+                self._metrics.write(0, metrics)
+
+    def _evaluate(self) -> dict[str, float]:
+        if self._config.kind == "sft":
+            self.rollout.push_weights(self._policy, self.weight_version)
+        metrics, groups = self.rollout.evaluate()
+        if self._rollouts is not None:
+            self._rollouts.write(self.step, groups, kind="evaluation")
+        self.message(f"step {self.step}: held-out " + ", ".join(f"{name} {value:.1%}" for name, value in metrics.items()))
+        return metrics
+
+    def finish_step(
+        self, results: Sequence[UpdateResult], collected: Collected | None = None, scores: TokenScores | None = None
+    ) -> None:
+        """Count the step, watch it, and evaluate, save and log as due."""
+        self.step += 1
+        self.weight_version += 1
+        metrics = _step_metrics(results)
+        groups: tuple[RolloutGroup, ...] = ()
+        if collected is not None and scores is not None:
+            groups = collected.groups
+            metrics |= collected.metrics | self._watch(metrics, collected, scores)
+            if is_main_rank():
+                self.timer.move("generate", "score", collected.score_seconds)
+        every, last = self._config.evaluation.every, self.step == self._config.steps
+        if self._config.evaluation.data is not None and (last or (every and self.step % every == 0)):
+            with self.timer.phase("evaluate"):
+                metrics |= self._evaluate()
+        if last or (self._config.checkpoint.every and self.step % self._config.checkpoint.every == 0):
+            with self.timer.phase("save"):
+                self._save()
+        self._checkpoints.poll()
+        seconds = self.timer.step_breakdown()
+        if self._metrics is not None and self._rollouts is not None and self._progress is not None:
+            self._metrics.write(self.step, metrics, seconds)
+            self._rollouts.write(self.step, groups)
+            self._progress.update(self.step, metrics, seconds)
+
+    def _watch(self, metrics: dict[str, float], collected: Collected, scores: TokenScores) -> dict[str, float]:
+        packed = collected.packed
+        mean_gap, max_gap = masked_mean_gap(scores.old, packed.sampler_logprobs, packed.loss_mask)
+        gap_warning = check_logprob_gap(
+            mean_gap, self._config.observe.max_logprob_gap, self.step, first=self.step == self._first_step
+        )
+        for warning in (gap_warning, self._entropy_floor.check(metrics["entropy"], self.step)):
+            if warning:
+                self.message(f"warning: {warning}")
+        return {"logprob_gap_mean": mean_gap, "logprob_gap_max": max_gap}
+
+    def _save(self) -> None:
+        state = RunState(step=self.step, weight_version=self.weight_version, data=self._data.data_state())
+        self._checkpoints.save(self._policy.sharded_state(), state)
+
+    def export(self) -> None:
+        """Write the policy as the run's Hugging Face folder ``hf``; collective."""
+        self._checkpoints.poll(blocking=True)
+        if not self._config.checkpoint.export:
+            return
+        config, tensors = self._config, self._policy.hugging_face_tensors()
+        if is_main_rank():
+            tokenizer = config.model.tokenizer or config.model.path
+            write_hugging_face_folder(tensors, config.model.path, tokenizer, config.run_dir / "hf")
+        else:
+            for _ in tensors:
+                pass
+        self.message(f"exported {config.run_dir / 'hf'}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._rollout is not None:
+            self._rollout.close()
+        if self._metrics is not None and self._progress is not None:
+            self._metrics.close()
+            self._progress.__exit__(kind, error, trace)
+        if error is None:
+            self._checkpoints.close()
+
+
+def _step_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
+    """Means over the step's updates; maxima of ``ratio_max``."""
+    metrics = {name: sum(result.metrics[name] for result in results) / len(results) for name in results[0].metrics}
+    if "ratio_max" in metrics:
+        metrics["ratio_max"] = max(result.metrics["ratio_max"] for result in results)
+    return metrics | {
+        "gradient_norm": sum(result.gradient_norm for result in results) / len(results),
+        "learning_rate": results[-1].learning_rate,
+        "skipped_updates": float(sum(result.skipped for result in results)),
+    }

@@ -1,0 +1,1 @@
+"""What people watch: metrics, phase times, files, progress, sentinels."""

@@ -1,0 +1,82 @@
+"""What is watched of the rollouts of a step."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from megarl.types import FinishReason, RolloutGroup
+
+REPETITION_NGRAM = 4
+REPETITION_LIMIT = 0.5
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Rewards, lengths, truncation and repetition over all responses of a step.
+
+    Args:
+        groups: at least one, each with at least one response.
+
+    Returns:
+        ``reward_mean, reward_min, reward_max, reward_std`` (population), ``score_<scorer>`` (mean raw score),
+        ``zero_variance_share`` (groups whose rewards are all equal: they teach nothing), ``response_length_mean`` and
+        ``response_length_max`` (tokens), ``truncated_share`` (responses that ended at max_new_tokens),
+        ``reward_length_correlation`` (Pearson, over responses; NaN when either is constant), ``repetition_share`` (responses
+        with a ``repetition`` above 0.5) and ``scorer_failures`` (count).
+    """
+    scored = [rollout for group in groups for rollout in group.rollouts]
+    assert scored, "no responses"
+    rewards = np.array([item.reward for item in scored])
+    lengths = np.array([len(item.rollout.token_ids) for item in scored], dtype=np.float64)
+    metrics = {
+        "reward_mean": rewards.mean(),
+        "reward_min": rewards.min(),
+        "reward_max": rewards.max(),
+        "reward_std": rewards.std(),
+        "zero_variance_share": np.mean([len({item.reward for item in group.rollouts}) == 1 for group in groups]),
+        "response_length_mean": lengths.mean(),
+        "response_length_max": lengths.max(),
+        "truncated_share": np.mean([item.rollout.finish_reason is FinishReason.LENGTH for item in scored]),
+        "reward_length_correlation": correlation(rewards, lengths),
+        "repetition_share": np.mean([repetition(item.rollout.token_ids) > REPETITION_LIMIT for item in scored]),
+        "scorer_failures": sum(len(item.failures) for item in scored),
+    }
+    names = sorted({name for item in scored for name in item.parts})
+    for name in names:
+        metrics[f"score_{name}"] = np.mean([item.parts[name] for item in scored if name in item.parts])
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Pearson correlation of two vectors; NaN when one of them is constant."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return math.nan
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def repetition(token_ids: Sequence[int]) -> float:
+    """Share of 4-grams that already stood in the response, 1 - unique / all (seq-rep-4, arXiv 1908.04319); 0 below 4 tokens."""
+    count = len(token_ids) - REPETITION_NGRAM + 1
+    if count < 1:
+        return 0.0
+    tokens = np.asarray(token_ids, dtype=np.int64)
+    # Exact and fast: number the distinct pairs, then a 4-gram is two of those numbers.
+    pairs, pair_ids = np.unique(tokens[:-1] << 32 | tokens[1:], return_inverse=True)
+    return 1.0 - np.unique(pair_ids[:-2] * len(pairs) + pair_ids[2:]).size / count
+
+
+def pass_at_k(groups: Sequence[RolloutGroup], k: int, threshold: float) -> float:
+    """Mean over prompts of the unbiased pass@k, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374).
+
+    Args:
+        groups: n responses to each prompt, c of them correct; NaN is returned when there are no groups.
+        k: responses drawn, at most n of every group.
+        threshold: a response with at least this reward is correct.
+    """
+    estimates = []
+    for group in groups:
+        num_samples = len(group.rollouts)
+        assert 1 <= k <= num_samples, f"pass@{k} of {num_samples} responses to {group.prompt.prompt_id}"
+        num_correct = sum(item.reward >= threshold for item in group.rollouts)
+        estimates.append(1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k))
+    return sum(estimates) / len(estimates) if estimates else math.nan

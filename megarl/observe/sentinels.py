@@ -1,0 +1,52 @@
+"""Watches that speak up before a run is lost."""
+
+from megarl.errors import TrainingError
+
+
+def check_logprob_gap(mean_gap: float, limit: float, step: int, *, first: bool) -> str | None:
+    """Compare the trainer's log-probabilities of the sampled tokens with the sampler's.
+
+    Args:
+        mean_gap: mean of \\|trainer - sampler\\| over the response tokens, nats.
+        limit: observe.max_logprob_gap.
+        step: the step that the gap belongs to.
+        first: True at the first step of a process, where a gap means a wrong setup.
+
+    Returns:
+        A warning of one line, or None.
+
+    Raises:
+        TrainingError: the gap is above the limit (or NaN) at the first step.
+    """
+    if mean_gap <= limit:
+        return None
+    line = (
+        f"step {step}: trainer and sampler log-probabilities differ by {mean_gap:.4g} nats per token on average, above "
+        f"observe.max_logprob_gap {limit:g}; likely causes: the engine holds other weights or another dtype than the trainer, its "
+        "tokenizer or chat template differs, or it samples with a temperature or truncation that its log-probabilities leave out"
+    )
+    if first:
+        raise TrainingError(f"{line}; look at the responses in rollouts/, or compare with rollout.engine: embedded")
+    return line
+
+
+class EntropyFloor:
+    """Warns when the mean token entropy falls below a floor, once for each fall.
+
+    Args:
+        floor: observe.min_entropy, nats; 0 never warns.
+    """
+
+    def __init__(self, floor: float) -> None:
+        self._floor = floor
+        self._below = False
+
+    def check(self, entropy: float, step: int) -> str | None:
+        """A warning of one line when ``entropy`` (nats) has just fallen below the floor, else None."""
+        was_below, self._below = self._below, entropy < self._floor
+        if was_below or not self._below:
+            return None
+        return (
+            f"step {step}: mean token entropy {entropy:.4g} nats is below observe.min_entropy {self._floor:g}, the policy may be "
+            "collapsing; raise algorithm.entropy_coefficient or algorithm.clip.high, or lower optimizer.learning_rate"
+        )

@@ -1,0 +1,146 @@
+"""Where a run writes what it sees: metrics.jsonl, TensorBoard files and readable rollouts."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from megarl.errors import CheckpointError
+from megarl.types import RolloutGroup, ScoredRollout
+
+
+class MetricsWriter:
+    """Writes one line of ``metrics.jsonl`` for each call, and TensorBoard scalars.
+
+    A line is ``{"step": 3, "time": <Unix seconds>, "metrics": {...}, "seconds": {<phase>: ...}}``; NaN and infinity are null.
+
+    Args:
+        run_dir: the run folder, which exists.
+        tensorboard: also write ``tensorboard/``.
+        resume_step: go on after this step and forget what was written of later ones; None begins a new file.
+
+    Raises:
+        CheckpointError: the file to resume is malformed.
+        FileExistsError: a new run would write over an old one.
+    """
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool, resume_step: int | None = None) -> None:
+        path = run_dir / "metrics.jsonl"
+        if resume_step is not None:
+            _truncate(path, resume_step)
+        # Line-buffered: a killed run loses no finished line.
+        self._file = path.open("x" if resume_step is None else "a", encoding="utf-8", buffering=1)
+        self._tensorboard: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by every run
+
+            purge_step = None if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=30)
+
+    def write(self, step: int, metrics: Mapping[str, float], seconds: Mapping[str, float] | None = None) -> None:
+        """Record what was seen at ``step``: metrics by name, and seconds by phase."""
+        seconds = seconds or {}
+        line = {"step": step, "time": time.time(), "metrics": _finite(metrics), "seconds": _finite(seconds)}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._tensorboard is not None:
+            for name, value in {**metrics, **{f"seconds/{phase}": value for phase, value in seconds.items()}}.items():
+                if math.isfinite(value):
+                    self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    """Drop the lines of steps after ``last_step``, and a last line that a kill cut short."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            step = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise CheckpointError(f"{path}:{number}: is not a line of metrics; repair or remove the file to resume") from None
+        if step <= last_step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class RolloutWriter:
+    """Writes some responses of each step as readable JSON lines, ``rollouts/step_000012.jsonl``.
+
+    Args:
+        run_dir: the run folder, which exists.
+        per_step: responses written for each step; 0 writes no file.
+    """
+
+    def __init__(self, run_dir: Path, per_step: int) -> None:
+        self._folder = run_dir / "rollouts"
+        self._per_step = per_step
+        if per_step > 0:
+            self._folder.mkdir(exist_ok=True)
+
+    def write(self, step: int, groups: Sequence[RolloutGroup], kind: str = "step") -> None:
+        """Write the first responses: one of each group in turn, then the second of each, and so on.
+
+        Args:
+            step: the step that sampled them.
+            groups: all groups of the step.
+            kind: start of the file's name.
+        """
+        if self._per_step == 0:
+            return
+        lines = [
+            json.dumps(_readable(scored), ensure_ascii=False, allow_nan=False) + "\n"
+            for scored in islice(_in_turn(groups), self._per_step)
+        ]
+        (self._folder / f"{kind}_{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _in_turn(groups: Sequence[RolloutGroup]) -> Iterator[ScoredRollout]:
+    """All responses, the first of each group, then the second of each ..."""
+    for same_index in zip_longest(*(group.rollouts for group in groups)):
+        yield from (scored for scored in same_index if scored is not None)
+
+
+def _readable(scored: ScoredRollout) -> dict[str, Any]:
+    rollout = scored.rollout
+    return {
+        "prompt_id": rollout.prompt.prompt_id,
+        "sample_index": rollout.sample_index,
+        "prompt": rollout.prompt.text,
+        "response": rollout.text,
+        "reward": _finite_or_none(scored.reward),
+        "parts": _finite(scored.parts),
+        "finish_reason": rollout.finish_reason.value,
+        "prompt_tokens": len(rollout.prompt.token_ids),
+        "response_tokens": len(rollout.token_ids),
+        "weight_version": rollout.weight_version,
+        "failures": list(scored.failures),
+    }
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: _finite_or_none(value) for name, value in values.items()}
+
+
+def _finite_or_none(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return float(value) if math.isfinite(value) else None

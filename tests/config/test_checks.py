@@ -1,0 +1,297 @@
+"""Every refusal across keys, model and world size: one line that names the key, the numbers and the fix."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarl.config.checks import check
+from megarl.config.model_facts import read_model_facts
+from megarl.config.schema import Config
+from megarl.errors import ConfigError
+
+MODEL: dict[str, Any] = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+    "max_position_embeddings": 2048,
+    "hidden_act": "silu",
+}
+RL: dict[str, Any] = {
+    "kind": "rl",
+    "steps": 10,
+    "model": {"init": "random"},
+    "data": {"train": {"type": "reasoning_gym", "task": "chain_sum"}},
+    "rewards": {"scorers": [{"type": "exact"}]},
+}
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    facts = {name: value for name, value in (MODEL | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(facts))
+    return folder
+
+
+def build(model: Path, *settings: str, **top: Any) -> Config:
+    """RL with the given ``section.key=json`` settings."""
+    data = copy.deepcopy(RL | top)
+    data["model"]["path"] = str(model)
+    for setting in settings:
+        path, _, value = setting.partition("=")
+        *sections, name = path.split(".")
+        node = data
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = json.loads(value)
+    return Config.model_validate(data)
+
+
+def failures(config: Config, world_size: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check(config, world_size)
+    return str(caught.value).split("\n")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size"),
+    [
+        ([], 1),
+        (["policy.parallel.tp=2", "policy.parallel.pp=2", "policy.parallel.cp=2", "policy.parallel.sequence_parallel=true"], 16),
+        (["policy.parallel.pp=3", "policy.parallel.vpp=4"], 3),
+        (["policy.parallel.tp=2", "policy.parallel.cp=2", 'policy.parallel.context_parallel_method="all_to_all"'], 4),
+        (["policy.parallel.ep=1", "policy.parallel.etp=1"], 1),
+        (["policy.max_tokens_per_micro_batch=1024"], 1),
+        (["rollout.max_prompt_tokens=2000", "rollout.max_new_tokens=48"], 1),
+        (["rollout.prompts_per_step=6", "algorithm.updates_per_step=3", "optimizer.warmup_steps=30"], 1),
+        (["steps=0", "optimizer.warmup_steps=30"], 1),
+        (['rollout.engine="vllm"', "rollout.temperature=0.7"], 1),
+        (['rollout.engine="vllm"', "rollout.top_p=0.7"], 1),
+        (["rollout.stop_token_ids=[0, 99]"], 1),
+        (['rewards.scorers=[{"type": "regex", "pattern": "a+"}, {"type": "python", "function": "a.b:c"}]'], 1),
+        (['kind="sft"', "rewards.scorers=[]", "sft.max_tokens=2048", "rollout.max_new_tokens=5000"], 1),
+    ],
+)
+def test_good_configs_pass(model: Path, settings: list[str], world_size: int) -> None:
+    check(build(model, *settings), world_size)
+
+
+LAYOUT = [
+    (
+        ["policy.parallel.tp=3", "policy.parallel.pp=2", "policy.parallel.vpp=2"],
+        8,
+        "policy.parallel: world size 8 = tp 3 × pp 2 × cp 1 × dp ?: 8 is not divisible by 6; use 6 or 12 ranks",
+        "tp 3 does not divide the model's num_attention_heads 8",
+        "tp 3 does not divide the model's num_key_value_heads 4",
+    ),
+    (["policy.parallel.cp=4"], 2, "world size 2 = tp 1 × pp 1 × cp 4 × dp ?: 2 is not divisible by 4; use 4 ranks"),
+    (
+        ["policy.parallel.tp=5"],
+        5,
+        "tp 5 does not divide the model's num_attention_heads 8",
+        "num_key_value_heads 4;",
+        "tp 5 does not divide the model's intermediate_size 96",
+    ),
+    (
+        ["policy.parallel.pp=8"],
+        8,
+        "12 layers do not divide into pp 8 × vpp 1 = 8 equal chunks; choose pp × vpp among 1, 2, 3, 4, 6, 12",
+    ),
+    (["policy.parallel.pp=2", "policy.parallel.vpp=4"], 2, "12 layers do not divide into pp 2 × vpp 4 = 8 equal chunks"),
+    (["policy.parallel.vpp=2"], 1, "vpp 2 needs pp 2 or more and pp is 1"),
+    (["policy.parallel.sequence_parallel=true"], 2, "sequence_parallel: is true with tp 1"),
+    (
+        ["policy.parallel.tp=2", "policy.parallel.cp=4", 'policy.parallel.context_parallel_method="all_to_all"'],
+        8,
+        "num_key_value_heads 4 is not divisible by tp 2 × cp 4 = 8",
+    ),
+    (
+        ["policy.parallel.ep=2", "policy.parallel.etp=2"],
+        4,
+        "policy.parallel.ep: is 2, but the model has no",
+        "policy.parallel.etp: is 2",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", LAYOUT, ids=lambda case: case[0][0])
+def test_layouts(model: Path, case: tuple[Any, ...]) -> None:
+    settings, world_size, *expected = case
+    assert_lines(failures(build(model, *settings), world_size), expected)
+
+
+def assert_lines(lines: list[str], expected: list[str]) -> None:
+    assert len(lines) == len(expected), lines
+    for line, part in zip(lines, expected, strict=True):
+        assert part in line
+
+
+RUN = [
+    (["rollout.max_new_tokens=20000"], "= 20512 tokens)", "= 20512 tokens exceed max_position_embeddings 2048"),
+    (["policy.max_tokens_per_micro_batch=1023"], "1023 tokens cannot hold the longest sequence (rollout.max_prompt_tokens 512 +"),
+    (['kind="sft"', "sft.max_tokens=2049"], "sft.max_tokens 2049 exceed max_position_embeddings 2048"),
+    (
+        [
+            'kind="sft"',
+            "sft.max_tokens=8",
+            "rollout.max_new_tokens=2000",
+            'evaluation.data={"type": "reasoning_gym", "task": "a"}',
+        ],
+        "512 + rollout.max_new_tokens 2000 = 2512 tokens exceed",
+    ),
+    (["rollout.prompts_per_step=10", "algorithm.updates_per_step=4"], "prompts_per_step 10 does not divide into 4 mini-batches"),
+    (["rollout.samples_per_prompt=1"], "1 response per prompt makes every advantage 0"),
+    (["data.train.size=31"], "31 prompts are fewer than rollout.prompts_per_step 32"),
+    (["rewards.scorers=[]"], "rewards.scorers: is empty and kind: rl needs at least one"),
+    (['algorithm.kl.place="loss"'], "algorithm.kl.coefficient: is 0 with kl.place loss"),
+    (["algorithm.kl.coefficient=0.1"], "algorithm.kl.coefficient: is 0.1 but kl.place is none"),
+    (
+        ['rollout.engine="vllm"', "rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.top_k=5"],
+        "0.7 with top_p 0.9 and top_k 5",
+    ),
+    (
+        ['rollout.engine="vllm"', 'rollout.vllm={"url": "http://a", "python": "/p", "port": 80, "arguments": {"x": 1}}'],
+        "rollout.vllm.python: is /p but rollout.vllm.url http://a",
+        "rollout.vllm.port: is 80",
+        "rollout.vllm.arguments: is {'x': 1}",
+    ),
+    (['rollout.engine="vllm"', 'rollout.vllm.python="/absent"'], "rollout.vllm.python: /absent does not exist"),
+    (["optimizer.min_learning_rate=0.1"], "optimizer.min_learning_rate: 0.1 is above learning_rate 1e-06"),
+    (["optimizer.warmup_steps=11"], "optimizer.warmup_steps: 11 optimizer steps exceed the run's steps 10"),
+    (["algorithm.updates_per_step=2", "optimizer.warmup_steps=21"], "exceed the run's steps 10 × updates_per_step 2 = 20"),
+    (["rollout.stop_token_ids=[5, 100, -1]"], "token id 100 is outside the model's vocabulary of 100", "token id -1"),
+    (['data.template="Question:"'], "data.template: 'Question:' has no {prompt}"),
+    (['data.exclude=[{"type": "jsonl", "path": "absent.jsonl"}]'], "data.exclude.0.path: absent.jsonl does not exist"),
+    (['model.tokenizer="absent"'], "model.tokenizer: absent is not a folder"),
+    (['model.init="pretrained"'], "has no *.safetensors file"),
+    (["evaluation.every=5"], "evaluation.every: is 5 but there is no evaluation.data"),
+    (
+        ['evaluation={"data": {"type": "reasoning_gym", "task": "a"}, "samples_per_prompt": 4}'],
+        "evaluation.samples_per_prompt: 4 greedy responses",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", RUN, ids=lambda case: case[0][-1][:60])
+def test_run(model: Path, case: tuple[Any, ...]) -> None:
+    settings, *expected = case
+    assert_lines(failures(build(model, *settings)), expected)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "expected"),
+    [
+        ({"type": "regex"}, "pattern: is required for type regex"),
+        ({"type": "regex", "pattern": "(a"}, "pattern: '(a' is not a regular expression"),
+        ({"type": "math", "pattern": "a+"}, "pattern: 'a+' has no group"),
+        ({"type": "python"}, "function: is required for type python"),
+        ({"type": "python", "function": "a.b.c"}, "function: 'a.b.c' is not module:function"),
+        ({"type": "python", "function": "a:b", "pattern": "x"}, "pattern: 'x' has no use for type python"),
+        ({"type": "exact", "function": "a:b"}, "function: 'a:b' has no use for type exact"),
+    ],
+)
+def test_scorer_fields(model: Path, scorer: dict[str, Any], expected: str) -> None:
+    config = build(model, "rewards.scorers=" + json.dumps([{"type": "exact", "name": "first"}, scorer]))
+    assert_lines(failures(config), [f"rewards.scorers.1.{expected}"])
+
+
+def test_scorers_together(model: Path, tmp_path: Path) -> None:
+    config = build(model, 'rewards.scorers=[{"type": "exact"}, {"type": "math", "name": "exact"}]')
+    assert_lines(failures(config), ["rewards.scorers.1.name: 'exact' is also the name of scorer 0"])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    data = json.dumps({"type": "jsonl", "path": str(rows)})
+    config = build(model, f"data.train={data}", 'rewards.scorers=[{"type": "reasoning_gym"}]')
+    assert_lines(failures(config), ["scores only its own tasks, and data.train has type jsonl"])
+
+
+ARCHITECTURE = [
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "rope_type 'longrope' is not supported"),
+    ({"use_sliding_window": True, "sliding_window": 4096}, "sliding-window attention is on"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention is on"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+    ({"model_type": "llama", "attention_bias": True, "mlp_bias": False}, "attention_bias is true and not supported for llama"),
+    ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is true and not supported for llama"),
+    ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantized (awq)"),
+    ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported; supported are llama, qwen2, qwen3"),
+    ({"vocab_size": None}, "vocab_size is null, not a whole number"),
+    ({"num_key_value_heads": None}, "num_key_value_heads is null, not a whole number"),
+    ({"num_hidden_layers": "12"}, 'num_hidden_layers is "12", not a whole number'),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), ARCHITECTURE, ids=lambda value: value if isinstance(value, str) else "")
+def test_architecture(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    (line,) = failures(build(write_model(tmp_path / "model", **changes)))
+    assert line.startswith("model.path: ")
+    assert str(tmp_path / "model" / "config.json") in line
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": None, "sliding_window": 4096, "use_sliding_window": False},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+        {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "attention_bias": False},
+        {"model_type": "qwen3", "head_dim": 16},
+    ],
+)
+def test_supported_architectures(tmp_path: Path, changes: dict[str, Any]) -> None:
+    check(build(write_model(tmp_path / "model", **changes)), 1)
+
+
+def test_old_llama_has_as_many_key_value_heads_as_heads(tmp_path: Path) -> None:
+    assert read_model_facts(write_model(tmp_path / "model", model_type="llama", num_key_value_heads=None)).num_key_value_heads == 8
+
+
+def test_model_folder(tmp_path: Path) -> None:
+    assert_lines(failures(build(tmp_path / "absent")), [f"model.path: {tmp_path / 'absent'} is not a folder"])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert_lines(failures(build(empty)), ["has no config.json"])
+    (empty / "config.json").write_text('{"model_type": ')
+    assert_lines(failures(build(empty)), ["config.json is not valid JSON"])
+    (empty / "config.json").write_text("[]")
+    assert_lines(failures(build(empty)), ["config.json holds no JSON object"])
+
+
+def test_reference(model: Path, tmp_path: Path) -> None:
+    kl = ['algorithm.kl={"place": "loss", "coefficient": 0.1}']
+    check(build(model, *kl), 1)
+    check(build(model, 'reference={"path": "absent"}'), 1)  # not built without a KL term
+    assert_lines(failures(build(model, *kl, 'reference={"path": "absent"}')), ["reference.path: absent is not a folder"])
+    other = write_model(tmp_path / "other", vocab_size=101, num_attention_heads=6, num_key_value_heads=2)
+    lines = failures(build(model, *kl, f'reference={{"path": "{other}", "parallel": {{"tp": 4}}}}'), 4)
+    assert_lines(
+        lines,
+        [
+            "reference.parallel.tp: tp 4 does not divide the model's num_attention_heads 6",
+            "reference.parallel.tp: tp 4 does not divide the model's num_key_value_heads 2",
+            "vocab_size 101",
+            "has no *.safetensors file",
+        ],
+    )
+    assert_lines(
+        failures(build(model, *kl, 'reference={"max_tokens_per_micro_batch": 8}')),
+        ["reference.max_tokens_per_micro_batch: 8 tokens"],
+    )
+
+
+def test_all_mistakes_are_reported_together(model: Path) -> None:
+    config = build(model, "optimizer.min_learning_rate=1", "rollout.samples_per_prompt=1", "policy.parallel.tp=3")
+    assert len(failures(config, 2)) == 5

@@ -1,0 +1,31 @@
+"""Scored rollouts written by hand."""
+
+from collections.abc import Sequence
+
+from megarl.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
+
+
+def group(
+    name: str,
+    rewards: Sequence[float],
+    *,
+    responses: Sequence[Sequence[int]] | None = None,
+    reasons: Sequence[FinishReason] | None = None,
+    failures: Sequence[tuple[str, ...]] | None = None,
+) -> RolloutGroup:
+    prompt = Prompt(prompt_id=name, token_ids=(1, 2, 3), text=f"prompt {name}", reference={})
+    scored = []
+    for index, reward in enumerate(rewards):
+        token_ids = tuple(responses[index]) if responses else (5, 6)
+        rollout = Rollout(
+            prompt=prompt,
+            sample_index=index,
+            token_ids=token_ids,
+            logprobs=(-0.5,) * len(token_ids),
+            finish_reason=reasons[index] if reasons else FinishReason.STOP,
+            weight_version=7,
+            text=f"antwoord é {name}.{index}",
+        )
+        failed = failures[index] if failures else ()
+        scored.append(ScoredRollout(rollout=rollout, reward=reward, parts={"exact": reward}, failures=failed))
+    return RolloutGroup(prompt=prompt, rollouts=tuple(scored))

@@ -1,0 +1,80 @@
+"""Rollout metrics against numbers worked by hand, and pass@k against drawing every subset."""
+
+import itertools
+import math
+import random
+
+import pytest
+from observe.rollouts import group
+
+from megarl.observe.metrics import pass_at_k, repetition, rollout_metrics
+from megarl.types import FinishReason
+
+
+def test_numbers_worked_by_hand() -> None:
+    long = list(range(10, 22))  # 12 tokens, nothing repeated
+    loop = [4] * 12  # 9 4-grams, one distinct
+    groups = [
+        group(
+            "a",
+            [1.0, 0.0],
+            responses=[[1, 2], long],
+            reasons=[FinishReason.STOP, FinishReason.LENGTH],
+            failures=[(), ("exact: timeout", "math: error")],
+        ),
+        group("b", [1.0, 1.0], responses=[[1, 2, 3, 4, 5, 6], loop], failures=[("exact: timeout",), ()]),
+    ]
+    metrics = rollout_metrics(groups)
+    # rewards 1 0 1 1, lengths 2 12 6 12: means 0.75 and 8; covariance (-1.5 - 3 - 0.5 + 1) / 4, variances 0.75 / 4 and 72 / 4.
+    expected = {
+        "reward_mean": 0.75,
+        "reward_min": 0.0,
+        "reward_max": 1.0,
+        "reward_std": math.sqrt(0.1875),
+        "zero_variance_share": 0.5,
+        "response_length_mean": 8.0,
+        "response_length_max": 12.0,
+        "truncated_share": 0.25,
+        "reward_length_correlation": -4.0 / math.sqrt(0.75 * 72),
+        "repetition_share": 0.25,
+        "scorer_failures": 3.0,
+        "score_exact": 0.75,
+    }
+    assert metrics == pytest.approx(expected)
+
+
+def test_correlation_is_undefined_for_constants() -> None:
+    assert math.isnan(rollout_metrics([group("a", [1.0, 1.0], responses=[[1], [2, 3]])])["reward_length_correlation"])
+    assert math.isnan(rollout_metrics([group("a", [1.0, 0.0])])["reward_length_correlation"])
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "expected"),
+    [
+        ([], 0.0),
+        ([1, 1, 1], 0.0),
+        ([1, 1, 1, 1], 0.0),
+        ([1] * 5, 0.5),
+        ([1, 2, 3, 4, 1, 2, 3, 4], 0.2),  # 5 4-grams, the last is the first again
+        ([2**31 - 1] * 8, 0.8),
+    ],
+)
+def test_repetition(token_ids: list[int], expected: float) -> None:
+    assert repetition(token_ids) == pytest.approx(expected)
+
+
+def test_repetition_counts_every_4_gram() -> None:
+    generator = random.Random(0)
+    for _ in range(50):
+        token_ids = [generator.choice([0, 1, 150_000]) for _ in range(generator.randrange(4, 60))]
+        grams = [tuple(token_ids[start : start + 4]) for start in range(len(token_ids) - 3)]
+        assert repetition(token_ids) == pytest.approx(1 - len(set(grams)) / len(grams))
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets() -> None:
+    groups = [group("a", [0, 0, 0, 1, 0]), group("b", [1, 1, 0.5, 0, 0]), group("c", [0] * 5), group("d", [1, 2, 3, 4, 5])]
+    for k in range(1, 6):
+        draws = [any(item.reward >= 1.0 for item in subset) for one in groups for subset in itertools.combinations(one.rollouts, k)]
+        assert pass_at_k(groups, k, 1.0) == pytest.approx(sum(draws) / len(draws))
+    assert pass_at_k(groups, 1, 0.5) == pytest.approx((0.2 + 0.6 + 0 + 1) / 4)
+    assert math.isnan(pass_at_k([], 1, 1.0))
