@@ -1,22 +1,28 @@
-"""Write a small Qwen2 model with random weights and a byte-level tokenizer without merges as a Hugging Face folder."""
+"""Write a small Qwen2 model with random weights and a byte-level tokenizer as a Hugging Face folder."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+import reasoning_gym
 import torch
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+MAX_VOCABULARY = 512
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
-    """<pad> is 0, <eos> is 1, then one token per byte, so that each ASCII character is one token and every text round-trips."""
+def make_tokenizer(corpus: Sequence[str] = ()) -> Qwen2Tokenizer:
+    """<pad> is 0, <eos> is 1, then one token per byte, so that every text round-trips, then merges learnt from ``corpus``.
+
+    Digits are never merged. Without a corpus each ASCII character is one token.
+    """
     vocabulary = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    return Qwen2Tokenizer(
+    tokenizer = Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate(vocabulary)},
         merges=[],
         pad_token="<pad>",
@@ -25,6 +31,12 @@ def make_tokenizer() -> Qwen2Tokenizer:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+    return tokenizer.train_new_from_iterator(corpus, vocab_size=MAX_VOCABULARY) if corpus else tokenizer
+
+
+def questions(task: str) -> list[str]:
+    """Some questions of a reasoning-gym task, for the words in them."""
+    return [entry["question"] for entry in reasoning_gym.create_dataset(task, size=500, seed=0)]
 
 
 def make_model(
@@ -36,9 +48,10 @@ def make_model(
     intermediate: int = 512,
     max_positions: int = 2048,
     seed: int = 0,
+    task: str | None = None,
 ) -> int:
-    """Write the model folder ``out`` and return its number of parameters."""
-    tokenizer = make_tokenizer()
+    """Write the model folder ``out``, its tokenizer fitted to a reasoning-gym task, and return its number of parameters."""
+    tokenizer = make_tokenizer(questions(task) if task else ())
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -69,6 +82,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=512, help="size of the MLP")
     parser.add_argument("--max-positions", type=int, default=2048, help="longest sequence")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    parser.add_argument("--task", help="reasoning-gym task whose words become single tokens")
     arguments = parser.parse_args()
     num_parameters = make_model(**vars(arguments))
     print(f"{arguments.out}: Qwen2, {num_parameters / 1e6:.2f} million parameters")

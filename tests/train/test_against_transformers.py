@@ -47,9 +47,18 @@ ROPE = {
             "rope_theta": 500000.0,
         }
     },
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}},
+    "yarn": {
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+    },
 }
-CASES = [("llama", "default"), ("qwen2", "default"), ("qwen3", "default"), ("llama", "llama3"), ("qwen2", "yarn"), ("llama", "linear")]
+CASES = [
+    ("llama", "default"),
+    ("qwen2", "default"),
+    ("qwen3", "default"),
+    ("llama", "llama3"),
+    ("qwen2", "yarn"),
+    ("llama", "linear"),
+]
 LAYOUTS = ["", "tp=2,pp=2,cp=2,sequence_parallel=true", "cp=4,context_parallel_method=all_to_all"]
 
 
