@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +16,13 @@ from megarl.config.load import load_config
 from megarl.config.schema import Config
 from megarl.errors import ConfigError, MegaRLError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Reinforcement learning for large language models on Megatron-Core.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Reinforcement learning for large language models on Megatron-Core."
+)
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")]
-NumRanks = Annotated[int, typer.Option("--nproc", min=1, help="Ranks to start on this machine; ignored under torchrun and srun.")]
+NumRanks = Annotated[int, typer.Option("--nproc", min=1, help="Ranks to start on this machine; ignored under torchrun.")]
 
 
 def _load(path: Path, overrides: list[str], run_dir: Path | None = None) -> Config:
@@ -94,7 +97,9 @@ def parity(
             accepted = max(row.loss_gap, row.norm_gap, row.worst_gap) <= bound
             failed |= not accepted
             gaps = [f"{gap:.1e}" for gap in (row.loss_gap, row.norm_gap, row.worst_gap)]
-            table.add_row(text, str(row.num_ranks), f"{row.loss:.6f}", *gaps, row.worst_parameter, "ok" if accepted else "ABOVE BOUND")
+            table.add_row(
+                text, str(row.num_ranks), f"{row.loss:.6f}", *gaps, row.worst_parameter, "ok" if accepted else "ABOVE BOUND"
+            )
     Console(width=160).print(table)
     if failed:
         raise typer.Exit(1)
@@ -102,6 +107,8 @@ def parity(
 
 def main() -> None:
     """Entry point: user errors are one line each, exit status 2."""
+    # meant for the developers of these libraries, and printed by every rank
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     try:
         app()
     except MegaRLError as error:

@@ -3,7 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils.logging import disable_progress_bar
 
+# its monitor thread must not hold a lock when ranks are forked
+disable_progress_bar()
 sys.path.insert(0, str(Path(__file__).parent))
 
 

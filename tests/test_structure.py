@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "megarl"
 ALLOWED = {
     "config": {"errors"},
     "algorithms": {"types", "config"},
-    "parallel": {"types", "config", "errors"},
+    "parallel": {"types", "config", "errors", "death_signal"},
     "models": {"parallel", "config", "errors"},
-    "weights": {"models", "parallel", "config", "errors"},
+    "weights": {"models", "parallel", "config", "errors", "death_signal"},
     "data": {"types", "config", "errors"},
     "rewards": {"types", "config", "errors"},
     "rollout": {"types", "config", "errors"},

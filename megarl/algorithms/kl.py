@@ -1,4 +1,4 @@
-"""Per-token estimators of KL(policy || reference), for tokens sampled from the policy (Schulman 2020, "Approximating KL divergence")."""
+"""Per-token estimators of KL(policy || reference) for the policy's own samples (Schulman 2020, "Approximating KL divergence")."""
 
 from torch import Tensor
 

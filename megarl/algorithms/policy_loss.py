@@ -23,7 +23,9 @@ class PolicyLoss:
     clipped_high: Tensor
 
 
-def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> PolicyLoss:
+def clipped_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> PolicyLoss:
     """PPO's clipped surrogate for each token.
 
     Args:

@@ -71,7 +71,7 @@ def _read_jsonl(source: JsonlSource, prefix: str) -> list[Row]:
 
 def _parse_object(line: str, place: str) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno}); write one JSON object a line") from error
     if not isinstance(value, dict):

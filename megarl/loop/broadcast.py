@@ -1,7 +1,7 @@
 """Batches from rank 0 to every rank."""
 
 from dataclasses import fields, is_dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,10 @@ def broadcast_batch(batch: Batch | None, kind: type[Batch]) -> Batch:
     """
     assert is_dataclass(kind)
     names = [field.name for field in fields(kind)]
-    layout: list[object] = [None] if batch is None else [[(getattr(batch, n).dtype, getattr(batch, n).shape) for n in names]]
+    layout: list[Any] = [None] if batch is None else [[(getattr(batch, n).dtype, getattr(batch, n).shape) for n in names]]
     dist.broadcast_object_list(layout, src=0)
     tensors = {}
-    for name, (dtype, shape) in zip(names, layout[0], strict=True):  # type: ignore[call-overload]
+    for name, (dtype, shape) in zip(names, layout[0], strict=True):
         tensor = torch.empty(shape, dtype=dtype) if batch is None else getattr(batch, name).contiguous()
         dist.broadcast(tensor, src=0)
         tensors[name] = tensor

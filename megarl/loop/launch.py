@@ -18,7 +18,7 @@ from megarl.weights.checkpoint import whole_checkpoints
 
 
 def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
-    """Check the config and run it, on ``num_ranks`` local ranks or as the rank that torchrun or srun started.
+    """Check the config and run it, on ``num_ranks`` local ranks or as the rank that torchrun started.
 
     Raises:
         MegaRLError: the config, the data or the run folder is wrong, or the run failed in a way that names its fix.
@@ -41,7 +41,9 @@ def _prepare_run_folder(config: Config, *, resume: bool) -> None:
     folder = config.run_dir
     has_run = (folder / "metrics.jsonl").exists()
     if resume and not whole_checkpoints(folder / "checkpoints"):
-        raise CheckpointError(f"--resume: {folder / 'checkpoints'} has no finished checkpoint; start without --resume in another --run-dir")
+        raise CheckpointError(
+            f"--resume: {folder / 'checkpoints'} has no finished checkpoint; start without --resume in another --run-dir"
+        )
     if has_run and not resume:
         raise ConfigError(f"run_dir {folder} already holds a run; add --resume to go on with it or choose another --run-dir")
     try:

@@ -6,16 +6,18 @@ layout then computes loss and gradients of that batch in a world of its own, and
 Hugging Face name, is compared with one rank's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
-from megarl.algorithms.objectives import build_policy_batch, build_supervised_batch, policy_objective, supervised_objective
+from megarl.algorithms.batches import build_policy_batch, build_supervised_batch
+from megarl.algorithms.objectives import ObjectiveFunction, policy_objective, supervised_objective
 from megarl.config.schema import Config, ParallelConfig, RoleConfig
 from megarl.errors import ConfigError
 from megarl.models.architecture import read_architecture
@@ -98,6 +100,11 @@ def _gather_sharded_gradients(engine: TrainingEngine) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
 
+def _main_gradient(parameter: torch.nn.Parameter) -> Tensor:
+    gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]  # megatron-core's DDP sets it
+    return gradient
+
+
 def _add_model_scores(config: Config, batch_file: Path) -> None:
     """On one rank: log-probabilities near the model's own, as old and reference scores of the batch."""
     packed: PackedBatch = torch.load(batch_file, weights_only=False)
@@ -111,13 +118,14 @@ def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> 
     """One rank of one layout."""
     packed, scores = torch.load(batch_file, weights_only=False)
     policy = Policy(config, total_updates=1)
+    objective: ObjectiveFunction
     if config.kind == "sft":
         batch, objective = build_supervised_batch(packed), supervised_objective
     else:
         batch, objective = build_policy_batch(packed, scores, config.algorithm)[0], policy_objective(config.algorithm)
     metrics = policy.engine.forward_backward(batch, objective)
     _gather_sharded_gradients(policy.engine)
-    gradients = dict(hugging_face_tensors(policy.engine.chunks, policy.weight_map, policy.engine.layout, lambda p: p.main_grad))
+    gradients = dict(hugging_face_tensors(policy.engine.chunks, policy.weight_map, policy.engine.layout, _main_gradient))
     norm, _, _ = policy.optimizer.step()
     if is_main_rank():
         torch.save(LayoutResult(name, dist.get_world_size(), metrics["loss"], norm, gradients), result_file)
@@ -199,8 +207,8 @@ class ParityRun:
         self._run(_add_model_scores, (single, self._batch_file), 1)
         self.reference = self._result(single, "one rank", 1)
 
-    def _run(self, function: object, args: tuple[object, ...], num_ranks: int) -> None:
-        run_local_ranks(function, args, num_ranks, self.config.distributed_timeout)  # type: ignore[arg-type]
+    def _run(self, function: Callable[..., None], args: tuple[Any, ...], num_ranks: int) -> None:
+        run_local_ranks(function, args, num_ranks, self.config.distributed_timeout)
 
     def _result(self, config: Config, name: str, num_ranks: int) -> LayoutResult:
         result_file = self._folder / "result.pt"

@@ -1,6 +1,7 @@
 """The reinforcement learning loop."""
 
-from megarl.algorithms.objectives import build_policy_batch, policy_objective
+from megarl.algorithms.batches import build_policy_batch
+from megarl.algorithms.objectives import policy_objective
 from megarl.config.schema import Config
 from megarl.loop.run import Run
 from megarl.train.roles import Policy, Reference, score

@@ -1,6 +1,7 @@
 """The supervised fine-tuning loop."""
 
-from megarl.algorithms.objectives import build_supervised_batch, supervised_objective
+from megarl.algorithms.batches import build_supervised_batch
+from megarl.algorithms.objectives import supervised_objective
 from megarl.config.schema import Config
 from megarl.loop.run import Run
 from megarl.train.roles import Policy

@@ -49,7 +49,9 @@ def read_architecture(path: Path) -> Architecture:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path {path}: config.json cannot be read ({str(error).splitlines()[0]})") from error
     if hf.model_type not in SUPPORTED_FAMILIES:
-        raise ConfigError(f"model.path {path}: family {hf.model_type!r} is not supported; supported: {', '.join(SUPPORTED_FAMILIES)}")
+        raise ConfigError(
+            f"model.path {path}: family {hf.model_type!r} is not supported; supported: {', '.join(SUPPORTED_FAMILIES)}"
+        )
     num_heads = hf.num_attention_heads
     return Architecture(
         family=hf.model_type,

@@ -78,7 +78,9 @@ def _layer_spec(architecture: Architecture, with_transformer_engine: bool) -> Mo
     return spec
 
 
-def transformer_config(architecture: Architecture, model: ModelConfig, role: RoleConfig, attention_factor: float) -> TransformerConfig:
+def transformer_config(
+    architecture: Architecture, model: ModelConfig, role: RoleConfig, attention_factor: float
+) -> TransformerConfig:
     """The megatron-core config of one role."""
     parallel: ParallelConfig = role.parallel
     dtype = DTYPES[model.dtype]
@@ -129,7 +131,9 @@ def transformer_config(architecture: Architecture, model: ModelConfig, role: Rol
     )
 
 
-def build_model_chunks(architecture: Architecture, model: ModelConfig, role: RoleConfig, layout: Layout, seed: int) -> list[CausalLM]:
+def build_model_chunks(
+    architecture: Architecture, model: ModelConfig, role: RoleConfig, layout: Layout, seed: int
+) -> list[CausalLM]:
     """This rank's model chunks (one, or vpp of them), with weights still undefined."""
     groups = layout.groups
     model_parallel_cuda_manual_seed(

@@ -195,6 +195,6 @@ class PackedAttention(MegatronModule):
         group = self.context_parallel_group
         positions = zigzag_positions(lengths, group.size()).flatten().to(query.device)
         order = positions.argsort()
-        whole = [_tokens_to_heads(x, group)[order] for x in (query, key, value)]
-        out = _packed_causal_attention(*whole, lengths, self.scale)
+        query, key, value = (_tokens_to_heads(x, group)[order] for x in (query, key, value))
+        out = _packed_causal_attention(query, key, value, lengths, self.scale)
         return _heads_to_tokens(out[positions], group)

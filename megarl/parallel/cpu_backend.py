@@ -94,7 +94,7 @@ def _redirect_tensors() -> None:
         setattr(torch, name, _redirect_factory(getattr(torch, name)))
     tensor: Any = torch.Tensor
     tensor.cuda = tensor.pin_memory = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     original_to, original_type = tensor.to, tensor.type
 
     @functools.wraps(original_to)

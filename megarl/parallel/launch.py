@@ -4,19 +4,22 @@ import datetime
 import gc
 import os
 from collections.abc import Callable
+from multiprocessing import SimpleQueue
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megarl.death_signal import end_with_parent_in_forks
 from megarl.errors import ConfigError, MegaRLError
 
 LOCALHOST = "127.0.0.1"
+GRACE_SECONDS = 5.0  # for the other ranks to end by themselves when one has failed
 
 
 def started_by_launcher() -> bool:
-    """True when torchrun or srun has placed this process as one rank of a world."""
+    """True when torchrun has placed this process as one rank of a world."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -30,7 +33,9 @@ def join_world(timeout_seconds: float) -> None:
     try:
         store = dist.TCPStore(address, port, world_size, is_master=serves_store, timeout=timeout)
     except dist.DistNetworkError as error:
-        raise ConfigError(f"rank {rank} cannot use {address}:{port} for the rendezvous: {error}; set MASTER_PORT to a free port") from error
+        raise ConfigError(
+            f"rank {rank} cannot use {address}:{port} for the rendezvous: {error}; set MASTER_PORT to a free port"
+        ) from error
     _join(store, rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), timeout)
 
 
@@ -43,7 +48,16 @@ def _join(store: dist.Store, rank: int, world_size: int, local_rank: int, timeou
     dist.init_process_group(backend, store=dist.PrefixStore("megarl", store), rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _run_rank(rank: int, world_size: int, port: int, timeout_seconds: float, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _run_rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    timeout_seconds: float,
+    user_errors: "SimpleQueue[MegaRLError]",
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+) -> None:
+    end_with_parent_in_forks()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     timeout = datetime.timedelta(seconds=timeout_seconds)
     store = dist.TCPStore(LOCALHOST, port, world_size, is_master=False, timeout=timeout)
@@ -51,19 +65,11 @@ def _run_rank(rank: int, world_size: int, port: int, timeout_seconds: float, fun
     try:
         function(*args)
         dist.barrier()
+    except MegaRLError as error:
+        user_errors.put(error)  # before the group ends: the ranks that then fail for want of this one say nothing useful
+        raise
     finally:
         dist.destroy_process_group()
-
-
-class _Failure(Exception):
-    """A user error of one rank, carried to the parent by its text."""
-
-
-def _run_rank_reporting(rank: int, *args: Any) -> None:
-    try:
-        _run_rank(rank, *args)
-    except MegaRLError as error:
-        raise _Failure(f"{type(error).__name__}\0{error}") from None
 
 
 def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ranks: int, timeout_seconds: float) -> None:
@@ -77,13 +83,14 @@ def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ra
     """
     # port 0: the system picks a free port and no other program can take it in between
     store = dist.TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
+    user_errors: SimpleQueue[MegaRLError] = mp.get_context("fork").SimpleQueue()
     # A rank must never collect this process's garbage: destructors of stores would wait for threads that a fork does not copy.
     gc.collect()
     gc.freeze()
     try:
         context = mp.start_processes(
-            _run_rank_reporting,
-            args=(num_ranks, store.port, timeout_seconds, function, args),
+            _run_rank,
+            args=(num_ranks, store.port, timeout_seconds, user_errors, function, args),
             nprocs=num_ranks,
             join=False,
             start_method="fork",
@@ -91,10 +98,12 @@ def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ra
     finally:
         gc.unfreeze()
     try:
-        while not context.join(timeout=1.0):
+        while not context.join(timeout=1.0, grace_period=GRACE_SECONDS):
             pass
-    except mp.ProcessRaisedException as error:
-        raise _user_error(str(error)) or error from None
+    except (mp.ProcessRaisedException, mp.ProcessExitedException):
+        if user_errors.empty():
+            raise
+        raise user_errors.get() from None
     finally:
         for process in context.processes:
             if process.is_alive():
@@ -103,12 +112,3 @@ def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ra
             if process.is_alive():
                 process.kill()
                 process.join()
-
-
-def _user_error(text: str) -> MegaRLError | None:
-    marker = f"{_Failure.__module__}.{_Failure.__qualname__}: "
-    if marker not in text:
-        return None
-    name, message = text.rsplit(marker, 1)[1].strip().split("\0", 1)
-    kinds = {kind.__name__: kind for kind in MegaRLError.__subclasses__()}
-    return kinds[name](message)

@@ -15,7 +15,9 @@ class PipelineCommunicator(P2PCommunicator):
     messages between two ranks match in the order they were posted, so the two shapes can be mistaken for each other.
     """
 
-    def _communicate_shapes(self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool) -> Any:
+    def _communicate_shapes(
+        self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
+    ) -> Any:
         forward = self._exchange(tensor_send_next, self.next_rank, self.prev_rank if recv_prev else None)
         backward = self._exchange(tensor_send_prev, self.prev_rank, self.next_rank if recv_next else None)
         return forward, backward

@@ -6,7 +6,7 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -299,7 +299,7 @@ async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
         if future.done():  # given up by its caller
             return
         if error is None:
-            future.set_result(result)  # type: ignore[arg-type]
+            future.set_result(cast(T, result))
         else:
             failure = RolloutError(f"weight transfer to vLLM failed: {error}")
             failure.__cause__ = error

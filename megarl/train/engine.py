@@ -57,16 +57,16 @@ class TrainingEngine:
             average_in_collective=False,
         )
         wrapped = [
-            DistributedDataParallel(
-                self._config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=self.layout.groups
-            )
+            DistributedDataParallel(self._config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=self.layout.groups)
             for number, chunk in enumerate(self.chunks)
         ]
         if parallel.overlap_gradient_reduce:
             no_sync = [chunk.no_sync for chunk in wrapped]
             self._config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
         # the objective's weights hold the global normaliser: gradients are summed and never divided by a token count
-        self._config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(model, None, **kwargs)
+        self._config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(
+            model, None, **kwargs
+        )
         return wrapped
 
     def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,9 @@ class TrainingEngine:
             pg_collection=self.layout.groups,
         )
 
-    def _forward_step(self, collect: Callable[..., tuple[Tensor, Any]], batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+    def _forward_step(
+        self, collect: Callable[..., tuple[Tensor, Any]], batches: Iterator[MicroBatch], model: Any
+    ) -> tuple[Tensor, Any]:
         micro_batch = next(batches)
         hidden = model(micro_batch.input_ids, micro_batch.position_ids, None, packed_seq_params=micro_batch.packed_seq_params)
 

@@ -100,8 +100,8 @@ class EngineOptimizer:
         self.num_consecutive_skipped += 1
         if self.num_consecutive_skipped > self._config.max_skipped_steps:
             raise TrainingError(
-                f"gradient norm {norm} in {self.num_consecutive_skipped} consecutive steps, more than "
-                f"optimizer.max_skipped_steps {self._config.max_skipped_steps}; lower the learning rate or look at the last rollouts"
+                f"gradient norm {norm} in {self.num_consecutive_skipped} consecutive steps, more than optimizer.max_skipped_steps "
+                f"{self._config.max_skipped_steps}; lower the learning rate or look at the last rollouts"
             )
 
     def fill_state(self) -> None:

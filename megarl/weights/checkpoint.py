@@ -15,14 +15,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from megarl.death_signal import end_with_parent
 from megarl.errors import CheckpointError
 from megarl.weights.mapping import WeightMap
 
@@ -66,7 +70,9 @@ def read_run_state(checkpoint: Path, weight_map: WeightMap) -> RunState:
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{checkpoint} has no {MANIFEST}: the save did not finish; resume from an older checkpoint") from error
+        raise CheckpointError(
+            f"{checkpoint} has no {MANIFEST}: the save did not finish; resume from an older checkpoint"
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); resume from an older checkpoint") from error
     digest = model_digest(weight_map)
@@ -80,7 +86,9 @@ def read_run_state(checkpoint: Path, weight_map: WeightMap) -> RunState:
         if not file.exists():
             raise CheckpointError(f"{file} is missing; resume from an older checkpoint")
         if file.stat().st_size != size:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}; resume from an older checkpoint")
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes, the manifest says {size}; resume from an older checkpoint"
+            )
     return RunState(**manifest["state"])
 
 
@@ -114,6 +122,7 @@ class CheckpointWriter:
         self._weight_map = weight_map
         self._keep = keep
         self._queue = AsyncCallsQueue() if asynchronous else None
+        _start_result_queue()
 
     def save(self, sharded_state: dict[str, Any], state: RunState) -> None:
         """Save one checkpoint; collective.
@@ -160,8 +169,8 @@ class CheckpointWriter:
         free = shutil.disk_usage(self._folder).free
         if free < int(sizes):
             raise CheckpointError(
-                f"cannot write {checkpoint}: it needs up to {int(sizes) / 1e9:.2f} GB and {self._folder} has {free / 1e9:.2f} GB free; "
-                "free some space or lower checkpoint.keep"
+                f"cannot write {checkpoint}: it needs up to {int(sizes) / 1e9:.2f} GB and {self._folder} has "
+                f"{free / 1e9:.2f} GB free; free some space or lower checkpoint.keep"
             )
 
     def _finisher(self, checkpoint: Path, state: RunState) -> Callable[[], None]:
@@ -173,6 +182,14 @@ class CheckpointWriter:
                     shutil.rmtree(old)
 
         return finish
+
+
+def _start_result_queue() -> None:
+    """Start megatron-core's queue of write results, so that the process behind it ends with this rank even when that is killed."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=get_context("spawn"))
+        manager.start(end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
 
 
 def _async_strategy() -> dict[str, str]:
@@ -187,7 +204,9 @@ def _tensor_bytes(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         return sum(_tensor_bytes(item) for item in value)
     data = getattr(value, "data", None)
-    is_replica = any(value.replica_id) if isinstance(getattr(value, "replica_id", 0), tuple) else bool(getattr(value, "replica_id", 0))
+    is_replica = (
+        any(value.replica_id) if isinstance(getattr(value, "replica_id", 0), tuple) else bool(getattr(value, "replica_id", 0))
+    )
     return data.nbytes if isinstance(data, torch.Tensor) and not is_replica else 0
 
 

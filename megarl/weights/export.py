@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def write_hugging_face_folder(tensors: Iterable[tuple[str, Tensor]], source: Pat
         _write_shards(tensors, partial)
         shutil.rmtree(output, ignore_errors=True)
         os.replace(partial, output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps the full disk in an error of its own
         shutil.rmtree(partial, ignore_errors=True)
         raise WeightsError(f"cannot write the Hugging Face folder {output}: {error}") from error
 
@@ -60,7 +61,7 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     if len(files) == 1:
         os.replace(files[0][0], folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(files, start=1):
         final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         os.replace(path, folder / final)

@@ -15,7 +15,6 @@ class Kind(Enum):
     """How the Hugging Face tensors become a Megatron parameter and which part a tensor parallel rank holds."""
 
     REPLICATED = "replicated"  # one tensor, the same on every rank
-    COLUMN = "column"  # one tensor, cut along dim 0
     ROW = "row"  # one tensor, cut along dim 1
     GATE_UP = "gate_up"  # gate and up, each cut along dim 0, rank r holds [gate_r; up_r]
     QKV = "qkv"  # q, k, v cut by key-value group, rank r holds [q_g; k_g; v_g] for each of its groups g
@@ -109,8 +108,6 @@ def shard_of(parameter: Parameter, architecture: Architecture, padded_vocabulary
     match parameter.kind:
         case Kind.REPLICATED:
             return Shard((part(0, 0, 1, 0),), 0)
-        case Kind.COLUMN:
-            return Shard((part(0, 0, tp, tp_rank),), 0)
         case Kind.ROW:
             return Shard((part(0, 1, tp, tp_rank),), 1)
         case Kind.GATE_UP:

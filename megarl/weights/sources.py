@@ -69,10 +69,14 @@ class SafetensorsSource:
             try:
                 shape = tuple(self._file(self._file_of[name]).get_slice(name).get_shape())
             except SafetensorError as error:
-                raise WeightsError(f"{self._folder / self._file_of[name]} lacks {name}, which the index puts there ({error})") from error
+                raise WeightsError(
+                    f"{self._folder / self._file_of[name]} lacks {name}, which the index puts there ({error})"
+                ) from error
             if shape != expected[name]:
                 wrong.append(f"{name} is {list(shape)}, config.json says {list(expected[name])}")
-        problems = [f"{what}: {_listed(names)}" for what, names in (("missing", missing), ("extra", extra), ("mis-shaped", wrong)) if names]
+        problems = [
+            f"{what}: {_listed(names)}" for what, names in (("missing", missing), ("extra", extra), ("mis-shaped", wrong)) if names
+        ]
         if problems:
             raise WeightsError(f"{self._folder}: weights do not fit config.json; {'; '.join(problems)}")
 

@@ -8,8 +8,9 @@ import torch
 
 from megarl.algorithms.advantages import group_advantages, spread_over_tokens
 from megarl.algorithms.aggregation import token_weights
+from megarl.algorithms.batches import build_policy_batch
 from megarl.algorithms.kl import kl_estimate
-from megarl.algorithms.objectives import build_policy_batch, policy_objective, select_tokens
+from megarl.algorithms.objectives import policy_objective, select_tokens
 from megarl.algorithms.policy_loss import clipped_policy_loss
 from megarl.config.schema import AlgorithmConfig
 from megarl.types import PackedBatch, TokenScores
@@ -108,7 +109,9 @@ def test_clipped_loss_values_gradients_and_counts() -> None:
 
 
 def test_objective_is_differentiable_numerically() -> None:
-    config = AlgorithmConfig.model_validate({"kl": {"place": "loss", "coefficient": 0.3, "estimator": "k2"}, "entropy_coefficient": 0.1})
+    config = AlgorithmConfig.model_validate(
+        {"kl": {"place": "loss", "coefficient": 0.3, "estimator": "k2"}, "entropy_coefficient": 0.1}
+    )
     packed = ragged_batch(3)
     generator = torch.Generator().manual_seed(4)
     old = torch.randn(sum(RAGGED), generator=generator, dtype=torch.float64) * 0.05

@@ -34,7 +34,8 @@ def reference(temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def check_on_rank(tp: int, chunk_tokens: int, temperature: float, padded_rows: int) -> None:
     hidden, weight, targets, grad_logprobs, grad_entropy = inputs()
-    padded = torch.cat([weight, torch.full((padded_rows * tp - VOCABULARY, HIDDEN), 9.0)])  # padding must not count, whatever it holds
+    padding = torch.full((padded_rows * tp - VOCABULARY, HIDDEN), 9.0)  # must not count, whatever it holds
+    padded = torch.cat([weight, padding])
     mine = padded.chunk(tp)[dist.get_rank()].clone().requires_grad_()
     hidden.requires_grad_()
     logprobs, entropy = vocab_parallel_logprobs(

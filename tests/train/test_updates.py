@@ -120,7 +120,9 @@ def clip_gradients(config: Config, output: Path) -> None:
     policy = Policy(config, total_updates=10)
     result = policy.update(supervised(config), supervised_objective)
     moments = [
-        state["exp_avg"] for optimizer in policy.optimizer.megatron.chained_optimizers for state in optimizer.optimizer.state.values()
+        state["exp_avg"]
+        for optimizer in policy.optimizer.megatron.chained_optimizers
+        for state in optimizer.optimizer.state.values()
     ]
     # Adam's first moment after one step is (1 - beta1) times the clipped gradient
     squares = torch.stack([moment.double().square().sum() for moment in moments]).sum()

@@ -1,4 +1,4 @@
-"""Checkpoints: resumed equals uninterrupted, bit for bit in the same layout and to 1e-5 in another; nothing half-written is read."""
+"""Checkpoints: resumed equals uninterrupted, bit for bit in the same layout, to 1e-5 in another; nothing half-written is read."""
 
 import json
 import shutil
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
-from megarl.algorithms.objectives import build_policy_batch, policy_objective
+from megarl.algorithms.batches import build_policy_batch
+from megarl.algorithms.objectives import policy_objective
 from megarl.config.schema import Config
 from megarl.errors import CheckpointError
 from megarl.loop.parity import parse_layout, synthetic_batch, with_layout
@@ -54,7 +55,9 @@ def config_for(folder: Path, layout: str) -> tuple[Config, int]:
     return with_layout(tiny_config(folder / "model", optimizer=schedule), parse_layout(layout))
 
 
-def run(folder: Path, layout: str, *, resume: bool = False, asynchronous: bool = False) -> tuple[dict[str, torch.Tensor], list[dict]]:
+def run(
+    folder: Path, layout: str, *, resume: bool = False, asynchronous: bool = False
+) -> tuple[dict[str, torch.Tensor], list[dict]]:
     config, num_ranks = config_for(folder, layout)
     output = folder / "out.safetensors"
     run_local_ranks(train, (config, folder / "checkpoints", resume, asynchronous, output), num_ranks, 120)
@@ -152,6 +155,6 @@ def test_full_disk_is_refused_before_anything_is_written(saved: Path, tmp_path: 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     config, _ = config_for(saved, "")
-    with pytest.raises(CheckpointError, match="GB free; free some space or lower checkpoint.keep"):
+    with pytest.raises(CheckpointError, match=r"GB free; free some space or lower checkpoint\.keep"):
         run_local_ranks(save_many, (config, tmp_path / "checkpoints", 1), 1, 60)
     assert not list((tmp_path / "checkpoints").iterdir())

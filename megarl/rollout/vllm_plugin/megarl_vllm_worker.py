@@ -18,22 +18,24 @@ CHUNK_BYTES = 64 << 20  # the same number as the sender's
 class MegaRLWorkerExtension:
     """Methods that ``collective_rpc`` can call on every worker; arguments arrive as JSON values."""
 
+    rank: int  # vLLM mixes this class into its worker, which has these two
+    model_runner: Any
     _megarl_group: Any
 
     def megarl_rank(self) -> str:
         """This worker's rank among the server's workers."""
-        return str(self.rank)  # type: ignore[attr-defined]
+        return str(self.rank)
 
     def megarl_join(self, host: str, port: int, world_size: int, timeout: float) -> None:
         """Join the trainer's group, whose rank 0 is the sender."""
         limit = timedelta(seconds=timeout)
         store = TCPStore(host, port, world_size, is_master=False, timeout=limit)
-        rank = 1 + self.rank  # type: ignore[attr-defined]
+        rank = 1 + self.rank
         self._megarl_group = ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, limit)
 
     def megarl_receive(self) -> None:
         """Load one whole set of weights; raises when the sender gives up or a parameter got no value."""
-        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        runner = self.model_runner
         runner.reload_weights(weights_iterator=self._megarl_incoming())
         _refresh_tied_layers(runner.get_model())
         # The trainer checks names and shapes before it sends; a parameter that is still on meta is a name vLLM did not map.

@@ -25,7 +25,11 @@ LAYER = (
         transformer_engine="self_attention.linear_qkv.layer_norm_weight",
     ),
     layer_rule(
-        "self_attention.linear_qkv.weight", Kind.QKV, "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"
+        "self_attention.linear_qkv.weight",
+        Kind.QKV,
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
     ),
     layer_rule("self_attention.linear_proj.weight", Kind.ROW, "self_attn.o_proj.weight"),
     layer_rule(
