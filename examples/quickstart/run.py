@@ -57,17 +57,13 @@ def main() -> None:
         shutil.rmtree(folder / part, ignore_errors=True)
     start = time.monotonic()
     run(sys.executable, HERE / "make_model.py", folder / "model", "--hidden", "192", "--layers", "4", "--task", "chain_sum")
-    for part, model in (("sft", "model"), ("grpo", "sft/hf")):
-        megarl = (
-            Path(sys.executable).parent / "megarl",
-            "train",
-            CONFIGS / f"{part}.yaml",
-            "--nproc",
-            "2",
-            "--run-dir",
-            folder / part,
-        )
-        run(*megarl, "--set", f"model.path={folder / model}", "--set", f"seed={options.seed}")
+    examples = folder / "sft.jsonl"
+    run(sys.executable, HERE / "make_data.py", examples)
+    megarl = Path(sys.executable).parent / "megarl"
+    for part, model, data in (("sft", "model", "data.train.path"), ("grpo", "sft/hf", "data.exclude.0.path")):
+        settings = (f"model.path={folder / model}", f"{data}={examples}", f"seed={options.seed}")
+        overrides = [argument for setting in settings for argument in ("--set", setting)]
+        run(megarl, "train", CONFIGS / f"{part}.yaml", "--nproc", "2", "--run-dir", folder / part, *overrides)
     report(folder, time.monotonic() - start)
 
 

@@ -142,15 +142,16 @@ class Run:
         if self._config.evaluation.data is not None and (last or (every and self.step % every == 0)):
             with self.timer.phase("evaluate"):
                 metrics |= self._evaluate()
-        if last or (self._config.checkpoint.every and self.step % self._config.checkpoint.every == 0):
-            with self.timer.phase("save"):
-                self._save()
-        self._checkpoints.poll()
         seconds = self.timer.step_breakdown()
         if self._metrics is not None and self._rollouts is not None and self._progress is not None:
             self._metrics.write(self.step, metrics, seconds)
             self._rollouts.write(self.step, groups)
             self._progress.update(self.step, metrics, seconds)
+        # after the step's line: a run killed in between does the step again, and resume never finds a line missing
+        if last or (self._config.checkpoint.every and self.step % self._config.checkpoint.every == 0):
+            with self.timer.phase("save"):
+                self._save()
+        self._checkpoints.poll()
 
     def _watch(self, metrics: dict[str, float], collected: Collected, scores: TokenScores) -> dict[str, float]:
         packed = collected.packed

@@ -12,7 +12,8 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.death_signal import end_with_parent
 from megarl.errors import CheckpointError
@@ -136,24 +138,23 @@ class CheckpointWriter:
             shutil.rmtree(checkpoint, ignore_errors=True)
             (checkpoint / "policy").mkdir(parents=True)
         dist.barrier()
-        try:
+        with _write_errors(str(checkpoint)):
             request = dist_checkpointing.save(
                 sharded_state, str(checkpoint / "policy"), async_sharded_save=self._queue is not None, **_async_strategy()
             )
-        except Exception as error:
-            raise CheckpointError(f"cannot write {checkpoint}: {error}; earlier checkpoints are untouched") from error
-        finish = self._finisher(checkpoint, state)
-        if self._queue is None:
-            dist.barrier()
-            finish()
-        else:
-            request.add_finalize_fn(finish)
-            self._queue.schedule_async_request(request)
+            finish = self._finisher(checkpoint, state)
+            if self._queue is None:
+                dist.barrier()
+                finish()
+            else:
+                request.add_finalize_fn(finish)
+                self._queue.schedule_async_request(request)
 
     def poll(self, *, blocking: bool = False) -> None:
         """Finish saves that have been written in the background; collective."""
         if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=blocking)
+            with _write_errors(f"a checkpoint into {self._folder}"):
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
 
     def close(self) -> None:
         """Wait for saves under way; collective."""
@@ -182,6 +183,23 @@ class CheckpointWriter:
                     shutil.rmtree(old)
 
         return finish
+
+
+@contextmanager
+def _write_errors(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong while writing into a CheckpointError of one line."""
+    try:
+        yield
+    except CheckpointException as error:  # no Exception; raised on every rank, but only rank 0 knows the reasons
+        box = ["; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))]
+        dist.broadcast_object_list(box, src=0)
+        raise _write_error(what, box[0]) from error
+    except Exception as error:
+        raise _write_error(what, str(error)) from error
+
+
+def _write_error(what: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"cannot write {what}: {' '.join(reason.split())}; earlier checkpoints are untouched")
 
 
 def _start_result_queue() -> None:

@@ -1,0 +1,194 @@
+"""The megarl command from start to end: killed, resumed, evaluated, compared between layouts."""
+
+import contextlib
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from megarl.config.load import load_config
+from megarl.data.sampler import build_sft_source
+from megarl.data.template import SFTExample
+from megarl.loop.launch import launch_evaluation, launch_training
+from megarl.weights.checkpoint import whole_checkpoints
+from runs import MEGARL, TIMEOUT, logged, megarl, megarl_here, processes_naming, write_config
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Bit for bit: every metric of every step, and the exported weights."""
+    assert logged(run) == logged(expected)
+    assert (run / "hf" / "model.safetensors").read_bytes() == (expected / "hf" / "model.safetensors").read_bytes()
+
+
+def test_the_run_folder_is_complete(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "rollouts",
+        "checkpoints",
+        "tensorboard",
+        "hf",
+    }
+    assert [path.name for path in whole_checkpoints(finished / "checkpoints")] == ["step_00000003", "step_00000004"]
+    assert list((finished / "tensorboard").iterdir())
+    assert sorted(path.name for path in (finished / "rollouts").iterdir()) == [
+        *(f"evaluation_{step:06d}.jsonl" for step in (0, 4)),
+        *(f"step_{step:06d}.jsonl" for step in range(1, 5)),
+    ]
+    steps = [step for step, _ in logged(finished)]
+    assert steps == [0, 1, 2, 3, 4]
+    assert all(metrics["gradient_norm"] > 0 and metrics["logprob_gap_max"] <= 1e-5 for _, metrics in logged(finished)[1:])
+    assert load_config(finished / "config.yaml").run_dir == finished
+    assert not processes_naming(finished.parent)
+
+
+def start_and_kill(config: Path, run_dir: Path, seed: int, *, parent_only: bool) -> int:
+    """Start a run, kill it at a random moment after its first checkpoint, wait until all is gone; the steps it had done."""
+    moment = random.Random(seed)
+    num_lines, delay = moment.randint(2, 3), moment.uniform(0, 0.4)
+    command = [MEGARL, "train", config, "--nproc", "2", "--run-dir", run_dir]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        deadline = time.monotonic() + TIMEOUT
+        while not whole_checkpoints(run_dir / "checkpoints") or num_logged(run_dir) < num_lines:
+            assert run.poll() is None and time.monotonic() < deadline, run.communicate()
+            time.sleep(0.02)
+        time.sleep(delay)  # this is the random moment
+        processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+        assert len(processes) >= 3
+        for process in processes[:1] if parent_only else processes:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a writer of the checkpoint that has done its work
+                process.kill()
+        assert run.wait() == -signal.SIGKILL
+    assert psutil.wait_procs(processes, timeout=5)[1] == []
+    assert not processes_naming(run_dir)
+    return num_logged(run_dir) - 1
+
+
+def num_logged(run_dir: Path) -> int:
+    """Lines of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_killed_with_all_its_processes_and_resumed_equals_uninterrupted(finished: Path, tmp_path: Path) -> None:
+    config = finished.parent / "config.yaml"
+    assert 1 <= start_and_kill(config, tmp_path / "run", seed=0, parent_only=False) < 4
+    result = megarl("train", config, "--nproc", 2, "--run-dir", tmp_path / "run", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_killed_parent_takes_its_ranks_along_and_asynchronous_checkpoints_resume(workspace: Path, tmp_path: Path) -> None:
+    checkpoint = {"every": 1, "asynchronous": True}
+    policy = {"parallel": {"pp": 2}}
+    (tmp_path / "model").symlink_to(workspace / "model")
+    path = write_config(tmp_path, steps=16, policy=policy, checkpoint=checkpoint)
+    launch_training(load_config(path), num_ranks=2, resume=False)
+    assert 1 <= start_and_kill(path, tmp_path / "killed", seed=1, parent_only=True) < 16
+    launch_training(load_config(path, [f"run_dir={tmp_path / 'killed'}"]), num_ranks=2, resume=True)
+    assert_same_run(tmp_path / "killed", tmp_path / "run")
+
+
+def copy_of_interrupted(run: Path, copy: Path, step: int) -> None:
+    """The run as it stood when it had saved ``step``."""
+    copy.mkdir()
+    (copy / "checkpoints").mkdir()
+    (copy / "checkpoints" / f"step_{step:08d}").symlink_to(run / "checkpoints" / f"step_{step:08d}")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[: step + 1]))
+
+
+def test_rl_goes_on_in_another_layout(finished: Path, tmp_path: Path) -> None:
+    copy_of_interrupted(finished, tmp_path / "run", 3)
+    config = load_config(finished.parent / "config.yaml", ["policy.parallel.tp=1", f"run_dir={tmp_path / 'run'}"])
+    launch_training(config, num_ranks=2, resume=True)
+    (*kept, (step, metrics)) = logged(tmp_path / "run")
+    assert (kept, step) == (logged(finished)[:4], 4)
+    assert metrics["logprob_gap_max"] <= 1e-5
+    # the same weights answer the same prompts, so the step is the same up to the order of sums
+    assert (metrics["loss"], metrics["gradient_norm"]) == pytest.approx(
+        tuple(logged(finished)[4][1][name] for name in ("loss", "gradient_norm")), rel=1e-3
+    )
+
+
+def test_sft_resumed_in_another_layout_gives_the_same_weights(workspace: Path, tmp_path: Path) -> None:
+    # Adam would blow up the rounding noise that is all the gradient of the key biases
+    overrides = ["kind=sft", "steps=4", "evaluation.data=null", "checkpoint.keep=4", "optimizer.epsilon=1e-4"]
+    config = load_config(workspace / "config.yaml", [*overrides, f"run_dir={tmp_path / 'tp'}"])
+    launch_training(config, num_ranks=2, resume=False)
+    copy_of_interrupted(tmp_path / "tp", tmp_path / "dp", 2)
+    moved = load_config(workspace / "config.yaml", [*overrides, "policy.parallel.tp=1", f"run_dir={tmp_path / 'dp'}"])
+    launch_training(moved, num_ranks=2, resume=True)
+    expected, actual = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("tp", "dp"))
+    start = load_file(workspace / "model" / "model.safetensors")
+    for name, tensor in expected.items():
+        assert (actual[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+        assert not torch.equal(tensor, start[name]), name
+    for (step, metrics), (other_step, other_metrics) in zip(logged(tmp_path / "tp"), logged(tmp_path / "dp"), strict=True):
+        assert step == other_step
+        assert other_metrics == pytest.approx(metrics, rel=1e-4)
+
+
+def test_eval_gives_the_accuracy_that_the_run_logged(finished: Path) -> None:
+    last = logged(finished)[-1][1]
+    assert 0 < last["accuracy"] < last["pass@4"]
+    path = finished.parent / "config.yaml"
+    checkpoint = whole_checkpoints(finished / "checkpoints")[-1]
+    result = megarl("eval", path, "--checkpoint", checkpoint, "--nproc", 2)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-2:] == [f"accuracy: {last['accuracy']:.4f}", f"pass@4: {last['pass@4']:.4f}"]
+    exported = launch_evaluation(load_config(path, ["policy.parallel.tp=1"]), finished / "hf", num_ranks=1)
+    assert exported == {name: last[name] for name in ("accuracy", "pass@4")}
+    earlier = launch_evaluation(load_config(path), finished.parent / "model", num_ranks=2)
+    assert earlier == {name: logged(finished)[0][1][name] for name in ("accuracy", "pass@4")} != exported
+
+
+def test_transformers_loads_the_export_and_computes_what_the_trainer_does(finished: Path, tmp_path: Path) -> None:
+    """The trainer's side is the loss of one supervised step: minus the mean log-probability of the answers."""
+    tokenizer = AutoTokenizer.from_pretrained(finished / "hf")
+    model = AutoModelForCausalLM.from_pretrained(finished / "hf", dtype=torch.float32).eval()
+    start = AutoModelForCausalLM.from_pretrained(finished.parent / "model", dtype=torch.float32).eval()
+    overrides = [f"model.path={finished / 'hf'}", "kind=sft", "steps=1", "sft.examples_per_step=3", f"run_dir={tmp_path / 'run'}"]
+    config = load_config(finished.parent / "config.yaml", [*overrides, "checkpoint.export=false", "evaluation.data=null"])
+    launch_training(config, num_ranks=2, resume=False)
+    assert not (tmp_path / "run" / "hf").exists()
+    examples = build_sft_source(config, tokenizer).take(3)
+    ((_, metrics),) = logged(tmp_path / "run")
+    assert metrics["loss"] == pytest.approx(supervised_loss(model, examples), abs=1e-5)
+    assert metrics["loss"] != pytest.approx(supervised_loss(start, examples), abs=1e-2)
+
+
+@torch.no_grad()
+def supervised_loss(model: PreTrainedModel, examples: list[SFTExample]) -> float:
+    logprobs = []
+    for example in examples:
+        ids = torch.tensor([example.token_ids])
+        every = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        logprobs.append(every[example.num_prompt_tokens - 1 :])
+    return -float(torch.cat(logprobs).mean())
+
+
+def test_parity_accepts_good_layouts_and_refuses_an_impossible_bound(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ("parity", workspace / "config.yaml", "--num-prompts", 2)
+    assert megarl_here(*arguments, "--layouts", "tp=2", "--layouts", "pp=2,vpp=2") == 0
+    out, err = capfd.readouterr()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert [(row[0], row[1], row[-1]) for row in rows] == [("tp=2", "2", "ok"), ("pp=2,vpp=2", "2", "ok")]
+    assert all(float(gap) <= 1e-5 for row in rows for gap in row[3:6])
+    assert err == ""
+    assert megarl_here(*arguments, "--layouts", "tp=2", "--bound", "1e-30") == 1
+    assert "ABOVE BOUND" in capfd.readouterr().out
+
+
+def test_config_prints_what_can_be_loaded(workspace: Path, tmp_path: Path) -> None:
+    result = megarl("config", workspace / "config.yaml", "--nproc", 2, "--set", "steps=7")
+    assert (result.returncode, result.stderr) == (0, "")
+    (tmp_path / "printed.yaml").write_text(result.stdout)
+    assert load_config(tmp_path / "printed.yaml") == load_config(workspace / "config.yaml", ["steps=7"])
