@@ -60,6 +60,7 @@ def make_model(
         num_key_value_heads=kv_heads,
         intermediate_size=intermediate,
         max_position_embeddings=max_positions,
+        initializer_range=hidden**-0.5,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

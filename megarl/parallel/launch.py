@@ -3,6 +3,7 @@
 import datetime
 import gc
 import os
+import socket
 from collections.abc import Callable
 from multiprocessing import SimpleQueue
 from typing import Any
@@ -81,8 +82,9 @@ def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ra
         MegaRLError: a rank met a user error; the first one is raised here.
         torch.multiprocessing.ProcessRaisedException, ProcessExitedException: a rank failed otherwise or was killed.
     """
-    # port 0: the system picks a free port and no other program can take it in between
-    store = dist.TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
+    # port 0: the system picks a free port and no other program can take it in between; early ranks wait in the backlog
+    listener = socket.create_server((LOCALHOST, 0), backlog=num_ranks)
+    port = listener.getsockname()[1]
     user_errors: SimpleQueue[MegaRLError] = mp.get_context("fork").SimpleQueue()
     # A rank must never collect this process's garbage: destructors of stores would wait for threads that a fork does not copy.
     gc.collect()
@@ -90,13 +92,15 @@ def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ra
     try:
         context = mp.start_processes(
             _run_rank,
-            args=(num_ranks, store.port, timeout_seconds, user_errors, function, args),
+            args=(num_ranks, port, timeout_seconds, user_errors, function, args),
             nprocs=num_ranks,
             join=False,
             start_method="fork",
         )
     finally:
         gc.unfreeze()
+    # only now: its server is a thread, and a rank forked while that holds a lock would wait for it for ever
+    store = dist.TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     try:
         while not context.join(timeout=1.0, grace_period=GRACE_SECONDS):
             pass
@@ -105,6 +109,7 @@ def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ra
             raise
         raise user_errors.get() from None
     finally:
+        del store
         for process in context.processes:
             if process.is_alive():
                 process.terminate()
