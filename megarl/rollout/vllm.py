@@ -26,7 +26,7 @@ from megarl.types import FinishReason
 T = TypeVar("T")
 
 HEALTH_TIMEOUT = 10.0
-DEATH_NOTICE = 5.0  # a dying server drops its connections a moment before its exit code is known
+DEATH_NOTICE = 20.0  # a dying server drops its connections a moment before its exit code is known
 
 
 class _RefusedError(RolloutError):
