@@ -5,10 +5,10 @@ import math
 import random
 
 import pytest
-from observe.rollouts import group
 
 from megarl.observe.metrics import pass_at_k, repetition, rollout_metrics
 from megarl.types import FinishReason
+from observe.rollouts import group
 
 
 def test_numbers_worked_by_hand() -> None:

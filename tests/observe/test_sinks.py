@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from observe.rollouts import group
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megarl.errors import CheckpointError
 from megarl.observe.sinks import MetricsWriter, RolloutWriter
+from observe.rollouts import group
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:

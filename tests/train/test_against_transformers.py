@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import PROMPTS, VOCABULARY_SIZE, tiny_config, write_tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +12,7 @@ from megarl.loop.parity import ParityRun, parse_layout, synthetic_batch, with_la
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.types import PackedBatch, TokenScores
+from tiny import PROMPTS, VOCABULARY_SIZE, tiny_config, write_tiny_model
 
 
 def sequences(packed: PackedBatch) -> list[tuple[int, Tensor, int]]:

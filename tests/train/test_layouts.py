@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import PROMPTS, tiny_config, write_tiny_model
 
 from megarl.loop.parity import ParityRun, parse_layout
+from tiny import PROMPTS, tiny_config, write_tiny_model
 
 BOUND = 1e-5
 ULYSSES = "context_parallel_method=all_to_all"

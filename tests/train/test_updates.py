@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import PROMPTS, tiny_config, write_tiny_model
 
 from megarl.algorithms.objectives import supervised_objective
 from megarl.config.schema import Config
@@ -17,6 +16,7 @@ from megarl.loop.parity import synthetic_batch
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, Reference, is_main_rank
 from megarl.types import TrainBatch
+from tiny import PROMPTS, tiny_config, write_tiny_model
 
 
 def supervised(config: Config) -> TrainBatch:

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from tiny import PROMPTS, tiny_config, write_tiny_model
 
 from megarl.algorithms.batches import build_policy_batch
 from megarl.algorithms.objectives import policy_objective
@@ -20,6 +19,7 @@ from megarl.train.roles import Policy, is_main_rank
 from megarl.types import TokenScores
 from megarl.weights import checkpoint as checkpoint_module
 from megarl.weights.checkpoint import CheckpointWriter, RunState, load_policy, read_run_state, whole_checkpoints
+from tiny import PROMPTS, tiny_config, write_tiny_model
 
 UPDATES = 6
 SAVE_AFTER = 3

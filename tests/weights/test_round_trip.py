@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config, write_tiny_model
 from transformers import AutoModelForCausalLM
 
 from megarl.config.schema import Config
@@ -16,6 +15,7 @@ from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.weights import export
 from megarl.weights.export import write_hugging_face_folder
+from tiny import tiny_config, write_tiny_model
 
 
 def export_policy(config: Config, output: Path) -> None:
