@@ -22,7 +22,7 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")]
-NumRanks = Annotated[int, typer.Option("--nproc", min=1, help="Ranks to start on this machine; ignored under torchrun.")]
+NumRanks = Annotated[int, typer.Option("--nproc", min=1, help="Ranks to start on this machine; ignored under torchrun and srun.")]
 
 
 def _load(path: Path, overrides: list[str], run_dir: Path | None = None) -> Config:
@@ -74,7 +74,8 @@ def show_config(config_path: ConfigPath, overrides: Overrides = [], nproc: NumRa
 @app.command()
 def parity(
     config_path: ConfigPath,
-    layouts: Annotated[list[str], typer.Option("--layouts", help='Layout such as "tp=2,pp=2,vpp=2"; may be repeated.')],
+    layouts: Annotated[list[str], typer.Option("--layouts", help='Layouts such as "tp=2" "pp=2,vpp=2".')],
+    more_layouts: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,  # what follows the first one after --layouts
     overrides: Overrides = [],  # noqa: B006
     bound: Annotated[float, typer.Option(help="Largest accepted gap of any parameter's gradient, relative to its norm.")] = 1e-5,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of the batch.")] = 4,
@@ -85,7 +86,7 @@ def parity(
     from megarl.loop.parity import ParityRun, parse_layout, with_layout
     from megarl.loop.prompts import first_prompts
 
-    parsed = {text: parse_layout(text) for text in layouts}
+    parsed = {text: parse_layout(text) for text in (*layouts, *(more_layouts or []))}
     for layout in parsed.values():
         check(*with_layout(config, layout))
     table = Table("layout", "ranks", "loss", "loss gap", "norm gap", "worst gradient gap", "parameter", "")

@@ -3,8 +3,10 @@
 import datetime
 import gc
 import os
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing import SimpleQueue
 from typing import Any
 
@@ -19,25 +21,73 @@ LOCALHOST = "127.0.0.1"
 GRACE_SECONDS = 5.0  # for the other ranks to end by themselves when one has failed
 
 
-def started_by_launcher() -> bool:
-    """True when torchrun has placed this process as one rank of a world."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchedRank:
+    """This process as one rank of a world that a launcher has placed.
+
+    Attributes:
+        rank: in the world.
+        world_size: ranks of the world.
+        local_rank: on this machine; the number of its GPU.
+        address, port: where rank 0 serves the rendezvous.
+        agent_serves_store: True when torchrun's agent already serves it there.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+    agent_serves_store: bool
 
 
-def join_world(timeout_seconds: float) -> None:
-    """Join the world described by torchrun's environment variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK)."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address, port = os.environ.get("MASTER_ADDR", LOCALHOST), int(os.environ.get("MASTER_PORT", "29500"))
+def launched_rank(environment: Mapping[str, str] = os.environ) -> LaunchedRank | None:
+    """The rank that torchrun (RANK, WORLD_SIZE, …) or srun with several tasks (SLURM_PROCID, …) made of this process, if any.
+
+    MASTER_ADDR and MASTER_PORT go before what is derived from SLURM: the first node of the step, and a port by job and step.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return LaunchedRank(
+            rank=int(environment["RANK"]),
+            world_size=int(environment["WORLD_SIZE"]),
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            address=environment.get("MASTER_ADDR", LOCALHOST),
+            port=int(environment.get("MASTER_PORT", "29500")),
+            agent_serves_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        )
+    # one task starts its ranks itself (--nproc), as does a batch script, which has SLURM_PROCID but is no step
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return None
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    return LaunchedRank(
+        rank=int(environment["SLURM_PROCID"]),
+        world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
+        local_rank=int(environment["SLURM_LOCALID"]),
+        address=environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+        port=int(environment.get("MASTER_PORT") or 15000 + (job * 16 + step) % 15000),
+        agent_serves_store=False,
+    )
+
+
+def first_host(node_list: str) -> str:
+    """First host of a SLURM node list: ``gpu[007-009,12],login1`` gives ``gpu007``."""
+    match = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", node_list)
+    assert match is not None  # every part may be empty
+    return "".join(part or "" for part in match.groups())
+
+
+def join_world(place: LaunchedRank, timeout_seconds: float) -> None:
+    """Join the world as the rank that a launcher made of this process."""
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    # under torchrun the agent already serves the store on that port
-    serves_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves_store = place.rank == 0 and not place.agent_serves_store
     try:
-        store = dist.TCPStore(address, port, world_size, is_master=serves_store, timeout=timeout)
+        store = dist.TCPStore(place.address, place.port, place.world_size, is_master=serves_store, timeout=timeout)
     except dist.DistNetworkError as error:
         raise ConfigError(
-            f"rank {rank} cannot use {address}:{port} for the rendezvous: {error}; set MASTER_PORT to a free port"
+            f"rank {place.rank} cannot use {place.address}:{place.port} for the rendezvous: {error}; "
+            "set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port of it"
         ) from error
-    _join(store, rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), timeout)
+    _join(store, place.rank, place.world_size, place.local_rank, timeout)
 
 
 def _join(store: dist.Store, rank: int, world_size: int, local_rank: int, timeout: datetime.timedelta) -> None:
@@ -71,6 +121,18 @@ def _run_rank(
         raise
     finally:
         dist.destroy_process_group()
+
+
+def run_ranks(
+    function: Callable[..., None], args: tuple[Any, ...], place: LaunchedRank | None, num_ranks: int, timeout_seconds: float
+) -> None:
+    """Run ``function(*args)`` as the rank ``place`` or, when no launcher placed this process, on ``num_ranks`` local ranks."""
+    if place is None:
+        run_local_ranks(function, args, num_ranks, timeout_seconds)
+        return
+    join_world(place, timeout_seconds)
+    function(*args)
+    dist.destroy_process_group()
 
 
 def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ranks: int, timeout_seconds: float) -> None:

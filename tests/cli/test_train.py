@@ -177,7 +177,7 @@ def supervised_loss(model: PreTrainedModel, examples: list[SFTExample]) -> float
 
 def test_parity_accepts_good_layouts_and_refuses_an_impossible_bound(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ("parity", workspace / "config.yaml", "--num-prompts", 2)
-    assert megarl_here(*arguments, "--layouts", "tp=2", "--layouts", "pp=2,vpp=2") == 0
+    assert megarl_here(*arguments, "--layouts", "tp=2", "pp=2,vpp=2") == 0
     out, err = capfd.readouterr()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     assert [(row[0], row[1], row[-1]) for row in rows] == [("tp=2", "2", "ok"), ("pp=2,vpp=2", "2", "ok")]
