@@ -41,7 +41,7 @@ def make_data(out: Path, size: int, seed: int, worked_share: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="JSON-lines file to write")
-    parser.add_argument("--size", type=int, default=4000, help="examples")
+    parser.add_argument("--size", type=int, default=20000, help="examples")
     parser.add_argument("--seed", type=int, default=0, help="seed of the examples")
     parser.add_argument("--worked-share", type=float, default=0.5, help="share of examples that are worked out")
     arguments = parser.parse_args()
