@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 REQUIREMENTS := setup.py $(wildcard requirements/*.txt)
 
-.PHONY: install quickstart test test-engines engine-vllm lint docs clean
+.PHONY: install quickstart test test-engines engine-sglang engine-vllm lint docs clean
 
 install: $(VENV)/.installed
 
@@ -21,11 +21,11 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest tests --ignore tests/engines
 
-# the real vLLM, in an environment of its own outside the clone
-engine-vllm:
-	$(PYTHON) tools/build_engine.py vllm
+# the real engines, each in an environment of its own outside the clone
+engine-sglang engine-vllm: engine-%:
+	$(PYTHON) tools/build_engine.py $*
 
-test-engines: install engine-vllm
+test-engines: install engine-sglang engine-vllm
 	$(BIN)/python -m pytest tests/engines
 
 lint: install

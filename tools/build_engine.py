@@ -1,4 +1,4 @@
-"""Build the Python environment of a rollout engine once, outside the clone: ``python tools/build_engine.py vllm``.
+"""Build the Python environment of a rollout engine once, outside the clone: ``python tools/build_engine.py vllm``, or ``sglang``.
 
 Prints the environment's Python. A second call with the same pins returns at once; a call during another's build waits for it.
 """
@@ -20,7 +20,7 @@ from megarl.rollout.engine_environment import COMPLETE_MARKER, engine_folder, re
 def main() -> int:
     """Build what the command line names; 0 on success."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("engine", choices=["vllm"])
+    parser.add_argument("engine", choices=["sglang", "vllm"])
     parser.add_argument("--prefix", type=Path, help="folder of all engine environments (default: ~/.cache/megarl/engines)")
     arguments = parser.parse_args()
     try:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Log
 
 from megarl.config.schema import EmbeddedEngineConfig
 from megarl.errors import RolloutError
+from megarl.rollout.checkpoint_views import checkpoint_views
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.sampler import GumbelSampler
 from megarl.rollout.weight_checklist import WeightChecklist
@@ -52,13 +53,17 @@ class EmbeddedEngine:
     the same batches in every run: with equal submissions the results are equal bit for bit.
     """
 
-    def __init__(self, model_path: Path, dtype: torch.dtype, config: EmbeddedEngineConfig) -> None:
-        """``model_path`` is a Hugging Face folder; only its config.json is read."""
+    def __init__(
+        self, model_path: Path, dtype: torch.dtype, config: EmbeddedEngineConfig, weight_shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """``model_path`` is a Hugging Face folder, of which only config.json is read; ``weight_shapes`` says what updates bring."""
         self._model_path = model_path
+        self._weight_shapes = weight_shapes
         self._dtype = dtype
         self._config = config
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self._model: PreTrainedModel | None = None
+        self._views: dict[str, Tensor] = {}
         self._version: int | None = None
         self._unusable = "it has no weights yet; call update_weights first"
         self._queue: deque[_Row] = deque()
@@ -74,7 +79,11 @@ class EmbeddedEngine:
             raise RolloutError(f"the embedded engine cannot read {self._model_path}/config.json: {error}") from error
         with torch.random.fork_rng():  # the throw-away initial weights must not shift the trainer's random numbers
             model = AutoModelForCausalLM.from_config(config, dtype=self._dtype)
-        self._model = model.to(self._device).eval().requires_grad_(False)
+        model = model.to(self._device).eval().requires_grad_(False)
+        for buffer in model.buffers():  # in bfloat16 a router's correction bias would choose other experts than the trainer's
+            buffer.data = buffer.data.float()
+        self._views = checkpoint_views(model, self._weight_shapes)
+        self._model = model
         # The folder's own sampling defaults (repetition penalty, ...) would change the distribution behind the trainer's back.
         self._model.generation_config = GenerationConfig()
 
@@ -111,11 +120,10 @@ class EmbeddedEngine:
             raise RolloutError("the embedded engine was not started")
         async with self._model_lock:
             self._version, self._unusable = None, f"its update to weight version {version} did not complete"
-            state = self._model.state_dict()
-            checklist = WeightChecklist(self._model)
+            checklist = WeightChecklist(self._weight_shapes)
             for name, tensor in weights:
                 if checklist.accepts(name, tensor):
-                    state[name].copy_(tensor)
+                    self._views[name].copy_(tensor)
             checklist.finish("the embedded engine")
             self._version = version
 
@@ -127,7 +135,7 @@ class EmbeddedEngine:
             row.request.answer.cancel()
         self._queue.clear()
         self._worker.shutdown(wait=False, cancel_futures=True)
-        self._model, self._version, self._unusable = None, None, "it is closed"
+        self._model, self._views, self._version, self._unusable = None, {}, None, "it is closed"
 
     async def _decode_queue(self) -> None:
         """Decode batch after batch until the queue is empty."""

@@ -21,7 +21,7 @@ def engine_folder(engine: str, prefix: Path | None = None) -> Path:
     """Folder of the engine's environment, named by its pins and the Python version so that clones with equal pins share one.
 
     Args:
-        engine: ``"vllm"``.
+        engine: ``"vllm"`` or ``"sglang"``.
         prefix: folder of all engine environments; ``~/.cache/megarl/engines`` when not given.
 
     Raises:
@@ -38,13 +38,16 @@ def engine_folder(engine: str, prefix: Path | None = None) -> Path:
     return (prefix or Path.home() / ".cache" / "megarl" / "engines") / f"{engine}-{digest}"
 
 
-def default_vllm_python() -> Path:
-    """Python of the environment that ``make engine-vllm`` builds.
+def default_python(engine: str) -> Path:
+    """Python of the environment that ``make engine-vllm`` or ``make engine-sglang`` builds.
 
     Raises:
         RolloutError: it is not built, or its build did not finish.
     """
-    folder = engine_folder("vllm")
+    folder = engine_folder(engine)
     if not (folder / COMPLETE_MARKER).is_file():
-        raise RolloutError(f"no vLLM environment in {folder}; run make engine-vllm, or set rollout.vllm.python or rollout.vllm.url")
+        raise RolloutError(
+            f"no environment of {engine} in {folder}; "
+            f"run make engine-{engine}, or set rollout.{engine}.python or rollout.{engine}.url"
+        )
     return folder / "bin" / "python"

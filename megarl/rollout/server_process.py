@@ -13,6 +13,7 @@ from megarl.errors import RolloutError
 GUARD = Path(__file__).with_name("server_guard.py")
 GRACE_SECONDS = 10.0
 LOG_LINES_SHOWN = 3
+LOG_LINE_LENGTH = 400  # characters shown of each
 
 
 class ServerProcess:
@@ -53,6 +54,12 @@ class ServerProcess:
         how = f"was killed by {signal.Signals(killed_by).name}" if killed_by > 0 else f"exited with code {code}"
         return RolloutError(f"{self.name} {how}; its last words in {self.log_path}: {self._last_words()}")
 
+    @property
+    def guard_pid(self) -> int:
+        """Process id of the guard, the parent of the server."""
+        assert self._guard is not None
+        return self._guard.pid
+
     async def close(self) -> None:
         """End the server and all its children; returns when they are gone."""
         if self._guard is None or self.exited is None:
@@ -69,14 +76,14 @@ class ServerProcess:
         """The end of the log on one line; its lines that name errors where there are any."""
         lines = [line.strip() for line in self.log_path.read_text(errors="replace").splitlines() if line.strip()]
         telling = [line for line in lines if re.search(r"[Ee]rror: ", line)]
-        return " | ".join((telling or lines)[-LOG_LINES_SHOWN:]) or "(nothing)"
+        return " | ".join(line[:LOG_LINE_LENGTH] for line in (telling or lines)[-LOG_LINES_SHOWN:]) or "(nothing)"
 
 
-def free_port(host: str, wanted: int) -> int:
+def free_port(host: str, wanted: int, key: str) -> int:
     """``wanted``, or a free port when it is 0.
 
     Raises:
-        RolloutError: ``wanted`` is in use.
+        RolloutError: ``wanted``, the value of the configuration key ``key``, is in use.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -84,6 +91,6 @@ def free_port(host: str, wanted: int) -> int:
             probe.bind((host, wanted))
         except OSError as error:
             raise RolloutError(
-                f"port {wanted} of {host} cannot be used ({error.strerror}); set rollout.vllm.port to a free port, or to 0 for any"
+                f"port {wanted} of {host} cannot be used ({error.strerror}); set {key} to a free port, or to 0 for any"
             ) from error
         return int(probe.getsockname()[1])

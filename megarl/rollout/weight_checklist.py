@@ -1,8 +1,8 @@
-"""Does a weight update bring every parameter of the engine's model, once and in its shape?"""
+"""Does a weight update bring every tensor of the model's checkpoint, once and in its shape?"""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megarl.errors import WeightsError
 
@@ -16,12 +16,9 @@ class WeightChecklist:
     it half-read would hang them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """The names and shapes to come are those of the model's parameters and persistent buffers; it may be on ``meta``."""
-        state = model.state_dict(keep_vars=True)
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        # Tied parameters are one tensor under several names: any one of the names brings it.
-        self._tensor_of_name = {name: id(tensor) for name, tensor in state.items()}
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """``shapes``: of the tensors to come, by Hugging Face name; tied embeddings come once, without ``lm_head.weight``."""
+        self._shapes = shapes
         self._arrived: set[str] = set()
         self._unknown: list[str] = []
         self._wrong: list[str] = []
@@ -41,11 +38,8 @@ class WeightChecklist:
 
     def finish(self, engine: str) -> None:
         """Raise WeightsError naming what is missing, unknown or mis-shaped; the message begins with ``engine``."""
-        arrived_tensors = {self._tensor_of_name[name] for name in self._arrived}
-        wrong_names = {problem.split(" ", 1)[0] for problem in self._wrong}
-        missing = [
-            name for name, tensor in self._tensor_of_name.items() if tensor not in arrived_tensors and name not in wrong_names
-        ]
+        seen = self._arrived | {problem.split(" ", 1)[0] for problem in self._wrong}
+        missing = [name for name in self._shapes if name not in seen]
         problems = [
             f"{title}: {_shortened(names)}"
             for title, names in (("missing", missing), ("not in the model", self._unknown), ("wrong", self._wrong))

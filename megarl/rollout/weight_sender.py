@@ -17,7 +17,8 @@ class WeightSender:
     """Rank 0 of a group of its own, independent of the trainer's default process group.
 
     Everything blocks; run it in a thread. Messages: header length (int64), JSON header (uint8), then the header's number of
-    bytes in broadcasts of at most BUCKET_BYTES.
+    bytes in broadcasts of at most BUCKET_BYTES. The header's digest, the sum of the bytes as int64 numbers (wrapping), tells the
+    receiver that these are the bytes meant.
     """
 
     def __init__(self, host: str, num_workers: int, timeout: float) -> None:
@@ -25,6 +26,7 @@ class WeightSender:
         self.world_size = 1 + num_workers
         self._timeout = timedelta(seconds=timeout)
         self._store = TCPStore(host, 0, self.world_size, is_master=True, timeout=self._timeout, wait_for_workers=False)
+        self.host = host
         self.port: int = self._store.port
         self._group: Any = None
 
@@ -42,7 +44,8 @@ class WeightSender:
         flat = torch.empty(start, dtype=torch.uint8)
         for (_, tensor), (_, _, _, begin, end) in zip(bucket, tensors, strict=True):
             flat[begin:end] = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-        self._send_header({"kind": "tensors", "bytes": start, "tensors": tensors})
+        digest = int(flat.view(torch.int64).sum())
+        self._send_header({"kind": "tensors", "bytes": start, "tensors": tensors, "digest": digest})
         for chunk in flat.split(BUCKET_BYTES):
             self._broadcast(chunk)
 

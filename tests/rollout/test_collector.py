@@ -17,6 +17,7 @@ from megarl.rollout.collector import Collector, CollectResult
 from megarl.rollout.embedded import EmbeddedEngine
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
+from tiny_rollout import exported_weights, make_tiny_model, weight_shapes
 
 
 class FailingEngine:
@@ -111,9 +112,9 @@ def collect(engine: Any, num_groups: int = 6, *, source: Any = None, **options: 
 
 def embedded(folder: Path, model: PreTrainedModel, use: Callable[[EmbeddedEngine], Any]) -> Any:
     async def run() -> Any:
-        engine = EmbeddedEngine(folder, torch.float32, EmbeddedEngineConfig(batch_size=8, threads=1))
+        engine = EmbeddedEngine(folder, torch.float32, EmbeddedEngineConfig(batch_size=8, threads=1), weight_shapes(model))
         await engine.start()
-        await engine.update_weights(iter(model.state_dict().items()), 9)
+        await engine.update_weights(exported_weights(model), 9)
         try:
             return await use(engine)
         finally:
@@ -122,7 +123,7 @@ def embedded(folder: Path, model: PreTrainedModel, use: Callable[[EmbeddedEngine
     return asyncio.run(run())
 
 
-def test_groups_come_in_prompt_order_whatever_completes_first(model_folder: Path, tiny_model: Any) -> None:
+def test_groups_come_in_prompt_order_whatever_completes_first(model_folder: Path) -> None:
     """Scorers that end in the opposite order, and one prompt at a time for the engine, change nothing at all."""
 
     def run(order: Sequence[int], concurrency: int) -> CollectResult:
@@ -140,7 +141,7 @@ def test_groups_come_in_prompt_order_whatever_completes_first(model_folder: Path
         async def use(engine: EmbeddedEngine) -> CollectResult:
             return await make_collector(engine, score, concurrency=concurrency).collect(PromptSource(), step=3)
 
-        return embedded(model_folder, tiny_model(0), use)
+        return embedded(model_folder, make_tiny_model(0), use)
 
     forward, backward = run(range(6), 64), run([5, 4, 3, 2, 1, 0], 64)
     assert forward.groups == backward.groups  # token ids, log-probs, rewards: bit for bit
@@ -153,7 +154,7 @@ def test_groups_come_in_prompt_order_whatever_completes_first(model_folder: Path
         assert [one.rollout.text for one in group.rollouts] == [" ".join(map(str, one.rollout.token_ids)) for one in group.rollouts]
 
 
-def test_seeds_differ_by_position_and_step_and_repeat_between_runs(model_folder: Path, tiny_model: Any) -> None:
+def test_seeds_differ_by_position_and_step_and_repeat_between_runs(model_folder: Path) -> None:
     def run(step: int) -> list[tuple[int, ...]]:
         def same_prompt(count: int) -> list[Prompt]:
             return [make_prompt(5)] * count
@@ -161,7 +162,7 @@ def test_seeds_differ_by_position_and_step_and_repeat_between_runs(model_folder:
         async def use(engine: EmbeddedEngine) -> CollectResult:
             return await make_collector(engine, prompts_per_step=3).collect(same_prompt, step=step)
 
-        groups = embedded(model_folder, tiny_model(0), use).groups
+        groups = embedded(model_folder, make_tiny_model(0), use).groups
         return [one.rollout.token_ids for group in groups for one in group.rollouts]
 
     assert run(1) == run(1)
@@ -276,14 +277,14 @@ def test_a_stall_is_warned_of_with_the_prompts_in_flight() -> None:
     assert re.search(r"no response has come for 0\.05 s; waiting for prompts task/1, task/3$", warnings[0])
 
 
-def test_evaluation_takes_its_own_samples_and_temperature(model_folder: Path, tiny_model: Any) -> None:
+def test_evaluation_takes_its_own_samples_and_temperature(model_folder: Path) -> None:
     prompts = [make_prompt(number) for number in range(5)]
 
     async def use(engine: EmbeddedEngine) -> list[RolloutGroup]:
         evaluation = {"samples_per_prompt": 2, "temperature": 0.0}
         return await make_collector(engine, evaluation=evaluation, dynamic=True).evaluate(prompts)
 
-    groups = embedded(model_folder, tiny_model(0), use)
+    groups = embedded(model_folder, make_tiny_model(0), use)
     assert [group.prompt for group in groups] == prompts
     for group in groups:
         first, second = (one.rollout for one in group.rollouts)

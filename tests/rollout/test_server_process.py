@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megarl.errors import RolloutError
-from megarl.rollout.engine_environment import COMPLETE_MARKER, default_vllm_python, engine_folder
+from megarl.rollout.engine_environment import COMPLETE_MARKER, default_python, engine_folder
 from megarl.rollout.server_process import ServerProcess, free_port
 
 # A server with a child of its own; both ignore TERM when told to. It writes the process ids once all are up.
@@ -112,21 +112,23 @@ def test_a_port_in_use_is_refused() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(
-            RolloutError, match=rf"port {port} of 127\.0\.0\.1 cannot be used \(Address already in use\); set rollout\.vllm\.port"
+            RolloutError,
+            match=rf"port {port} of 127\.0\.0\.1 cannot be used \(Address already in use\); set a\.port to ",
         ):
-            free_port("127.0.0.1", port)
-    assert free_port("127.0.0.1", port) == port
-    assert free_port("127.0.0.1", 0) > 0
+            free_port("127.0.0.1", port, "a.port")
+    assert free_port("127.0.0.1", port, "a.port") == port
+    assert free_port("127.0.0.1", 0, "a.port") > 0
 
 
-def test_only_a_finished_environment_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_only_a_finished_environment_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    folder = engine_folder("vllm")
+    folder = engine_folder(engine)
     assert folder.is_relative_to(tmp_path)
-    with pytest.raises(RolloutError, match="run make engine-vllm"):
-        default_vllm_python()
+    with pytest.raises(RolloutError, match=f"run make engine-{engine}"):
+        default_python(engine)
     (folder / "bin").mkdir(parents=True)
-    with pytest.raises(RolloutError, match="run make engine-vllm"):
-        default_vllm_python()  # interrupted before the marker was written
+    with pytest.raises(RolloutError, match=f"run make engine-{engine}"):
+        default_python(engine)  # interrupted before the marker was written
     (folder / COMPLETE_MARKER).touch()
-    assert default_vllm_python() == folder / "bin" / "python"
+    assert default_python(engine) == folder / "bin" / "python"

@@ -1,35 +1,24 @@
-"""Weights over a real gloo group into the worker extension that vLLM runs, one thread for each worker."""
+"""Weights over a real gloo group into the receiver that runs in engines, one thread for each worker."""
 
-import importlib.util
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from megarl.rollout.vllm_server import PLUGIN_FOLDER
+from engine_plugin import load_plugin
+from megarl.rollout.server_launch import PLUGIN_FOLDER
 from megarl.rollout.weight_sender import BUCKET_BYTES, WeightSender, buckets
 
-
-def load_plugin() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("megarl_vllm_worker", PLUGIN_FOLDER / "megarl_vllm_worker.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+WeightReceiver = load_plugin("megarl_weight_receiver").WeightReceiver
 
 
-class Worker(load_plugin().MegaRLWorkerExtension):  # type: ignore[misc]
-    """The part of a vLLM worker that the extension reads before it hands tensors to vLLM."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-
-    def receive(self, port: int) -> dict[str, Tensor]:
-        self.megarl_join("127.0.0.1", port, 3, 20.0)
-        return dict(self._megarl_incoming())
+def receive(rank: int, port: int) -> dict[str, Tensor]:
+    receiver = WeightReceiver("127.0.0.1", port, 3, 1 + rank, 20.0)
+    received: dict[str, Tensor] = {}
+    while (tensors := receiver.receive()) is not None:
+        received |= dict(tensors)
+    return received
 
 
 def weights() -> dict[str, Tensor]:
@@ -44,7 +33,7 @@ def weights() -> dict[str, Tensor]:
 def test_every_worker_gets_every_tensor_bit_for_bit() -> None:
     sender = WeightSender("127.0.0.1", 2, 20.0)
     with ThreadPoolExecutor(2) as pool:
-        received = [pool.submit(Worker(rank).receive, sender.port) for rank in range(2)]
+        received = [pool.submit(receive, rank, sender.port) for rank in range(2)]
         sender.join()
         messages = list(buckets(weights().items()))
         for bucket in messages:
@@ -66,7 +55,7 @@ def test_every_worker_gets_every_tensor_bit_for_bit() -> None:
 def test_an_update_given_up_raises_in_the_workers() -> None:
     sender = WeightSender("127.0.0.1", 2, 20.0)
     with ThreadPoolExecutor(2) as pool:
-        received = [pool.submit(Worker(rank).receive, sender.port) for rank in range(2)]
+        received = [pool.submit(receive, rank, sender.port) for rank in range(2)]
         sender.join()
         sender.send_bucket([("norm", torch.ones(3))])
         sender.send_abort("no space")
@@ -75,6 +64,27 @@ def test_an_update_given_up_raises_in_the_workers() -> None:
                 worker.result(timeout=20)
 
 
-def test_the_plugin_needs_nothing_of_megarl() -> None:
-    source = Path(PLUGIN_FOLDER / "megarl_vllm_worker.py").read_text()
-    assert "import megarl" not in source and "from megarl" not in source
+def test_other_bytes_than_those_sent_raise_in_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    sender = WeightSender("127.0.0.1", 2, 20.0)
+    broadcast = sender._broadcast
+
+    def broadcast_damaged(tensor: Tensor) -> None:
+        if tensor.numel() == 16:  # the weights' own bytes
+            tensor = tensor.clone()
+            tensor[3] ^= 1
+        broadcast(tensor)
+
+    monkeypatch.setattr(sender, "_broadcast", broadcast_damaged)
+    with ThreadPoolExecutor(2) as pool:
+        received = [pool.submit(receive, rank, sender.port) for rank in range(2)]
+        sender.join()
+        sender.send_bucket([("norm", torch.ones(4))])
+        for worker in received:
+            with pytest.raises(RuntimeError, match=r"weights arrived with digest -?\d+, sent was"):
+                worker.result(timeout=20)
+
+
+def test_the_plugins_need_nothing_of_megarl() -> None:
+    for path in PLUGIN_FOLDER.glob("*.py"):
+        source = path.read_text()
+        assert "import megarl\n" not in source and "from megarl." not in source and "import megarl." not in source

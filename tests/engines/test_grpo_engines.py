@@ -1,4 +1,4 @@
-"""Whole GRPO runs with the real vLLM. Needs ``make engine-vllm``; without it these tests fail, they are never skipped."""
+"""Whole GRPO runs with real engines. They need ``make engine-vllm engine-sglang``; without, these tests fail."""
 
 import json
 import os
@@ -18,15 +18,18 @@ from transformers import Qwen2Tokenizer
 
 from megarl.parallel.launch import run_local_ranks
 from megarl.weights.checkpoint import whole_checkpoints
+from real_engines import ARGUMENTS
+from tiny_rollout import make_tiny_model
 
 STEPS = 3
-TIMEOUT = 150  # seconds a run may take; most of it is the server's start
+TIMEOUT = 280  # seconds a run may take; most of it is the server's start
+
+pytestmark = pytest.mark.timeout(2 * TIMEOUT)
 
 
-@pytest.fixture
-def config_path(tmp_path: Path, tiny_model: object) -> Path:
+def write_config(engine: str, tmp_path: Path) -> Path:
     """The config of a run whose rewards differ already for random weights."""
-    tiny_model(0, tmp_path / "model")
+    make_tiny_model(0, tmp_path / "model")
     letters = {character: index for index, character in enumerate(["<eos>", *map(chr, range(33, 127)), "Ġ", "Ċ"])}
     Qwen2Tokenizer(vocab=letters, merges=[], eos_token="<eos>", pad_token="<eos>", unk_token=None).save_pretrained(
         tmp_path / "model"
@@ -40,16 +43,12 @@ def config_path(tmp_path: Path, tiny_model: object) -> Path:
         "policy": {"parallel": {"tp": 2}},
         "optimizer": {"learning_rate": 1e-2},
         "rollout": {
-            "engine": "vllm",
+            "engine": engine,
             "prompts_per_step": 4,
             "samples_per_prompt": 4,
             "max_prompt_tokens": 100,
             "max_new_tokens": 12,
-            "vllm": {
-                "start_timeout": 120,
-                "update_timeout": 60,
-                "arguments": {"block_size": 32, "kv_cache_memory_bytes": 64 << 20},
-            },
+            engine: {"start_timeout": 240, "update_timeout": 60, "arguments": ARGUMENTS[engine]},
         },
         "data": {
             "template": "{prompt}\n",
@@ -82,7 +81,9 @@ def wait_until_logged(run: subprocess.Popen[str], metrics: Path, num_lines: int)
         time.sleep(0.01)
 
 
-def test_a_run_samples_with_the_trained_weights_at_every_step(config_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_run_samples_with_the_trained_weights_at_every_step(tmp_path: Path, engine: str) -> None:
+    config_path = write_config(engine, tmp_path)
     run_dir = config_path.parent / "run"
     with start(config_path) as run:
         wait_until_logged(run, run_dir / "metrics.jsonl", 1)
@@ -116,7 +117,9 @@ def read_embeddings(checkpoints: list[Path], output: Path) -> None:
     torch.save([state["embedding.word_embeddings.weight"] for state in states], output)
 
 
-def test_a_server_killed_during_a_step_ends_the_run_with_one_line(config_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "name"), [("sglang", "SGLang")])
+def test_a_server_killed_during_a_step_ends_the_run_with_one_line(tmp_path: Path, engine: str, name: str) -> None:
+    config_path = write_config(engine, tmp_path)
     settings = yaml.safe_load(config_path.read_text())
     settings["steps"] = 1000
     settings["checkpoint"] = {"every": 0}
@@ -130,6 +133,6 @@ def test_a_server_killed_during_a_step_ends_the_run_with_one_line(config_path: P
         _, errors = run.communicate(timeout=60)
     print(f"the run ended {time.monotonic() - killed:.1f} s after its server")
     assert run.returncode == 2
-    assert errors.startswith("error: ") and "vLLM was killed by SIGKILL; its last words in " in errors
+    assert errors.startswith("error: ") and f"{name} was killed by SIGKILL; its last words in " in errors
     assert len(errors.splitlines()) == 1
     assert psutil.wait_procs(processes, timeout=10)[1] == [] == server_processes(config_path)

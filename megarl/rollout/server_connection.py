@@ -1,0 +1,127 @@
+"""Requests to an engine's server, none of which waits longer than the server lives."""
+
+import asyncio
+import json
+import socket
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from megarl.errors import RolloutError
+from megarl.rollout.server_process import ServerProcess
+
+T = TypeVar("T")
+
+DEATH_NOTICE = 20.0  # seconds; a dying server drops its connections a moment before its exit code is known
+
+
+class RefusedError(RolloutError):
+    """The server is well and says that the request is wrong."""
+
+
+class ServerConnection:
+    """One server: the HTTP session with it and, where the trainer started it, its process."""
+
+    def __init__(self, name: str, url: str, process: ServerProcess | None, log_path: Path, hint: str) -> None:
+        """``hint`` follows the refusals of a server that the trainer did not start."""
+        self.name = name
+        self.url = url
+        self.process = process
+        self._log_path = log_path
+        self._hint = hint
+        # One connection per prompt in flight; the collector bounds these.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None))
+
+    @property
+    def death(self) -> RolloutError | None:
+        """Why the server is gone; None while it lives, and always for one that the trainer did not start."""
+        exited = self.process.exited if self.process is not None else None
+        return self.process.death() if self.process is not None and exited is not None and exited.done() else None
+
+    async def close(self) -> None:
+        """End the session, and the server with all its processes where the trainer started it."""
+        await self._session.close()
+        await self.end_process()
+
+    async def end_process(self) -> None:
+        """End the server with all its processes where the trainer started it."""
+        if self.process is not None:
+            await self.process.close()
+
+    async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON answer of one HTTP request, or its text; RolloutError when it is not answered with status 200."""
+        try:
+            async with self._session.request(method, self.url + path, json=body) as response:
+                text = await response.text()
+                if response.status != 200:
+                    problem = f"{self.name} answered {method} {path} with {response.status}: {_message(text)}"
+                    if response.status >= 500:
+                        raise RolloutError(problem)
+                    raise RefusedError(problem if self.process is not None else f"{problem}; {self._hint}")
+                return json.loads(text) if response.content_type == "application/json" and text else text
+        except (aiohttp.ClientError, OSError) as error:
+            problem = f"{self.name} at {self.url} does not answer {method} {path}: {error or type(error).__name__}"
+            raise RolloutError(problem) from error
+
+    async def watch(
+        self, work: Awaitable[T], task: str, seconds: float | None, key: str = "", partner: asyncio.Future[Any] | None = None
+    ) -> T:
+        """Wait for ``work``, but no longer than the server lives, ``seconds`` last, or ``partner`` (its other end) works.
+
+        Args:
+            work: what is waited for; cancelled when given up.
+            task: what the server has to do, for the message of the time-out.
+            seconds: time-out; None for none.
+            key: configuration key of the time-out, for its message.
+            partner: something else that must not fail meanwhile.
+
+        Raises:
+            RolloutError: the server's death where it died, else the failure of ``work`` or ``partner``, else the time-out.
+        """
+        future = asyncio.ensure_future(work)
+        exited = self.process.exited if self.process is not None else None
+        watched = {future} | ({exited} if exited else set()) | ({partner} if partner else set())
+        try:
+            done, _ = await asyncio.wait(watched, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if partner in done and future not in done:
+                await asyncio.wait({future}, timeout=0 if partner.exception() else seconds)
+            failed = next((one for one in (future, partner) if one is not None and one.done() and one.exception()), None)
+            if failed is not None and exited is not None and not isinstance(failed.exception(), RefusedError):
+                await asyncio.wait({exited}, timeout=DEATH_NOTICE)
+            if self.death is not None and (failed is not None or not future.done()):
+                raise self.death
+            if failed is not None:
+                failed.result()
+            if not future.done():
+                where = f" ({key})" if key else ""
+                raise RolloutError(f"{self.name} at {self.url} did not {task} within {seconds:g} s{where}; see {self._log_path}")
+            return future.result()
+        finally:
+            future.cancel()
+
+    def own_address(self) -> str:
+        """The address of this machine that the server can reach."""
+        parts = urlsplit(self.url)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
+            probe.connect((parts.hostname, parts.port or 80))
+            return str(probe.getsockname()[0])
+
+
+def abandon(call: asyncio.Future[Any]) -> None:
+    """Cancel a call whose answer, or failure, no longer matters."""
+    call.cancel()
+    call.add_done_callback(lambda done: done.cancelled() or done.exception())  # an exception nobody reads is logged as a bug
+
+
+def _message(text: str) -> str:
+    """The message of an error answer, on one line."""
+    try:
+        answer = json.loads(text)
+        answer = answer.get("error", answer)
+        text = str(answer["message"] if isinstance(answer, dict) else answer)
+    except (ValueError, KeyError, AttributeError):
+        pass  # not an engine's error form: show it as it is
+    return " ".join(text.split())[:500]

@@ -1,0 +1,227 @@
+"""What the engines behind a server have in common: start, health, and weight updates that never leave a half-updated server."""
+
+import asyncio
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+from torch import Tensor
+from transformers import AutoConfig
+
+from megarl.config.schema import Config, EngineServerConfig
+from megarl.errors import RolloutError
+from megarl.rollout.protocol import Generation, SamplingParams
+from megarl.rollout.server_connection import ServerConnection, abandon
+from megarl.rollout.server_launch import HOST
+from megarl.rollout.server_process import ServerProcess, free_port
+from megarl.rollout.weight_checklist import WeightChecklist
+from megarl.rollout.weight_sender import WeightSender, buckets
+
+T = TypeVar("T")
+
+HEALTH_TIMEOUT = 10.0  # seconds
+POLL_SECONDS = 0.25
+
+
+class ServerEngine(ABC):
+    """RolloutEngine over HTTP to a server process in an environment of its own, or to one given by URL.
+
+    An update waits for the requests in flight, sends the weights, and drops what the server has cached before the new version is
+    served. An update that fails at any point ends the server: half-updated weights are never served.
+    """
+
+    name: ClassVar[str]
+    section: ClassVar[str]  # of the configuration, below rollout
+    hint: ClassVar[str]  # what a server that the trainer did not start must be started with
+
+    def __init__(self, config: Config, run_dir: Path, weight_shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """The server's output goes to ``run_dir``/engine.log; ``weight_shapes`` says what updates bring."""
+        self.config = config
+        self._weight_shapes = weight_shapes
+        self.settings: EngineServerConfig = getattr(config.rollout, self.section)
+        self._log_path = run_dir / "engine.log"
+        self._server: ServerConnection | None = None
+        self._vocabulary_size: int = AutoConfig.from_pretrained(config.model.path).vocab_size
+        self._sender: WeightSender | None = None
+        self._version: int | None = None
+        self._unusable = "it has no weights yet; call update_weights first"
+
+    @abstractmethod
+    def command(self, port: int) -> tuple[list[str], dict[str, str]]:
+        """Command line and environment of a server on ``port``."""
+
+    @abstractmethod
+    async def sample(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
+        """``sampling.num_samples`` different responses; one at temperature 0."""
+
+    @abstractmethod
+    async def pause(self) -> None:
+        """Let the requests in flight finish and start no others."""
+
+    @abstractmethod
+    async def num_workers(self) -> int:
+        """How many processes hold a part of the weights."""
+
+    @abstractmethod
+    async def join(self, sender: WeightSender) -> None:
+        """Let every worker join the sender's group."""
+
+    @abstractmethod
+    async def transfer(
+        self, sender: WeightSender, messages: Iterable[list[tuple[str, Tensor]]], finish: Callable[[], None]
+    ) -> None:
+        """Send and load all messages; ``finish`` raises WeightsError when they were not a whole set."""
+
+    @abstractmethod
+    async def reset_prefix_cache(self) -> None:
+        """Drop keys and values of the old weights."""
+
+    @abstractmethod
+    async def resume(self) -> None:
+        """Answer requests again."""
+
+    async def start(self) -> None:
+        """Start the server, or find the one at the section's ``url``, and wait until it is healthy."""
+        process = None
+        url = (self.settings.url or "").rstrip("/")
+        if not url:
+            port = free_port(HOST, self.settings.port, f"rollout.{self.section}.port")
+            url = f"http://{HOST}:{port}"
+            process = ServerProcess(self.name, *self.command(port), self._log_path)
+            await process.start()
+        self._server = ServerConnection(self.name, url, process, self._log_path, self.hint)
+        try:
+            key = f"rollout.{self.section}.start_timeout"
+            await self._server.watch(self._until_healthy(), "start", self.settings.start_timeout, key)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def health(self) -> None:
+        """Raise RolloutError when the engine cannot answer."""
+        if self._server is not None and self._server.death is not None:
+            raise self._server.death
+        if self._version is None:
+            raise RolloutError(f"{self.name} cannot answer: {self._unusable}")
+        await self.server.watch(self.server.call("GET", "/health"), "answer /health", HEALTH_TIMEOUT)
+
+    async def generate(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
+        """Sample ``sampling.num_samples`` responses to one prompt, in order."""
+        if self._version is None:
+            raise RolloutError(f"{self.name} cannot answer: {self._unusable}")
+        vocabulary = self._vocabulary_size
+        if not prompt_token_ids or not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocabulary:  # kills some servers
+            raise RolloutError(
+                f"{self.name} got a prompt of {len(prompt_token_ids)} tokens that is empty or has ids outside 0..{vocabulary - 1}; "
+                f"does the tokenizer belong to {self.config.model.path}?"
+            )
+        generations = await self.server.watch(self.sample(prompt_token_ids, sampling), "answer a prompt", None)
+        # Greedy samples are all the same, and some servers refuse several of one request.
+        return generations * sampling.num_samples if sampling.temperature == 0 else generations
+
+    async def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Send a whole new set of weights to every worker; requests in flight finish on the old weights first.
+
+        Raises:
+            WeightsError: a parameter is missing, unknown or mis-shaped.
+            RolloutError: the server died, refused, or took longer than the section's ``update_timeout``.
+        """
+        self._version, self._unusable = None, f"its update to weight version {version} did not complete"
+        try:
+            await self._update(weights, version)
+        except BaseException:
+            for _ in weights:  # read to its end: making it is a collective of all trainer ranks
+                pass
+            if self._server is not None:
+                await self._server.end_process()
+            raise
+        self._version = version
+
+    async def close(self) -> None:
+        """End the server and all its processes; a server given by URL is left alone."""
+        self._version, self._unusable = None, "it is closed"
+        if self._server is not None:
+            await self._server.close()
+
+    @property
+    def server(self) -> ServerConnection:
+        """The started server."""
+        if self._server is None:
+            raise RolloutError(f"{self.name} was not started")
+        return self._server
+
+    async def limited(self, work: Awaitable[T], task: str, partner: asyncio.Future[Any] | None = None) -> T:
+        """A part of a weight update, within its time-out; ``partner`` is its other end."""
+        return await self.server.watch(work, task, self.settings.update_timeout, f"rollout.{self.section}.update_timeout", partner)
+
+    async def sent(self, send: Callable[..., None], *arguments: Any, task: str, partner: asyncio.Future[Any] | None = None) -> None:
+        """One blocking step of the sender, in a thread, while ``partner`` receives."""
+        await self.limited(self._in_thread(send, *arguments), task, partner)
+
+    async def _update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        await self.pause()
+        sender = self._sender or await self._open_group()
+        checklist = WeightChecklist(self._weight_shapes)
+        accepted = ((name, tensor) for name, tensor in weights if checklist.accepts(name, tensor))
+        await self.transfer(sender, buckets(accepted), lambda: checklist.finish(self.name))
+        await self.reset_prefix_cache()
+        setting = self.server.call("POST", "/update_weight_version", {"new_version": str(version)})
+        await self.limited(setting, "set the weight version")
+        await self.resume()
+
+    async def _open_group(self) -> WeightSender:
+        """Make the group of this process and the server's workers."""
+        sender = WeightSender(self.server.own_address(), await self.num_workers(), self.settings.update_timeout)
+        joining = asyncio.ensure_future(self.join(sender))
+        try:
+            await self.sent(sender.join, task="join the weight-transfer group", partner=joining)
+            await self.limited(joining, "join the weight-transfer group")
+        finally:
+            abandon(joining)
+        self._sender = sender
+        return sender
+
+    async def _until_healthy(self) -> None:
+        while True:
+            try:
+                await self.server.call("GET", "/health")
+                return
+            except RolloutError:
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a blocking call in a daemon thread: unlike asyncio's own pool, one that hangs in gloo cannot hold up the exit."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if future.done():  # given up by its caller
+                return
+            if error is None:
+                future.set_result(cast(T, result))
+            else:
+                failure = RolloutError(f"weight transfer to {self.name} failed: {' '.join(str(error).split())[:500]}")
+                failure.__cause__ = error
+                future.set_exception(failure)
+
+        def run() -> None:
+            result, error = None, None
+            try:
+                result = function(*arguments)
+            except Exception as raised:
+                error = raised
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(settle, result, error)
+
+        threading.Thread(target=run, daemon=True, name="weight-transfer").start()
+        return await future
+
+
+def one_version(engine: str, spans: Iterable[dict[str, Any]]) -> int:
+    """The weight version of a response, from its spans ``{"version": …}``."""
+    versions = {str(span["version"]) for span in spans}
+    if len(versions) != 1:
+        raise RolloutError(f"{engine} sampled one response with the weight versions {sorted(versions)}; one is expected")
+    return int(versions.pop())

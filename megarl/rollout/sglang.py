@@ -1,0 +1,149 @@
+"""The real SGLang as a rollout engine."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarl.rollout.protocol import Generation, SamplingParams
+from megarl.rollout.server_connection import abandon
+from megarl.rollout.server_engine import ServerEngine, one_version
+from megarl.rollout.server_launch import HOST, PLUGIN_FOLDER, cores_of_ranks, flags, inherited_environment, server_python
+from megarl.rollout.weight_sender import WeightSender
+from megarl.types import FinishReason
+
+CPU_FOLDER = Path(__file__).with_name("sglang_cpu")  # stand-ins for packages and kernels that exist only for GPUs
+CPU_RUNNING_REQUESTS = 32
+GROUP = "megarl"  # of the weight transfer; also the word by which engine_plugin/megarl_sglang.py knows its requests
+
+
+class SGLangEngine(ServerEngine):
+    """RolloutEngine over SGLang's native /generate endpoint.
+
+    Sample ``i`` of a prompt is a request of its own, drawn with the hash of its seed ``seed + i`` and the position
+    (``--enable-deterministic-inference``). SGLang reports log-probabilities under softmax(logits / temperature) over the whole
+    vocabulary, whatever top-k and top-p keep.
+    """
+
+    name = "SGLang"
+    section = "sglang"
+    hint = (
+        f"a server given by rollout.sglang.url must be started with PYTHONPATH={PLUGIN_FOLDER}, --skip-tokenizer-init "
+        "and --enable-deterministic-inference"
+    )
+
+    def command(self, port: int) -> tuple[list[str], dict[str, str]]:
+        """Command line and environment; ``rollout.sglang.arguments`` come last and override the rest."""
+        rollout = self.config.rollout
+        context_length = rollout.max_prompt_tokens + rollout.max_new_tokens
+        arguments: dict[str, Any] = {
+            "model_path": str(self.config.model.path),
+            "host": HOST,
+            "port": port,
+            "dtype": self.settings.dtype or self.config.model.dtype,
+            "tensor_parallel_size": self.settings.tensor_parallel_size,
+            "context_length": context_length,
+            "load_format": "dummy",  # the trainer sends the weights before the first request
+            "skip_tokenizer_init": True,
+            "grammar_backend": "none",
+            "enable_deterministic_inference": True,  # without it a request's seed is ignored
+            "random_seed": self.config.seed,
+            "log_level": "warning",
+        }
+        needed = {"PYTHONPATH": str(PLUGIN_FOLDER), "HF_HUB_OFFLINE": "1"}
+        if not torch.cuda.is_available():
+            arguments |= {
+                "device": "cpu",
+                "attention_backend": "torch_native",
+                "sampling_backend": "pytorch",
+                "disable_overlap_schedule": True,
+                "disable_cuda_graph": True,
+                "max_running_requests": CPU_RUNNING_REQUESTS,
+                "max_total_tokens": CPU_RUNNING_REQUESTS * context_length,  # else most of the machine's memory
+            }
+            needed["PYTHONPATH"] = f"{PLUGIN_FOLDER}:{CPU_FOLDER}"
+            needed["TORCH_COMPILE_DISABLE"] = "1"  # compiling costs seconds at the first request and gains little on CPU
+            if self.settings.tensor_parallel_size > 1:
+                needed["SGLANG_CPU_OMP_THREADS_BIND"] = cores_of_ranks(self.settings.tensor_parallel_size)
+        command = [server_python("sglang", self.settings), "-m", "sglang.launch_server"]
+        return [*command, *flags(arguments | self.settings.arguments, negated=False)], inherited_environment() | needed
+
+    async def sample(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
+        """``sampling.num_samples`` different responses; one at temperature 0."""
+        num_requests = 1 if sampling.temperature == 0 else sampling.num_samples
+        body = {
+            "input_ids": [prompt_token_ids] * num_requests,
+            "sampling_params": [_sampling_params(sampling, index) for index in range(num_requests)],
+            "return_logprob": True,
+        }
+        return [_generation(answer) for answer in await self.server.call("POST", "/generate", body)]
+
+    async def pause(self) -> None:
+        """Let the requests in flight finish and start no others."""
+        # Opening an update waits for the requests in flight, but does not keep later ones out.
+        await self.limited(self.server.call("POST", "/begin_weight_update", {}), "finish its requests before the weight update")
+        await self.limited(self.server.call("POST", "/pause_generation", {"mode": "in_place"}), "pause for the weight update")
+
+    async def num_workers(self) -> int:
+        """How many processes hold a part of the weights."""
+        information = await self.limited(self.server.call("GET", "/server_info"), "tell its tensor parallel size")
+        return int(information["tp_size"])
+
+    async def join(self, sender: WeightSender) -> None:
+        """Let every worker join the sender's group."""
+        address = {"master_address": sender.host, "master_port": sender.port}
+        place = {"rank_offset": 1, "world_size": sender.world_size, "group_name": GROUP, "backend": GROUP}
+        await self.server.call("POST", "/init_weights_update_group", address | place)
+
+    async def transfer(
+        self, sender: WeightSender, messages: Iterable[list[tuple[str, Tensor]]], finish: Callable[[], None]
+    ) -> None:
+        """Send and load one message after the other, each with a call of its own."""
+        for message in messages:
+            described = {
+                "names": [name for name, _ in message],
+                "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in message],
+                "shapes": [list(tensor.shape) for _, tensor in message],
+            }
+            body = described | {"group_name": GROUP, "flush_cache": False}
+            loading = asyncio.ensure_future(self.server.call("POST", "/update_weights_from_distributed", body))
+            try:
+                await self.sent(sender.send_bucket, message, task="receive weights", partner=loading)
+                await self.limited(loading, "load the new weights")
+            finally:
+                abandon(loading)
+        finish()
+        await self.limited(self.server.call("POST", "/end_weight_update", {}), "finish loading the new weights")
+
+    async def reset_prefix_cache(self) -> None:
+        """Drop keys and values of the old weights; refused, and so an error, while requests hold any."""
+        await self.limited(self.server.call("POST", "/flush_cache"), "reset its prefix cache")
+
+    async def resume(self) -> None:
+        """Answer requests again."""
+        await self.limited(self.server.call("POST", "/continue_generation", {}), "resume after the weight update")
+
+
+def _sampling_params(sampling: SamplingParams, index: int) -> dict[str, Any]:
+    greedy = sampling.temperature == 0
+    return {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": 1.0 if greedy else sampling.top_p,
+        "top_k": -1 if greedy or sampling.top_k == 0 else sampling.top_k,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "sampling_seed": sampling.seed + index,
+    }
+
+
+def _generation(answer: dict[str, Any]) -> Generation:
+    about = answer["meta_info"]
+    return Generation(
+        token_ids=tuple(answer["output_ids"]),
+        logprobs=tuple(logprob for logprob, *_ in about["output_token_logprobs"]),
+        finish_reason=FinishReason(about["finish_reason"]["type"]),
+        weight_version=one_version("SGLang", about["weight_versions"]),
+    )

@@ -1,0 +1,45 @@
+"""What the tests of real engines share."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+from safetensors.torch import load_file
+
+from megarl.config.schema import Config
+from megarl.rollout.build import build_engine
+from megarl.rollout.server_engine import ServerEngine
+
+# Small caches; vLLM's default block of 128 tokens would hide a prefix cache that is not reset.
+ARGUMENTS = {
+    "vllm": {"block_size": 32, "kv_cache_memory_bytes": 64 << 20},
+    "sglang": {"max_total_tokens": 4096},
+}
+
+
+def make_engine(name: str, folder: Path, **settings: Any) -> ServerEngine:
+    """An engine of the model in ``folder``/model, not started."""
+    section = {"start_timeout": 240, "update_timeout": 60, "arguments": ARGUMENTS[name]} | settings
+    config = Config.model_validate(
+        {
+            "kind": "rl",
+            "steps": 1,
+            "model": {"path": folder / "model"},
+            "data": {"train": {"type": "jsonl", "path": "unused.jsonl"}},
+            "rollout": {"engine": name, "max_prompt_tokens": 128, "max_new_tokens": 32, name: section},
+        }
+    )
+    weights = load_file(folder / "model" / "model.safetensors")
+    engine = build_engine(config, folder, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    assert isinstance(engine, ServerEngine)
+    return engine
+
+
+def server_processes(engine: ServerEngine) -> list[psutil.Process]:
+    """The guard, the server and all below them."""
+    guard = psutil.Process(engine.server.process.guard_pid)
+    return [guard, *guard.children(recursive=True)]
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    return psutil.wait_procs(processes, timeout=10)[1] == []

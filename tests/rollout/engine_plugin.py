@@ -1,0 +1,16 @@
+"""Files that run inside engines, loaded here."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from megarl.rollout.server_launch import PLUGIN_FOLDER
+
+
+def load_plugin(name: str, folder: Path = PLUGIN_FOLDER) -> ModuleType:
+    """A module of the plugin folder, or of another."""
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
