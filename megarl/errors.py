@@ -17,6 +17,10 @@ class WeightsError(MegaRLError):
     """Model weights are missing, truncated, mis-shaped or belong to another model."""
 
 
+class TransferError(MegaRLError):
+    """Weights could not be moved between ranks: one died or was too slow, or bytes arrived changed."""
+
+
 class CheckpointError(MegaRLError):
     """A checkpoint is incomplete, belongs to another model, or could not be written."""
 

@@ -8,7 +8,42 @@ from typing import Any
 
 from megarl.errors import ConfigError
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3")
+
+
+# Names of the number of routed experts, the family's own first; transformers 5 writes num_local_experts for all.
+NUM_EXPERTS_KEYS = {
+    "mixtral": ("num_local_experts",),
+    "qwen3_moe": ("num_experts", "num_local_experts"),
+    "deepseek_v3": ("n_routed_experts", "num_local_experts"),
+}
+DEFAULT_SLIDING_WINDOW = 4096  # tokens, of transformers where a config leaves the key out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFacts:
+    """Facts of a config.json about experts.
+
+    Attributes:
+        num_experts: routed experts of each MoE layer.
+        top_k: experts that one token visits.
+        ffn_size: width of one routed expert.
+        shared_ffn_size: width of all shared experts together; 0 without any.
+        num_moe_layers: layers that have experts.
+        is_normalised: the chosen experts' scores are divided by their sum.
+        is_sigmoid: scores are sigmoids of the router's logits, not their softmax.
+        num_groups, top_k_groups: groups of experts, and how many of them one token visits; 1 and 1 without groups.
+    """
+
+    num_experts: int
+    top_k: int
+    ffn_size: int
+    shared_ffn_size: int
+    num_moe_layers: int
+    is_normalised: bool
+    is_sigmoid: bool
+    num_groups: int
+    top_k_groups: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +63,10 @@ class ModelFacts:
         rope_type: kind of rotary position scaling, ``default`` when there is none.
         hidden_act: activation of the MLP.
         biases: the bias switches that are on, of ``attention_bias`` and ``mlp_bias``.
-        sliding_window: True when any layer attends to a window only.
+        sliding_window: tokens that the layers with a window see; None when every layer sees the whole sequence.
+        experts: None in dense models.
+        has_latent_attention: queries, keys and values are projected through latents (MLA).
+        rotates_halves: RoPE rotates the two halves of a head against each other, not neighbouring pairs.
         quantization: method of quantized weights; None for plain weights.
     """
 
@@ -44,7 +82,10 @@ class ModelFacts:
     rope_type: str
     hidden_act: str
     biases: tuple[str, ...]
-    sliding_window: bool
+    sliding_window: int | None
+    experts: ExpertFacts | None
+    has_latent_attention: bool
+    rotates_halves: bool
     quantization: str | None
 
 
@@ -65,8 +106,10 @@ def read_model_facts(path: Path) -> ModelFacts:
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ConfigError(f"{file}: model_type {model_type!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}")
     heads = _positive(raw, "num_attention_heads", file)
-    # Llama configs of before grouped-query attention leave the key out.
-    key_value_heads = heads if model_type == "llama" and raw.get("num_key_value_heads") is None else None
+    has_latent_attention = model_type == "deepseek_v3"
+    # Llama configs of before grouped-query attention leave the key out; latent attention has a key and a value for every head.
+    is_left_out = model_type == "llama" and raw.get("num_key_value_heads") is None
+    key_value_heads = heads if is_left_out or has_latent_attention else None
     return ModelFacts(
         path=path,
         model_type=model_type,
@@ -80,7 +123,10 @@ def read_model_facts(path: Path) -> ModelFacts:
         rope_type=_rope_type(raw),
         hidden_act=str(raw.get("hidden_act", "silu")),
         biases=tuple(name for name in ("attention_bias", "mlp_bias") if raw.get(name)),
-        sliding_window=bool(raw.get("use_sliding_window")) or "sliding_attention" in (raw.get("layer_types") or ()),
+        sliding_window=_sliding_window(raw),
+        experts=_experts(raw, file),
+        has_latent_attention=has_latent_attention,
+        rotates_halves=not has_latent_attention or raw.get("rope_interleave") is False,
         quantization=_quantization(raw),
     )
 
@@ -90,6 +136,48 @@ def _positive(raw: Mapping[str, Any], name: str, file: Path) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{file}: {name} is {json.dumps(value)}, not a whole number ≥ 1; copy the model again")
     return value
+
+
+def _sliding_window(raw: Mapping[str, Any]) -> int | None:
+    """Mistral and Mixtral switch the window on by its size, Qwen by a switch, newer configs by the types of their layers."""
+    if raw["model_type"] in ("mistral", "mixtral"):
+        default = DEFAULT_SLIDING_WINDOW if raw["model_type"] == "mistral" else None
+        window = raw.get("sliding_window", default)
+        return None if window is None else int(window)
+    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+        return int(raw.get("sliding_window") or DEFAULT_SLIDING_WINDOW)
+    return None
+
+
+def _experts(raw: Mapping[str, Any], file: Path) -> ExpertFacts | None:
+    model_type, num_layers = raw["model_type"], raw["num_hidden_layers"]
+    names = NUM_EXPERTS_KEYS.get(model_type)
+    if names is None:
+        return None
+    ffn_size = _positive(raw, "intermediate_size" if model_type == "mixtral" else "moe_intermediate_size", file)
+    shared, num_moe_layers, is_normalised, groups = 0, num_layers, True, (1, 1)
+    if model_type == "qwen3_moe":
+        step, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
+        num_moe_layers = sum(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
+        is_normalised = bool(raw.get("norm_topk_prob", False))
+    if model_type == "deepseek_v3":
+        shared = raw.get("n_shared_experts", 1) or 0
+        num_moe_layers = max(0, num_layers - raw.get("first_k_dense_replace", 3))
+        is_normalised = bool(raw.get("norm_topk_prob", True))
+        groups = raw.get("n_group", 8) or 1, raw.get("topk_group", 4) or 1
+    if num_moe_layers == 0:
+        return None
+    return ExpertFacts(
+        num_experts=_positive(raw, next((name for name in names if name in raw), names[0]), file),
+        top_k=_positive(raw, "num_experts_per_tok", file),
+        ffn_size=ffn_size,
+        shared_ffn_size=shared * ffn_size,
+        num_moe_layers=num_moe_layers,
+        is_normalised=is_normalised,
+        is_sigmoid=model_type == "deepseek_v3",
+        num_groups=groups[0],
+        top_k_groups=groups[1],
+    )
 
 
 def _rope_type(raw: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megarl.config.model_facts import ModelFacts
+from megarl.config.model_facts import ExpertFacts, ModelFacts
 from megarl.config.schema import Config, RoleConfig
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -33,7 +33,7 @@ def check_role(role: Role, config: Config, world_size: int) -> Iterator[str]:
     yield from check_tensor_parallel(role)
     yield from check_pipeline_parallel(role)
     yield from check_context_parallel(role)
-    yield from check_expert_parallel(role)
+    yield from check_expert_parallel(role, world_size)
     yield from check_lengths(role, config)
 
 
@@ -43,14 +43,34 @@ def check_architecture(role: Role) -> Iterator[str]:
     if facts.rope_type not in SUPPORTED_ROPE_TYPES:
         supported = ", ".join(SUPPORTED_ROPE_TYPES)
         yield f"{where}: rope_type {facts.rope_type!r} is not supported; supported are {supported}: give another model"
-    if facts.sliding_window:
-        yield f"{where}: sliding-window attention is on and not supported; set use_sliding_window to false or give another model"
     if facts.hidden_act != "silu":
         yield f"{where}: hidden_act {facts.hidden_act!r} is not supported; only silu (SwiGLU) is: give another model"
     for name in facts.biases:
         yield f"{where}: {name} is true and not supported for {facts.model_type}; give a model without these biases"
+    if facts.has_latent_attention and facts.rotates_halves:
+        yield f"{where}: rope_interleave is false and not supported with latent attention; give another model"
+    if facts.experts is not None:
+        yield from (f"{where}: {line}; give another model" for line in _unsupported_routing(facts.experts))
     if facts.quantization is not None:
         yield f"{where}: the weights are quantized ({facts.quantization}) and cannot be trained; give full-precision weights"
+
+
+def _unsupported_routing(experts: ExpertFacts) -> Iterator[str]:
+    """What megatron-core's router computes otherwise than the family does."""
+    if experts.top_k > experts.num_experts:
+        yield f"num_experts_per_tok {experts.top_k} exceeds the {experts.num_experts} experts"
+    if experts.is_sigmoid and not experts.is_normalised:
+        yield "norm_topk_prob false is not supported with sigmoid scores"
+    if experts.is_normalised and experts.top_k == 1:
+        yield "num_experts_per_tok 1 with normalised scores is not supported (the router would get no gradient)"
+    if experts.num_experts % experts.num_groups:
+        yield f"n_group {experts.num_groups} does not divide the {experts.num_experts} experts"
+    if experts.num_groups > experts.top_k_groups and experts.top_k // experts.top_k_groups != 2:
+        # groups are ranked by their best top_k / topk_group scores in megatron-core, by their best two in the family
+        yield (
+            f"num_experts_per_tok {experts.top_k} with topk_group {experts.top_k_groups} is not supported; "
+            f"only num_experts_per_tok = 2 × topk_group is"
+        )
 
 
 def check_world_size(role: Role, world_size: int) -> Iterator[str]:
@@ -69,11 +89,13 @@ def check_world_size(role: Role, world_size: int) -> Iterator[str]:
 def check_tensor_parallel(role: Role) -> Iterator[str]:
     """tp divides everything that it shards."""
     tp, facts = role.config.parallel.tp, role.facts
-    sharded = {
-        "num_attention_heads": facts.num_attention_heads,
-        "num_key_value_heads": facts.num_key_value_heads,
-        "intermediate_size": facts.intermediate_size,
-    }
+    sharded = {"num_attention_heads": facts.num_attention_heads}
+    if not facts.has_latent_attention:
+        sharded["num_key_value_heads"] = facts.num_key_value_heads
+    if facts.experts is None or facts.experts.num_moe_layers < facts.num_layers:
+        sharded["intermediate_size"] = facts.intermediate_size
+    if facts.experts is not None and facts.experts.shared_ffn_size:
+        sharded["n_shared_experts × moe_intermediate_size"] = facts.experts.shared_ffn_size
     for name, size in sharded.items():
         if size % tp:
             yield (
@@ -85,18 +107,50 @@ def check_tensor_parallel(role: Role) -> Iterator[str]:
             f"{role.name}.parallel.sequence_parallel: is true with tp 1, and shards over the tp ranks; "
             "set it to false or tp to 2 or more"
         )
+    needs = "latent attention" if facts.has_latent_attention else "experts" if facts.experts is not None else None
+    if needs and tp > 1 and not role.config.parallel.sequence_parallel:
+        yield (
+            f"{role.name}.parallel.sequence_parallel: is false, and tp {tp} with {needs} ({facts.model_type}) needs it; "
+            "set it to true"
+        )
 
 
 def check_pipeline_parallel(role: Role) -> Iterator[str]:
-    """Every pipeline stage and virtual stage gets as many layers."""
+    """Every pipeline stage and virtual stage gets as many layers, but for a first and last stage with numbers of their own."""
     parallel, layers = role.config.parallel, role.facts.num_layers
     if parallel.vpp > 1 and parallel.pp == 1:
         yield f"{role.name}.parallel.vpp: vpp {parallel.vpp} needs pp 2 or more and pp is 1; set vpp to 1 or raise pp"
+    ends = {
+        name: number
+        for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        if (number := getattr(parallel, name)) is not None
+    }
+    for name, number in ends.items():
+        if parallel.pp == 1:
+            yield f"{role.name}.parallel.{name}: is {number} and pp is 1, so there is one stage; remove it or raise pp"
+        elif number % parallel.vpp:
+            yield f"{role.name}.parallel.{name}: {number} layers do not divide into vpp {parallel.vpp} chunks; use a multiple"
+    if not ends:
+        yield from _check_equal_stages(role)
+    elif parallel.pp > 1:
+        remaining, stages = layers - sum(ends.values()), parallel.pp - len(ends)
+        chunks = stages * parallel.vpp
+        if remaining < chunks or (remaining % chunks if chunks else remaining):
+            given = " and ".join(f"{name} {number}" for name, number in ends.items())
+            yield (
+                f"{role.name}.parallel.pp: the model's {layers} layers less {given} leave {remaining} for the other {stages} stages"
+                f" of vpp {parallel.vpp} chunks, which is no equal share; change these numbers or pp {parallel.pp}"
+            )
+
+
+def _check_equal_stages(role: Role) -> Iterator[str]:
+    parallel, layers = role.config.parallel, role.facts.num_layers
     chunks = parallel.pp * parallel.vpp
     if layers % chunks:
         yield (
             f"{role.name}.parallel.pp: the model's {layers} layers do not divide into pp {parallel.pp} × vpp {parallel.vpp} = "
-            f"{chunks} equal chunks; choose pp × vpp among {_divisors(layers)}"
+            f"{chunks} equal chunks; choose pp × vpp among {_divisors(layers)}, or set num_layers_in_first_pipeline_stage or "
+            "num_layers_in_last_pipeline_stage"
         )
 
 
@@ -115,12 +169,31 @@ def check_context_parallel(role: Role) -> Iterator[str]:
             )
 
 
-def check_expert_parallel(role: Role) -> Iterator[str]:
-    """All supported families are dense."""
-    parallel = role.config.parallel
-    for name, size in (("ep", parallel.ep), ("etp", parallel.etp or 1)):
-        if size > 1:
-            yield f"{role.name}.parallel.{name}: is {size}, but the model has no experts ({role.facts.model_type}); set it to 1"
+def check_expert_parallel(role: Role, world_size: int) -> Iterator[str]:
+    """ep divides the experts, etp each of them, and both with pp the world."""
+    parallel, experts = role.config.parallel, role.facts.experts
+    if experts is None:
+        for name, size in (("ep", parallel.ep), ("etp", parallel.etp or 1)):
+            if size > 1:
+                yield f"{role.name}.parallel.{name}: is {size}, but the model has no experts ({role.facts.model_type}); set it to 1"
+        return
+    etp = parallel.etp or parallel.tp
+    if experts.num_experts % parallel.ep:
+        yield (
+            f"{role.name}.parallel.ep: ep {parallel.ep} does not divide the model's {experts.num_experts} experts; "
+            f"choose among {_divisors(experts.num_experts)}"
+        )
+    if experts.ffn_size % etp:
+        yield (
+            f"{role.name}.parallel.etp: etp {etp} (tp when not given) does not divide the experts' width {experts.ffn_size}; "
+            "choose a smaller etp"
+        )
+    product = etp * parallel.ep * parallel.pp
+    if world_size % product:
+        yield (
+            f"{role.name}.parallel.ep: world size {world_size} = etp {etp} × ep {parallel.ep} × pp {parallel.pp} × expert dp ?: "
+            f"{world_size} is not divisible by {product}; use a smaller ep or etp, or {product} ranks"
+        )
 
 
 def check_lengths(role: Role, config: Config) -> Iterator[str]:
@@ -142,6 +215,12 @@ def check_lengths(role: Role, config: Config) -> Iterator[str]:
     if config.kind == "sft" and config.evaluation.data is not None:
         used.append((rollout_tokens, rollout_words))
     for tokens, words in used:
+        window = role.facts.sliding_window
+        if window is not None and tokens > window:
+            yield (
+                f"{words} exceed the sliding window of {window} tokens of {role.path_key} {role.facts.path}, and attention is over "
+                "the whole sequence; shorten the sequences, or switch the window off in config.json"
+            )
         if tokens > role.facts.max_position_embeddings:
             yield (
                 f"{words} exceed max_position_embeddings {role.facts.max_position_embeddings} of {role.path_key} "

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 
-from megarl.config.schema import Config, DataSource, JsonlSource, ReasoningGymSource, ScorerConfig
+from megarl.config.schema import Config, DataSource, EngineServerConfig, JsonlSource, ReasoningGymSource, ScorerConfig
 
 FUNCTION_PATTERN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -85,21 +85,26 @@ def check_sampling(config: Config) -> Iterator[str]:
             "its log-probabilities over the truncated set, and the trainer's are over the whole vocabulary; "
             "use temperature 1, or top_p 1 and top_k 0"
         )
-    if rollout.engine != "vllm":
+
+
+def check_engine_server(config: Config) -> Iterator[str]:
+    """The settings of the chosen engine's server agree."""
+    engine = config.rollout.engine
+    if engine == "embedded":
         return
-    vllm = rollout.vllm
-    if vllm.url is not None:
-        own_server = {"python": vllm.python, "port": vllm.port, "arguments": vllm.arguments}
+    section: EngineServerConfig = getattr(config.rollout, engine)
+    if section.url is not None:
+        own_server = {"python": section.python, "port": section.port, "arguments": section.arguments}
         for name, value in own_server.items():
             if value:
                 yield (
-                    f"rollout.vllm.{name}: is {value} but rollout.vllm.url {vllm.url} uses a server that already runs; "
+                    f"rollout.{engine}.{name}: is {value} but rollout.{engine}.url {section.url} uses a server that already runs; "
                     f"remove {name}, or url to start a server"
                 )
-    elif vllm.python is not None and not vllm.python.is_file():
+    elif section.python is not None and not section.python.is_file():
         yield (
-            f"rollout.vllm.python: {vllm.python} does not exist; give the Python of an environment with vLLM, "
-            "or leave the key out and run make engine-vllm"
+            f"rollout.{engine}.python: {section.python} does not exist; give the Python of an environment with {engine}, "
+            f"or leave the key out and run make engine-{engine}"
         )
 
 
@@ -187,6 +192,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_batch,
     check_kl,
     check_sampling,
+    check_engine_server,
     check_data,
     check_evaluation,
     check_rewards,

@@ -24,7 +24,7 @@ class ModelConfig(Section):
     """The Hugging Face model that is trained."""
 
     path: Path = key(
-        ..., "folder", "Hugging Face model folder: config.json, tokenizer files, and safetensors unless init is random."
+        ..., "folder", "Model folder: config.json, tokenizer files, and safetensors or a Megatron checkpoint unless init is random."
     )
     init: Literal["pretrained", "random"] = key(
         "pretrained", "-", "Read the folder's weights, or draw random ones from its config and the seed."
@@ -49,6 +49,12 @@ class ParallelConfig(Section):
     ep: int = key(1, "ranks", "Expert parallel size.", ge=1)
     etp: int | None = key(None, "ranks", "Tensor parallel size of experts; tp when not given.", ge=1)
     sequence_parallel: bool = key(False, "-", "Shard activations of norms and residuals along the sequence over the tp ranks.")
+    num_layers_in_first_pipeline_stage: int | None = key(
+        None, "layers", "Layers of the first pipeline stage; an equal share when not given.", ge=1
+    )
+    num_layers_in_last_pipeline_stage: int | None = key(
+        None, "layers", "Layers of the last pipeline stage; an equal share when not given.", ge=1
+    )
     context_parallel_method: Literal["all_gather", "all_to_all"] = key(
         "all_gather", "-", "How attention sees other ranks' tokens: gather keys and values, or exchange heads (Ulysses)."
     )
@@ -142,25 +148,27 @@ class EmbeddedEngineConfig(Section):
     threads: int = key(0, "threads", "CPU threads while generating; 0 means all cores.", ge=0)
 
 
-class VllmEngineConfig(Section):
-    """The real vLLM as a server process in a Python environment of its own, or one given by URL."""
+class EngineServerConfig(Section):
+    """The real vLLM or SGLang as a server process in a Python environment of its own, or one given by URL."""
 
     python: Path | None = key(
-        None, "file", "Python of the environment that has vLLM; the one built by make engine-vllm when not given."
+        None,
+        "file",
+        "Python of the environment that has the engine; the one built by make engine-vllm or engine-sglang when not given.",
     )
     url: str | None = key(None, "URL", "Use this running server instead of starting one.")
     port: int = key(0, "port", "Port of the started server; 0 takes a free one.", ge=0, le=65535)
     tensor_parallel_size: int = key(1, "ranks", "Tensor parallel size of the server.", ge=1)
     dtype: Literal["float32", "bfloat16"] | None = key(None, "-", "Type of the server's weights; the policy's when not given.")
     start_timeout: float = key(600.0, "seconds", "Time the server has to become healthy.", gt=0)
-    update_timeout: float = key(300.0, "seconds", "Time one weight update may take.", gt=0)
-    arguments: dict[str, Any] = key(dict, "-", "More vLLM engine arguments under their own names, e.g. max_num_seqs: 64.")
+    update_timeout: float = key(300.0, "seconds", "Time each step of a weight update may take.", gt=0)
+    arguments: dict[str, Any] = key(dict, "-", "More engine arguments under the engine's own names, e.g. vLLM's max_num_seqs: 64.")
 
 
 class RolloutConfig(Section):
     """Sampling of responses."""
 
-    engine: Literal["embedded", "vllm"] = key("embedded", "-", "Which engine samples.")
+    engine: Literal["embedded", "sglang", "vllm"] = key("embedded", "-", "Which engine samples.")
     prompts_per_step: int = key(32, "prompts", "Groups that one step trains on.", ge=1)
     samples_per_prompt: int = key(8, "responses", "Responses per group.", ge=1)
     max_prompt_tokens: int = key(512, "tokens", "Longest prompt; a longer one is an error that names it.", ge=1)
@@ -175,7 +183,8 @@ class RolloutConfig(Section):
     max_retries: int = key(2, "retries", "How often a failed or timed-out request is sent again.", ge=0)
     concurrency: int = key(256, "prompts", "Most prompts in flight at the same time.", ge=1)
     embedded: EmbeddedEngineConfig = key(EmbeddedEngineConfig, "-", "Settings of engine: embedded.")
-    vllm: VllmEngineConfig = key(VllmEngineConfig, "-", "Settings of engine: vllm.")
+    sglang: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: sglang.")
+    vllm: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: vllm.")
 
 
 class JsonlSource(Section):

@@ -25,7 +25,7 @@ from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
 from megarl.train.roles import Policy, is_main_rank
 from megarl.types import PackedBatch, TokenScores
-from megarl.weights.transfer import hugging_face_tensors
+from megarl.weights.transfer import hugging_face_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +95,16 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
     )
 
 
-def _gather_sharded_gradients(engine: TrainingEngine) -> None:
+def gather_sharded_gradients(engine: TrainingEngine) -> None:
     """Complete the gradient buffers that the distributed optimizer reduces by shards."""
     if not engine.role.parallel.distributed_optimizer:
         return
-    group = engine.layout.groups.dp_cp
+    groups = engine.layout.groups
     for chunk in engine.ddp_chunks:
-        for buffer in chunk.buffers:
-            for bucket in buffer.buckets:
+        for buffers, group in ((chunk.buffers, groups.dp_cp), (chunk.expert_parallel_buffers, groups.expt_dp)):
+            for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
                 own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
-
-
-def _main_gradient(parameter: torch.nn.Parameter) -> Tensor:
-    gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]  # megatron-core's DDP sets it
-    return gradient
 
 
 def _add_model_scores(config: Config, batch_file: Path) -> None:
@@ -131,19 +126,22 @@ def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> 
     else:
         batch, objective = build_policy_batch(packed, scores, config.algorithm)[0], policy_objective(config.algorithm)
     metrics = policy.engine.forward_backward(batch, objective)
-    _gather_sharded_gradients(policy.engine)
-    gradients = dict(hugging_face_tensors(policy.engine.chunks, policy.weight_map, policy.engine.layout, _main_gradient))
+    gather_sharded_gradients(policy.engine)
+    gradients = dict(hugging_face_gradients(policy.engine.chunks, policy.weight_map, policy.engine.layout))
     norm, _, _ = policy.optimizer.step()
     if is_main_rank():
-        # with tied embeddings the output layer is the embedding's copy
-        parameters = {parameter.hugging_face: parameter.megatron for parameter in reversed(policy.weight_map.parameters.values())}
+        parameters = {
+            name: parameter.hugging_face
+            for name, parameter in policy.weight_map.parameters.items()
+            if not (parameter.is_copy or parameter.is_buffer)
+        }
         result = LayoutResult(
             layout=name,
             num_ranks=dist.get_world_size(),
             loss=metrics["loss"],
             gradient_norm=norm,
             gradients=gradients,
-            parameters={megatron: names for names, megatron in parameters.items()},
+            parameters=parameters,
         )
         torch.save(result, result_file)
 

@@ -4,29 +4,21 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from megarl.config.schema import ModelConfig, ParallelConfig, RoleConfig
+from megarl.config.schema import ModelConfig, RoleConfig
 from megarl.errors import ConfigError
 from megarl.models.architecture import Architecture, padded_vocabulary_size
+from megarl.models.latent_attention import ScaledRotaryEmbedding
+from megarl.models.layer_specs import stage_spec
 from megarl.models.rope import rotary_frequencies
-from megarl.parallel.attention import PackedAttention
+from megarl.models.transformer_config import transformer_config
 from megarl.parallel.layout import Layout
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CONTEXT_PARALLEL_NAMES = {"all_gather": "all_gather", "all_to_all": "a2a"}  # megatron-core's names
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
 
 
 class CausalLM(GPTModel):
@@ -69,68 +61,6 @@ def use_transformer_engine(implementation: str) -> bool:
     return available and implementation != "local"
 
 
-def _layer_spec(architecture: Architecture, with_transformer_engine: bool) -> ModuleSpec:
-    if with_transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
-    else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.qk_norm)
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    return spec
-
-
-def transformer_config(
-    architecture: Architecture, model: ModelConfig, role: RoleConfig, attention_factor: float
-) -> TransformerConfig:
-    """The megatron-core config of one role."""
-    parallel: ParallelConfig = role.parallel
-    dtype = DTYPES[model.dtype]
-    interleaved = parallel.vpp > 1
-    return TransformerConfig(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        num_attention_heads=architecture.num_heads,
-        num_query_groups=architecture.num_kv_heads,
-        kv_channels=architecture.head_dim,
-        ffn_hidden_size=architecture.ffn_size,
-        layernorm_epsilon=architecture.norm_epsilon,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        # the factor multiplies cos and sin of queries and keys alike, so it enters the logits squared
-        softmax_scale=architecture.head_dim**-0.5 * attention_factor**2,
-        init_method_std=architecture.initializer_range,
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vpp if interleaved else None,
-        context_parallel_size=parallel.cp,
-        sequence_parallel=parallel.sequence_parallel,
-        cp_comm_type=CONTEXT_PARALLEL_NAMES[parallel.context_parallel_method],
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        # our losses carry their global normaliser, so gradients are summed, never averaged
-        calculate_per_token_loss=True,
-        # micro-batches are packed by tokens and differ in length
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, in dense models too
-        # batched sends of the interleaved schedule mix up directions between two ranks (silently wrong gradients)
-        batch_p2p_comm=not interleaved,
-        overlap_p2p_comm=interleaved,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
-        **RECOMPUTE[role.recompute],
-    )
-
-
 def build_model_chunks(
     architecture: Architecture, model: ModelConfig, role: RoleConfig, layout: Layout, seed: int
 ) -> list[CausalLM]:
@@ -140,23 +70,58 @@ def build_model_chunks(
         seed, tp_rank=layout.tp_rank, ep_rank=groups.ep.rank(), etp_rank=groups.expt_tp.rank(), force_reset_rng=True
     )
     frequencies, attention_factor = rotary_frequencies(architecture)
-    config = transformer_config(architecture, model, role, attention_factor)
-    spec = _layer_spec(architecture, use_transformer_engine(model.transformer_impl))
-    vpp, last = role.parallel.vpp, role.parallel.pp - 1
+    with_transformer_engine = use_transformer_engine(model.transformer_impl)
+    config = transformer_config(architecture, model, role, attention_factor, with_transformer_engine)
     chunks = []
-    for stage in range(vpp):
-        chunk = CausalLM(
-            config=config,
-            transformer_layer_spec=spec,
-            vocab_size=padded_vocabulary_size(architecture, model.vocabulary_pad_multiple, role.parallel.tp),
-            max_sequence_length=architecture.max_positions,
-            pre_process=layout.pp_rank == 0 and stage == 0,
-            post_process=layout.pp_rank == last and stage == vpp - 1,
-            share_embeddings_and_output_weights=architecture.tied_embeddings,
-            position_embedding_type="rope",
-            pg_collection=groups,
-            vp_stage=stage if vpp > 1 else None,
-        )
-        chunk.rotary_pos_emb.inv_freq = frequencies.to(chunk.rotary_pos_emb.inv_freq.device)
+    for stage in range(role.parallel.vpp):
+        chunk = _build_chunk(architecture, config, model, role, layout, stage, with_transformer_engine)
+        _set_rotary_frequencies(chunk, frequencies, attention_factor)
         chunks.append(chunk.cuda())
     return chunks
+
+
+def build_model_on_meta(architecture: Architecture, model: ModelConfig, layout: Layout) -> CausalLM:
+    """The whole model on one rank, with megatron-core's own layers and without storage: for names, shapes, checkpoint keys."""
+    model_parallel_cuda_manual_seed(0, tp_rank=0, ep_rank=0, etp_rank=0, force_reset_rng=True)
+    role = RoleConfig()
+    config = transformer_config(architecture, model, role, attention_factor=1.0, with_transformer_engine=False)
+    config.use_cpu_initialization = True  # the other way allocates on the GPU, which it names
+    with torch.device("meta"):
+        return _build_chunk(architecture, config, model, role, layout, 0, False)
+
+
+def _build_chunk(
+    architecture: Architecture,
+    config: TransformerConfig,
+    model: ModelConfig,
+    role: RoleConfig,
+    layout: Layout,
+    stage: int,
+    with_transformer_engine: bool,
+) -> CausalLM:
+    vpp, last = role.parallel.vpp, role.parallel.pp - 1
+    vp_stage = stage if vpp > 1 else None
+    chunk = CausalLM(
+        config=config,
+        transformer_layer_spec=stage_spec(architecture, config, with_transformer_engine, layout.pp_rank, vp_stage),
+        vocab_size=padded_vocabulary_size(architecture, model.vocabulary_pad_multiple, role.parallel.tp),
+        max_sequence_length=architecture.max_positions,
+        pre_process=layout.pp_rank == 0 and stage == 0,
+        post_process=layout.pp_rank == last and stage == vpp - 1,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="rope",
+        pg_collection=layout.groups,
+        vp_stage=vp_stage,
+    )
+    # local norms ignore params_dtype, and the distributed optimizer saves mixed types under wrong parameters
+    for parameter in chunk.parameters():
+        parameter.data = parameter.data.to(config.params_dtype)
+    return chunk
+
+
+def _set_rotary_frequencies(chunk: CausalLM, frequencies: Tensor, attention_factor: float) -> None:
+    for module in chunk.modules():
+        if isinstance(module, RotaryEmbedding):
+            module.inv_freq = frequencies.to(module.inv_freq.device)
+        if isinstance(module, ScaledRotaryEmbedding):
+            module.attention_factor = attention_factor

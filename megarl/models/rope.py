@@ -1,5 +1,7 @@
 """Rotary frequencies and their scaling, taken from transformers so that trainer and engines use the same numbers."""
 
+import math
+
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -15,7 +17,7 @@ def rotary_frequencies(architecture: Architecture) -> tuple[Tensor, float]:
     """Inverse frequencies and attention factor of the config's RoPE type (default, linear, llama3, yarn).
 
     Returns:
-        float32 [head_dim / 2] inverse frequencies, and the factor that multiplies cos and sin.
+        float32 [rotary_dim / 2] inverse frequencies, and the factor that multiplies cos and sin.
 
     Raises:
         ConfigError: the type depends on sequence length or is unknown.
@@ -23,8 +25,26 @@ def rotary_frequencies(architecture: Architecture) -> tuple[Tensor, float]:
     parameters = architecture.hf_config.rope_parameters
     rope_type = parameters.get("rope_type", "default")
     if rope_type == "default":
-        exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
+        exponents = torch.arange(0, architecture.rotary_dim, 2, dtype=torch.float32) / architecture.rotary_dim
         return 1.0 / parameters["rope_theta"] ** exponents, 1.0
     if rope_type in LENGTH_DEPENDENT or rope_type not in ROPE_INIT_FUNCTIONS:
         raise ConfigError(f"RoPE type {rope_type!r} is not supported; supported: default, linear, llama3, yarn")
     return ROPE_INIT_FUNCTIONS[rope_type](architecture.hf_config, torch.device("cpu"))
+
+
+def softmax_scale(architecture: Architecture, attention_factor: float) -> float:
+    """Factor of the attention logits.
+
+    Args:
+        attention_factor: of cos and sin. Grouped-query attention rotates whole heads, queries and keys alike, so it enters the
+            logits squared. Latent attention rotates a part of each head, so there it stays with cos and sin, and YaRN's
+            temperature on all of the head (``mscale_all_dim``) is a factor of its own (transformers' modeling_deepseek_v3.py).
+    """
+    scale: float = architecture.head_dim**-0.5
+    if architecture.mla is None:
+        return scale * attention_factor**2
+    parameters = architecture.hf_config.rope_parameters
+    mscale_all_dim = parameters.get("mscale_all_dim") or 0.0
+    if parameters.get("rope_type", "default") == "default" or parameters["factor"] <= 1:
+        return scale
+    return scale * (0.1 * mscale_all_dim * math.log(parameters["factor"]) + 1.0) ** 2

@@ -104,10 +104,11 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, n
 
     Args:
         query: [queries, heads, d].
-        key, value: [keys, kv heads, d], keys >= queries.
+        key, value: [keys, kv heads, d], keys >= queries; value heads may be narrower.
         scale: of the logits.
         num_hidden: len(key) - len(query); 0 takes the causal kernel.
     """
+    width, value = value.size(-1), _as_wide(value, query)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     grouped = query.size(1) != key.size(1)
     if num_hidden == 0:
@@ -115,7 +116,13 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, n
     else:
         mask = torch.ones(query.size(2), key.size(2), dtype=torch.bool, device=query.device).tril(num_hidden)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return out[0].transpose(0, 1)
+    return out[0].transpose(0, 1)[..., :width]
+
+
+def _as_wide(value: Tensor, query: Tensor) -> Tensor:
+    """Value heads filled up with zeros: the fused kernels take heads of one width only."""
+    missing = query.size(-1) - value.size(-1)
+    return F.pad(value, (0, missing)) if missing else value
 
 
 def _packed_causal_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
@@ -123,7 +130,10 @@ def _packed_causal_attention(query: Tensor, key: Tensor, value: Tensor, lengths:
     if query.is_cuda and flash_attn_varlen_func is not None and query.dtype in (torch.float16, torch.bfloat16):
         boundaries = torch.tensor((0, *lengths), device=query.device).cumsum(0, dtype=torch.int32)
         longest = max(lengths)
-        return flash_attn_varlen_func(query, key, value, boundaries, boundaries, longest, longest, softmax_scale=scale, causal=True)
+        out = flash_attn_varlen_func(
+            query, key, _as_wide(value, query), boundaries, boundaries, longest, longest, softmax_scale=scale, causal=True
+        )
+        return out[..., : value.size(-1)]
     parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
     return torch.cat([_causal_attention(q, k, v, scale) for q, k, v in parts])
 
@@ -150,12 +160,12 @@ class PackedAttention(MegatronModule):
 
         Args:
             query: [tokens / cp, heads / tp, d], this rank's zigzag chunks of every sequence.
-            key, value: [tokens / cp, kv heads / tp, d].
+            key, value: [tokens / cp, kv heads / tp, d]; value heads may be narrower (latent attention).
             packed_seq_params: ``cu_seqlens_q_padded`` are the boundaries over all cp ranks, each sequence a multiple of 2 · cp.
             attention_mask, attn_mask_type, attention_bias: unused; the mask is causal within each sequence.
 
         Returns:
-            [tokens / cp, heads / tp · d].
+            [tokens / cp, heads / tp · d of value].
         """
         assert packed_seq_params is not None, "PackedAttention takes packed sequences only"
         boundaries = packed_seq_params.cu_seqlens_q_padded
@@ -177,8 +187,8 @@ class PackedAttention(MegatronModule):
         group = self.context_parallel_group
         cp, rank = group.size(), group.rank()
         order = zigzag_positions(lengths, cp).flatten().argsort().to(key.device)
-        gathered = _AllGatherTokens.apply(torch.stack([key, value], dim=1), group).flatten(0, 1)[order]
-        keys, values = gathered.unbind(1)
+        gathered = _AllGatherTokens.apply(torch.cat([key, value], dim=-1), group).flatten(0, 1)[order]
+        keys, values = gathered.split([key.size(-1), value.size(-1)], dim=-1)
         outputs = []
         start, local_start = 0, 0
         for length in lengths:

@@ -132,6 +132,36 @@ def _allow_sequence_parallel_torch_norm() -> None:
     WrappedTorchNorm.__new__ = new
 
 
+def _mend_mixture_of_experts() -> None:
+    """The dispatcher makes its counts numpy arrays only when they come from a GPU, and gloo neither gathers nor scatters parts of
+    unequal length (expert tensor parallelism)."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    original_gather, original_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(part: torch.Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return original_gather(part, group, output_split_sizes, *args, **kwargs)
+        longest = part.new_zeros((max(output_split_sizes), *part.shape[1:]))
+        longest[: len(part)] = part
+        padded = original_gather(longest, group).split(len(longest))
+        return torch.cat([rows[:length] for rows, length in zip(padded, output_split_sizes, strict=True)])
+
+    def reduce_scatter(whole: torch.Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return original_scatter(whole, group, input_split_sizes, *args, **kwargs)
+        total = whole.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, reduce_scatter
+
+
 def install() -> None:
     """Redirect CUDA to the CPU and mend megatron-core; does nothing where CUDA is present."""
     if torch.cuda.is_available():
@@ -141,6 +171,7 @@ def install() -> None:
     _redirect_cuda_module()
     _redirect_tensors()
     _allow_sequence_parallel_torch_norm()
+    _mend_mixture_of_experts()
 
 
 install()

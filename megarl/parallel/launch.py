@@ -5,7 +5,8 @@ import gc
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import SimpleQueue
 from typing import Any
@@ -97,6 +98,16 @@ def _join(store: dist.Store, rank: int, world_size: int, local_rank: int, timeou
     else:
         backend = "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("megarl", store), rank=rank, world_size=world_size, timeout=timeout)
+
+
+@contextmanager
+def single_rank_world() -> Iterator[None]:
+    """A world of this process alone, for what megatron-core does only with one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _run_rank(

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megarl.config.schema import ParallelConfig
-from megarl.errors import ConfigError
+from megarl.parallel.placement import place
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
 
@@ -83,20 +83,18 @@ def _new_group(rank_lists: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
 
 
 def build_layout(config: ParallelConfig) -> Layout:
-    """Create the process groups of one role over the whole world. Every rank must call it, roles in the same order."""
+    """Create the process groups of one role over the whole world. Every rank must call it, roles in the same order.
+
+    Raises:
+        ConfigError: the sizes do not divide the world.
+    """
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()  # the one global that linear layers need and no argument replaces
-    world_size = dist.get_world_size()
-    model_size = config.tp * config.pp * config.cp
-    if world_size % model_size:
-        raise ConfigError(
-            f"world size {world_size} is not divisible by tp {config.tp} × pp {config.pp} × cp {config.cp} = {model_size}"
-        )
-    dp = world_size // model_size
-    expert_tp = config.etp or config.tp
-    dense = parallel_state.RankGenerator(tp=config.tp, ep=1, dp=dp, pp=config.pp, cp=config.cp, order=RANK_ORDER)
-    expert_dp = world_size // (expert_tp * config.ep * config.pp)
-    expert = parallel_state.RankGenerator(tp=expert_tp, ep=config.ep, dp=expert_dp, pp=config.pp, cp=1, order=RANK_ORDER)
+    placement = place(config, dist.get_world_size())
+    dense = parallel_state.RankGenerator(tp=config.tp, ep=1, dp=placement.dp, pp=config.pp, cp=config.cp, order=RANK_ORDER)
+    expert = parallel_state.RankGenerator(
+        tp=placement.etp, ep=config.ep, dp=placement.expert_dp, pp=config.pp, cp=1, order=RANK_ORDER
+    )
 
     groups = ProcessGroupCollection()
     for field, generator, axes in (
@@ -120,4 +118,4 @@ def build_layout(config: ParallelConfig) -> Layout:
     groups.pos_embd = _new_group([parallel_state.default_position_embedding_ranks(ranks) for ranks in pipelines])
     groups.intra_dp_cp, groups.intra_expt_dp = groups.dp_cp, groups.expt_dp
     groups.intra_dist_opt, groups.inter_dist_opt = dist.group.WORLD, None
-    return Layout(config=config, dp=dp, groups=groups)
+    return Layout(config=config, dp=placement.dp, groups=groups)

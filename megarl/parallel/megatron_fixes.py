@@ -1,12 +1,16 @@
-"""Faults of megatron-core 0.16 to 0.19 that silently change numbers, mended for CPU and GPU alike.
+"""Faults of megatron-core 0.16 to 0.19, mended for CPU and GPU alike.
 
-Both concern checkpoints of the distributed optimizer in the fully reshardable format.
+Two silently change numbers: both concern checkpoints of the distributed optimizer in the fully reshardable format. The last one
+keeps experts and latent attention from working without Transformer Engine.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.moe import moe_utils
 
 
 def _own_step_per_parameter() -> None:
@@ -53,5 +57,13 @@ def _with_padding(joined: torch.Tensor, buffer: Any) -> torch.Tensor:
     return padded
 
 
+def _work_without_transformer_engine() -> None:
+    """0.16 leaves the router's matrix product undefined, and takes a stand-in for Transformer Engine's linear layer in MLA."""
+    if find_spec("transformer_engine") is None:
+        moe_utils.te_general_gemm = None
+        multi_latent_attention.HAVE_TE = False
+
+
 _own_step_per_parameter()
 _keep_bucket_padding()
+_work_without_transformer_engine()

@@ -13,6 +13,8 @@ from megarl.config.schema import OptimizerConfig
 from megarl.errors import TrainingError
 from megarl.train.engine import TrainingEngine
 
+NO_PARAMETER = "no parameter"  # key in the state of an Adam without parameters
+
 
 class EngineOptimizer:
     """Optimizer and schedule of a trainable engine.
@@ -62,6 +64,7 @@ class EngineOptimizer:
             override_opt_param_scheduler=True,
         )
         self._config = config
+        self._is_distributed = engine.role.parallel.distributed_optimizer
         self.num_skipped = 0
         self.num_consecutive_skipped = 0
 
@@ -106,8 +109,8 @@ class EngineOptimizer:
 
     def fill_state(self) -> None:
         """Give a fresh Adam its zero state (step 0): checkpoints are written from it and loaded into it."""
-        for optimizer in self.megatron.chained_optimizers:
-            adam: Any = optimizer.optimizer
+        adams: list[Any] = [optimizer.optimizer for optimizer in self.megatron.chained_optimizers]
+        for adam in adams:
             for group in adam.param_groups:
                 for parameter in group["params"]:
                     if not adam.state[parameter]:
@@ -116,3 +119,17 @@ class EngineOptimizer:
                             "exp_avg": torch.zeros_like(parameter),
                             "exp_avg_sq": torch.zeros_like(parameter),
                         }
+        if self._is_distributed:
+            _keep_step_where_there_are_no_parameters(adams)
+
+
+def _keep_step_where_there_are_no_parameters(adams: list[Any]) -> None:
+    """Give each torch Adam without parameters (the experts' on a pipeline stage without experts) the step of the others.
+
+    megatron-core's DistributedOptimizer asks the state for the step, and rank 0's answer is what all experts resume from.
+    """
+    steps = [state["step"] for adam in adams for key, state in adam.state.items() if key != NO_PARAMETER]
+    for adam in adams:
+        state: dict[Any, Any] = adam.state
+        if isinstance(adam, torch.optim.Adam) and not state.keys() - {NO_PARAMETER}:
+            state[NO_PARAMETER] = {"step": steps[0].clone() if steps else torch.tensor(0.0)}

@@ -16,7 +16,9 @@ from megarl.parallel.layout import build_layout
 from megarl.train.engine import TrainingEngine
 from megarl.train.optimizer import EngineOptimizer
 from megarl.types import PackedBatch, TokenScores, TrainBatch, UpdateResult
+from megarl.weights.distributed_checkpoint import is_distributed_checkpoint
 from megarl.weights.mapping import WeightMap, build_weight_map
+from megarl.weights.megatron_start import load_megatron_weights
 from megarl.weights.sources import RandomSource, SafetensorsSource
 from megarl.weights.transfer import hugging_face_tensors, load_weights
 
@@ -28,9 +30,12 @@ def _build_engine(config: Config, role: RoleConfig, path: Path, *, trainable: bo
     )
     layout = build_layout(role.parallel)
     chunks = build_model_chunks(architecture, config.model, role, layout, config.seed)
-    random = config.model.init == "random" and path == config.model.path
-    source = RandomSource(weight_map, config.seed) if random else SafetensorsSource(path, weight_map)
-    load_weights(chunks, source, weight_map, layout)
+    if config.model.init == "random" and path == config.model.path:
+        load_weights(chunks, RandomSource(weight_map, config.seed), weight_map, layout)
+    elif is_distributed_checkpoint(path):
+        load_megatron_weights(chunks, path, layout)
+    else:
+        load_weights(chunks, SafetensorsSource(path, weight_map), weight_map, layout)
     temperature = config.rollout.temperature if config.kind == "rl" else 1.0
     engine = TrainingEngine(
         chunks,

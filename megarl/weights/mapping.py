@@ -1,12 +1,23 @@
 """The weight map of one model: every Megatron parameter and the Hugging Face tensors it is made of."""
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from megarl.errors import WeightsError
 from megarl.models.architecture import Architecture, padded_vocabulary_size
-from megarl.weights.families import llama, qwen2, qwen3
-from megarl.weights.rules import Kind, Parameter, Rule, Shard, hugging_face_shape, shard_of
+from megarl.weights.families import deepseek_v3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from megarl.weights.rules import Family, Kind, Layers, LeftOut, Parameter, Rule, Shard, Start, shard_of
 
-FAMILIES: dict[str, tuple[Rule, ...]] = {"llama": llama.RULES, "qwen2": qwen2.RULES, "qwen3": qwen3.RULES}
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,24 +26,26 @@ class WeightMap:
 
     Attributes:
         architecture: the model.
-        parameters: every Megatron parameter by its global name, in Hugging Face order; with tied embeddings
-            ``output_layer.weight`` maps to the embedding too, as the last pipeline stage holds a copy.
+        parameters: every Megatron parameter (and buffer that is a weight) by its global name, in Hugging Face order; with tied
+            embeddings the output layer maps to the embedding too, as the last pipeline stage holds a copy.
         pad_multiple: of the vocabulary.
+        left_out: tensors that checkpoints may hold and the model does not.
     """
 
     architecture: Architecture
     parameters: dict[str, Parameter]
     pad_multiple: int
+    left_out: tuple[LeftOut, ...] = ()
 
     def shard(self, name: str, tp_rank: int, tp: int) -> Shard:
-        """What rank ``tp_rank`` of ``tp`` holds of the Megatron parameter ``name``."""
+        """What rank ``tp_rank`` of ``tp`` holds of the Megatron parameter ``name``; for experts the sizes are etp's."""
         padded = padded_vocabulary_size(self.architecture, self.pad_multiple, tp)
         return shard_of(self.parameters[name], self.architecture, padded, tp_rank, tp)
 
     def shard_shape(self, name: str, tp_rank: int, tp: int) -> tuple[int, ...]:
         """Shape of that part."""
         shard = self.shard(name, tp_rank, tp)
-        shape = list(hugging_face_shape(shard.slices[0].name, self.architecture))
+        shape = list(self.parameters[name].shapes[0])
         shape[shard.dim] = sum(piece.stop - piece.start for piece in shard.slices) + shard.padding
         return tuple(shape)
 
@@ -42,27 +55,83 @@ class WeightMap:
 
     def hugging_face_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name to shape of every Hugging Face tensor, each once."""
-        names = [name for parameter in self.parameters.values() for name in parameter.hugging_face]
-        return {name: hugging_face_shape(name, self.architecture) for name in names}
+        return {name: shape for p in self.parameters.values() for name, shape in zip(p.hugging_face, p.shapes, strict=True)}
+
+    def hugging_face_starts(self) -> dict[str, Start]:
+        """Name to value in a model with random weights of every Hugging Face tensor."""
+        return {name: start for p in self.parameters.values() for name, start in zip(p.hugging_face, p.start, strict=True)}
+
+    def unknown(self, names: Iterable[str]) -> set[str]:
+        """Those of ``names`` that are not left out by the family."""
+        return {name for name in names if not any(tensors.pattern.fullmatch(name) for tensors in self.left_out)}
+
+    def notices(self, names: Iterable[str]) -> list[str]:
+        """One line for each kind of tensor among ``names`` that a user should know to be left out."""
+        lines = []
+        for tensors in self.left_out:
+            found = sorted(name for name in names if tensors.pattern.fullmatch(name))
+            if found and tensors.notice is not None:
+                lines.append(f"{len(found)} tensors are left out, {tensors.notice}: {listed(found, 1)}")
+        return lines
 
 
 def build_weight_map(architecture: Architecture, pad_multiple: int, with_transformer_engine: bool) -> WeightMap:
-    """Apply the family's table to every layer."""
-    parameters: dict[str, Parameter] = {}
-    for group in _by_layer(FAMILIES[architecture.family], architecture.num_layers):
-        for rule, layer in group:
-            name = (rule.transformer_engine if with_transformer_engine else None) or rule.megatron
-            sources = tuple(source.format(layer=layer) for source in rule.hugging_face)
-            if architecture.tied_embeddings and rule.megatron == "output_layer.weight":
-                sources = ("model.embed_tokens.weight",)
-            parameters[name.format(layer=layer)] = Parameter(name.format(layer=layer), sources, rule.kind)
-    return WeightMap(architecture, parameters, pad_multiple)
+    """Apply the family's table to every layer and expert.
+
+    Raises:
+        WeightsError: the table takes one Hugging Face tensor, or names one Megatron parameter, twice.
+    """
+    family = FAMILIES[architecture.family]
+    parameters = list(_apply(family.rules(architecture), architecture, with_transformer_engine))
+    _check_single_use(architecture.family, parameters)
+    by_name = {parameter.megatron: parameter for parameter in parameters}
+    return WeightMap(architecture, by_name, pad_multiple, family.left_out(architecture))
 
 
-def _by_layer(rules: tuple[Rule, ...], num_layers: int) -> list[list[tuple[Rule, int]]]:
-    per_layer = [rule for rule in rules if rule.per_layer]
-    first = rules.index(per_layer[0])
-    before = [rule for rule in rules[:first] if not rule.per_layer]
-    after = [rule for rule in rules[first:] if not rule.per_layer]
-    layers = [[(rule, layer) for rule in per_layer] for layer in range(num_layers)]
-    return [[(rule, 0) for rule in before], *layers, [(rule, 0) for rule in after]]
+def _apply(rules: tuple[Rule, ...], architecture: Architecture, with_transformer_engine: bool) -> Iterator[Parameter]:
+    def place(where: Iterable[Layers], layer: int | None) -> Iterator[Parameter]:
+        for rule in rules:
+            if rule.layers in where:
+                for expert in range(architecture.num_experts) if rule.per_expert else (None,):
+                    yield _parameter(rule, layer, expert, with_transformer_engine)
+
+    yield from place((Layers.BEFORE,), None)
+    for layer in range(architecture.num_layers):
+        yield from place((Layers.ALL, Layers.MOE if architecture.is_moe_layer(layer) else Layers.DENSE), layer)
+    yield from place((Layers.AFTER,), None)
+
+
+def _parameter(rule: Rule, layer: int | None, expert: int | None, with_transformer_engine: bool) -> Parameter:
+    name = (rule.transformer_engine if with_transformer_engine else None) or rule.megatron
+    parts = rule.hugging_face
+    return Parameter(
+        megatron=name.format(layer=layer, expert=expert),
+        template=name,
+        hugging_face=tuple(part.name.format(layer=layer, expert=expert) for part in parts),
+        shapes=tuple(part.shape for part in parts),
+        kind=rule.kind,
+        layers=rule.layers,
+        layer=layer,
+        expert=expert,
+        start=tuple(part.start for part in parts),
+        is_copy=rule.is_copy,
+        is_buffer=rule.is_buffer,
+    )
+
+
+def _check_single_use(family: str, parameters: list[Parameter]) -> None:
+    owners = Counter(name for parameter in parameters if not parameter.is_copy for name in parameter.hugging_face)
+    names = Counter(parameter.megatron for parameter in parameters)
+    twice = sorted(name for count in (owners, names) for name, uses in count.items() if uses > 1)
+    unknown = sorted({name for parameter in parameters if parameter.is_copy for name in parameter.hugging_face} - owners.keys())
+    if twice or unknown:
+        problems = [
+            f"{what}: {listed(found)}" for what, found in (("mapped twice", twice), ("copies of nothing", unknown)) if found
+        ]
+        raise WeightsError(f"the weight table of family {family} is wrong; {'; '.join(problems)}")
+
+
+def listed(names: list[str], limit: int = 5) -> str:
+    """The first names and how many more there are, for error messages."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

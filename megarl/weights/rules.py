@@ -5,6 +5,8 @@ alone follow both directions: a rank's shard is a concatenation of slices of Hug
 loading and written when exporting.
 """
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,10 +17,44 @@ class Kind(Enum):
     """How the Hugging Face tensors become a Megatron parameter and which part a tensor parallel rank holds."""
 
     REPLICATED = "replicated"  # one tensor, the same on every rank
-    ROW = "row"  # one tensor, cut along dim 1
+    COLUMN = "column"  # one tensor, cut along dim 0 (Megatron's ColumnParallelLinear)
+    ROW = "row"  # one tensor, cut along dim 1 (RowParallelLinear)
     GATE_UP = "gate_up"  # gate and up, each cut along dim 0, rank r holds [gate_r; up_r]
     QKV = "qkv"  # q, k, v cut by key-value group, rank r holds [q_g; k_g; v_g] for each of its groups g
     VOCABULARY = "vocabulary"  # one tensor, padded with zero rows and cut along dim 0
+
+
+class Layers(Enum):
+    """Where a rule's parameter exists."""
+
+    ALL = "all"  # in every transformer layer
+    DENSE = "dense"  # in layers with one MLP
+    MOE = "moe"  # in layers with experts
+    BEFORE = "before"  # once, ahead of the layers: on the first pipeline stage
+    AFTER = "after"  # once, behind the layers: on the last pipeline stage
+
+
+class Start(Enum):
+    """What a model with random weights starts from."""
+
+    NORMAL = "normal"
+    ZEROS = "zeros"
+    ONES = "ones"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A Hugging Face tensor.
+
+    Attributes:
+        name: with ``{layer}`` and ``{expert}`` for the numbers of layer and expert.
+        shape: of the whole tensor.
+        start: value in a model with random weights.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: Start = Start.NORMAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +62,79 @@ class Rule:
     """One Megatron parameter.
 
     Attributes:
-        megatron: its name with ``{layer}`` for the global layer number.
-        hugging_face: names of its parts, ``{layer}`` likewise.
-        kind: how they combine.
+        megatron: its name with ``{layer}`` and ``{expert}`` for the global numbers of layer and expert.
+        hugging_face: its parts.
+        kind: how they combine. Parameters with ``{expert}`` are cut over expert tensor parallel ranks instead.
+        layers: where it exists.
         transformer_engine: its name under the Transformer Engine spec, where that differs.
+        is_copy: another parameter holds the same tensors (tied embeddings), and exports take them from there.
+        is_buffer: no gradient reaches it, and it is float32 whatever the type of the model.
     """
 
     megatron: str
-    hugging_face: tuple[str, ...]
+    hugging_face: tuple[Part, ...]
     kind: Kind
+    layers: Layers = Layers.ALL
     transformer_engine: str | None = None
+    is_copy: bool = False
+    is_buffer: bool = False
 
     @property
-    def per_layer(self) -> bool:
-        """True when the parameter exists once per layer."""
-        return "{layer}" in self.megatron
+    def per_expert(self) -> bool:
+        """True when the parameter exists once per routed expert."""
+        return "{expert}" in self.megatron or any("{expert}" in part.name for part in self.hugging_face)
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Tensors that a family's checkpoints may hold and that no Megatron parameter takes.
+
+    Attributes:
+        pattern: regular expression of their whole names.
+        notice: what to tell the user about them; None where they hold nothing of the model's own.
+    """
+
+    pattern: re.Pattern[str]
+    notice: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One model family: the table of its parameters and of the tensors it leaves out, as functions of the model's sizes."""
+
+    rules: Callable[[Architecture], tuple[Rule, ...]]
+    left_out: Callable[[Architecture], tuple[LeftOut, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A rule applied to one layer and one expert.
+
+    Attributes:
+        megatron: global Megatron name, with the global numbers of layer and expert.
+        template: the same with ``{layer}`` and ``{expert}``, for a rank's own numbers.
+        hugging_face: names of its parts.
+        shapes: of its parts.
+        kind: how they combine.
+        layers: where the rule's parameters exist.
+        layer: number of the layer; None outside the layers.
+        expert: number of the expert; None for parameters that are not one expert's.
+        start: of each part.
+        is_copy: another parameter holds the same tensors.
+        is_buffer: no gradient reaches it, and it is float32 whatever the type of the model.
+    """
+
+    megatron: str
+    template: str
+    hugging_face: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    kind: Kind
+    layers: Layers
+    layer: int | None
+    expert: int | None
+    start: tuple[Start, ...]
+    is_copy: bool = False
+    is_buffer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,38 +162,9 @@ class Shard:
     padding: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """A rule applied to one layer: global Megatron name and Hugging Face names."""
-
-    megatron: str
-    hugging_face: tuple[str, ...]
-    kind: Kind
-
-
-def hugging_face_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
-    """Shape that the Hugging Face tensor ``name`` must have."""
-    a = architecture
-    sizes = {"q_proj": a.num_heads * a.head_dim, "k_proj": a.num_kv_heads * a.head_dim, "v_proj": a.num_kv_heads * a.head_dim}
-    module = name.split(".")[-2]
-    if module in sizes:
-        return (sizes[module], a.hidden_size) if name.endswith(".weight") else (sizes[module],)
-    return {
-        "embed_tokens": (a.vocabulary_size, a.hidden_size),
-        "lm_head": (a.vocabulary_size, a.hidden_size),
-        "o_proj": (a.hidden_size, a.num_heads * a.head_dim),
-        "gate_proj": (a.ffn_size, a.hidden_size),
-        "up_proj": (a.ffn_size, a.hidden_size),
-        "down_proj": (a.hidden_size, a.ffn_size),
-        "q_norm": (a.head_dim,),
-        "k_norm": (a.head_dim,),
-    }.get(module, (a.hidden_size,))
-
-
 def shard_of(parameter: Parameter, architecture: Architecture, padded_vocabulary: int, tp_rank: int, tp: int) -> Shard:
-    """The part of ``parameter`` that tensor parallel rank ``tp_rank`` of ``tp`` holds."""
-    names = parameter.hugging_face
-    shapes = [hugging_face_shape(name, architecture) for name in names]
+    """The part of ``parameter`` that tensor parallel rank ``tp_rank`` of ``tp`` holds (expert tensor parallel for experts)."""
+    names, shapes = parameter.hugging_face, parameter.shapes
 
     def part(index: int, dim: int, pieces: int, piece: int) -> Slice:
         size = shapes[index][dim] // pieces
@@ -108,6 +173,8 @@ def shard_of(parameter: Parameter, architecture: Architecture, padded_vocabulary
     match parameter.kind:
         case Kind.REPLICATED:
             return Shard((part(0, 0, 1, 0),), 0)
+        case Kind.COLUMN:
+            return Shard((part(0, 0, tp, tp_rank),), 0)
         case Kind.ROW:
             return Shard((part(0, 1, tp, tp_rank),), 1)
         case Kind.GATE_UP:

@@ -1,17 +1,21 @@
 """Where weights come from: a Hugging Face folder of safetensors, or random numbers drawn from the config."""
 
 import hashlib
-import json
+import logging
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+import torch.distributed as dist
 from torch import Tensor
 
 from megarl.errors import WeightsError
-from megarl.weights.mapping import WeightMap
-from megarl.weights.rules import Slice
+from megarl.weights.mapping import WeightMap, listed
+from megarl.weights.rules import Slice, Start
+from megarl.weights.safetensors_files import SafetensorsFolder
+from megarl.weights.stored_tensors import read_columns, read_rows
+
+logger = logging.getLogger(__name__)
 
 
 class WeightSource(Protocol):
@@ -29,66 +33,41 @@ class SafetensorsSource:
     """
 
     def __init__(self, folder: Path, weight_map: WeightMap) -> None:
-        self._folder = folder
-        self._open: dict[str, safe_open] = {}
-        self._file_of = self._index()
-        self._check(weight_map)
-
-    def _index(self) -> dict[str, str]:
-        index = self._folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                return dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError) as error:
-                raise WeightsError(f"{index} is not a safetensors index ({error}); download the model again") from error
-        files = sorted(path.name for path in self._folder.glob("*.safetensors"))
-        if not files:
-            raise WeightsError(f"{self._folder} has no *.safetensors file; model.init: random draws weights instead")
-        return {name: file for file in files for name in self._file(file).keys()}  # noqa: SIM118  (not a dict)
-
-    def _file(self, name: str) -> safe_open:
-        if name not in self._open:
-            path = self._folder / name
-            try:
-                self._open[name] = safe_open(path, framework="pt", device="cpu")
-            except FileNotFoundError as error:
-                raise WeightsError(f"{path} is named by the index and missing; download the model again") from error
-            except (SafetensorError, OSError) as error:
-                raise WeightsError(f"{path} is truncated or corrupt ({error}); download the model again") from error
-        return self._open[name]
-
-    def _check(self, weight_map: WeightMap) -> None:
-        expected = weight_map.hugging_face_shapes()
-        tied_copy = {"lm_head.weight"} if weight_map.architecture.tied_embeddings else set()
-        # some exporters write RoPE's constant frequencies
-        constants = {name for name in self._file_of if name.endswith("rotary_emb.inv_freq")}
-        missing = sorted(expected.keys() - self._file_of.keys())
-        extra = sorted(self._file_of.keys() - expected.keys() - tied_copy - constants)
-        wrong = []
-        for name in expected.keys() & self._file_of.keys():
-            try:
-                shape = tuple(self._file(self._file_of[name]).get_slice(name).get_shape())
-            except SafetensorError as error:
-                raise WeightsError(
-                    f"{self._folder / self._file_of[name]} lacks {name}, which the index puts there ({error})"
-                ) from error
-            if shape != expected[name]:
-                wrong.append(f"{name} is {list(shape)}, config.json says {list(expected[name])}")
-        problems = [
-            f"{what}: {_listed(names)}" for what, names in (("missing", missing), ("extra", extra), ("mis-shaped", wrong)) if names
-        ]
-        if problems:
-            raise WeightsError(f"{self._folder}: weights do not fit config.json; {'; '.join(problems)}")
+        self._tensors = SafetensorsFolder(folder)
+        check_tensors(self._tensors, weight_map)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            for line in weight_map.notices(self._tensors.shapes):
+                logger.warning("%s: %s", folder, line)
 
     def read(self, piece: Slice) -> Tensor:
         """Read the slice from its file."""
-        view = self._file(self._file_of[piece.name]).get_slice(piece.name)
-        return view[piece.start : piece.stop] if piece.dim == 0 else view[:, piece.start : piece.stop]
+        stored = self._tensors.tensors[piece.name]
+        if piece.dim == 1:
+            return read_columns(stored, piece.start, piece.stop)
+        rows = torch.empty((piece.stop - piece.start, *stored.shape[1:]), dtype=stored.dtype)
+        read_rows(stored, piece.start, rows)
+        return rows
 
 
-def _listed(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+def check_tensors(tensors: SafetensorsFolder, weight_map: WeightMap) -> None:
+    """Refuse a folder whose tensors are not those of the model.
+
+    Raises:
+        WeightsError: tensors are missing, extra or mis-shaped; all are listed.
+    """
+    expected = weight_map.hugging_face_shapes()
+    missing = sorted(expected.keys() - tensors.shapes.keys())
+    extra = sorted(weight_map.unknown(tensors.shapes.keys() - expected.keys()))
+    wrong = [
+        f"{name} is {list(tensors.shapes[name])}, config.json says {list(shape)}"
+        for name, shape in expected.items()
+        if tensors.shapes.get(name, shape) != shape
+    ]
+    problems = [
+        f"{what}: {listed(names)}" for what, names in (("missing", missing), ("extra", extra), ("mis-shaped", wrong)) if names
+    ]
+    if problems:
+        raise WeightsError(f"{tensors.folder}: weights do not fit config.json; {'; '.join(problems)}")
 
 
 class RandomSource:
@@ -99,6 +78,7 @@ class RandomSource:
 
     def __init__(self, weight_map: WeightMap, seed: int) -> None:
         self._shapes = weight_map.hugging_face_shapes()
+        self._starts = weight_map.hugging_face_starts()
         self._std = weight_map.architecture.initializer_range
         self._seed = seed
         self._last: tuple[str, Tensor] | None = None
@@ -111,9 +91,9 @@ class RandomSource:
 
     def _draw(self, name: str) -> Tensor:
         shape = self._shapes[name]
-        if name.endswith(".bias"):
+        if self._starts[name] is Start.ZEROS:
             return torch.zeros(shape)
-        if "norm" in name:
+        if self._starts[name] is Start.ONES:
             return torch.ones(shape)
         digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -9,21 +9,55 @@ from torch import Tensor
 from megarl.errors import WeightsError
 from megarl.models.build import CausalLM
 from megarl.parallel.layout import Layout
-from megarl.weights.mapping import WeightMap
-from megarl.weights.rules import hugging_face_shape
+from megarl.parallel.placement import place
+from megarl.weights.mapping import WeightMap, listed
+from megarl.weights.rules import Layers, Parameter
 from megarl.weights.sources import WeightSource
 
 
-def global_parameters(chunks: list[CausalLM]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by global name (layer numbers counted over the whole model)."""
-    parameters = {}
+def global_parameters(chunks: list[CausalLM], weight_map: WeightMap, layout: Layout) -> dict[str, Tensor]:
+    """This rank's parameters, and the buffers of the weight map, by global name (layers and experts counted over the whole model).
+
+    Raises:
+        WeightsError: the model has parameters that the map does not know, or lacks some that the map puts on this rank.
+    """
+    num_experts = weight_map.architecture.num_experts // layout.config.ep
+    first_expert = layout.groups.ep.rank() * num_experts
+    found: dict[str, Tensor] = {}
+    unknown: list[str] = []
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            parts = name.split(".")
-            if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
-            parameters[".".join(parts)] = parameter
-    return parameters
+        local = dict(chunk.named_parameters()) | dict(chunk.named_buffers())
+        global_names = _global_names(chunk, weight_map, range(first_expert, first_expert + num_experts))
+        missing = [global_name for name, global_name in global_names.items() if name not in local]
+        unknown += [name for name, _ in chunk.named_parameters() if name not in global_names]
+        if missing or unknown:
+            problems = [
+                f"{what}: {listed(names)}" for what, names in (("not in the map", unknown), ("not in the model", missing)) if names
+            ]
+            raise WeightsError(
+                f"Megatron's model and the weight map of family {weight_map.architecture.family} differ; {'; '.join(problems)}"
+            )
+        found |= {global_name: local[name] for name, global_name in global_names.items()}
+    return found
+
+
+def _global_names(chunk: CausalLM, weight_map: WeightMap, experts: range) -> dict[str, str]:
+    """Name in the chunk to global name of everything that the map puts there."""
+    layer_numbers = {layer.layer_number - 1: local for local, layer in enumerate(chunk.decoder.layers)}
+    names = {}
+    for parameter in weight_map.parameters.values():
+        if parameter.layers is Layers.BEFORE:
+            is_here = chunk.pre_process
+        elif parameter.layers is Layers.AFTER:
+            # a stage that holds both ends uses the embedding itself where they are tied
+            is_here = chunk.post_process and not (parameter.is_copy and chunk.pre_process)
+        else:
+            is_here = parameter.layer in layer_numbers and (parameter.expert is None or parameter.expert in experts)
+        if is_here:
+            layer = None if parameter.layer is None else layer_numbers[parameter.layer]
+            expert = None if parameter.expert is None else parameter.expert - experts.start
+            names[parameter.template.format(layer=layer, expert=expert)] = parameter.megatron
+    return names
 
 
 @torch.no_grad()
@@ -31,90 +65,104 @@ def load_weights(chunks: list[CausalLM], source: WeightSource, weight_map: Weigh
     """Fill this rank's parameters, reading only its own slices.
 
     Raises:
-        WeightsError: the model has a parameter that the weight map does not know.
+        WeightsError: the model and the weight map differ.
     """
-    for name, parameter in global_parameters(chunks).items():
-        if name not in weight_map.parameters:
-            raise WeightsError(f"Megatron parameter {name} is not in the weight map of family {weight_map.architecture.family}")
-        shard = weight_map.shard(name, layout.tp_rank, layout.config.tp)
+    for name, tensor in global_parameters(chunks, weight_map, layout).items():
+        tp_rank, tp = _tensor_parallel_place(weight_map.parameters[name], layout)
+        shard = weight_map.shard(name, tp_rank, tp)
+        expected = weight_map.shard_shape(name, tp_rank, tp)
+        if tuple(tensor.shape) != expected:
+            raise WeightsError(f"Megatron's {name} is {list(tensor.shape)}, the weight map says {list(expected)}")
         start = 0
         for piece in shard.slices:
-            tensor = source.read(piece)
-            target = parameter.narrow(shard.dim, start, tensor.size(shard.dim))
-            target.copy_(tensor)
-            start += tensor.size(shard.dim)
-        parameter.narrow(shard.dim, start, shard.padding).zero_()
+            values = source.read(piece)
+            tensor.narrow(shard.dim, start, values.size(shard.dim)).copy_(values)
+            start += values.size(shard.dim)
+        tensor.narrow(shard.dim, start, shard.padding).zero_()
+
+
+def _tensor_parallel_place(parameter: Parameter, layout: Layout) -> tuple[int, int]:
+    """Rank and size of the group that the parameter is cut over."""
+    group = layout.groups.tp if parameter.expert is None else layout.groups.expt_tp
+    return group.rank(), group.size()
+
+
+def hugging_face_tensors(chunks: list[CausalLM], weight_map: WeightMap, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Whole Hugging Face tensors, one Megatron parameter after another, on rank 0; other ranks get none but must exhaust it.
+
+    Yields:
+        Name and full tensor on the rank's device, in the model's type; buffers in float32.
+    """
+    names = [name for name, parameter in weight_map.parameters.items() if not parameter.is_copy]
+    return _gather(names, lambda tensor: tensor.data, chunks[0].config.params_dtype, chunks, weight_map, layout)
+
+
+def hugging_face_gradients(chunks: list[CausalLM], weight_map: WeightMap, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Likewise the whole gradients, from the gradient buffers of megatron-core's DDP (float32)."""
+    names = [name for name, parameter in weight_map.parameters.items() if not (parameter.is_copy or parameter.is_buffer)]
+    return _gather(names, lambda tensor: tensor.main_grad, torch.float32, chunks, weight_map, layout)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
-def hugging_face_tensors(
+def _gather(
+    names: list[str],
+    value: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
     chunks: list[CausalLM],
     weight_map: WeightMap,
     layout: Layout,
-    value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Whole Hugging Face tensors, one Megatron parameter after another, on rank 0; other ranks get none but must exhaust it.
-
-    Args:
-        value: what to collect for each parameter, e.g. its gradient instead of its data; same shape as the parameter.
-
-    Yields:
-        Name and full tensor on the rank's device.
-    """
-    local = global_parameters(chunks)
-    stages = _pipeline_stages(local, layout)
-    tied = weight_map.architecture.tied_embeddings
-    for name in weight_map.parameters:
-        if tied and name == "output_layer.weight":
-            continue  # the embedding's copy
-        shards = _gather_shards(name, local, stages[name], weight_map, layout, value)
-        if dist.get_rank() == 0:
-            yield from _assemble(name, shards, weight_map)
-
-
-def _pipeline_stages(local: dict[str, torch.nn.Parameter], layout: Layout) -> dict[str, int]:
-    """Pipeline stage that holds each parameter."""
-    held: list[list[str]] = [[] for _ in range(layout.config.pp)]
-    dist.all_gather_object(held, list(local), group=layout.groups.pp)
-    return {name: stage for stage, names in enumerate(held) for name in names}
+    wanted = set(names)
+    local = {name: value(tensor) for name, tensor in global_parameters(chunks, weight_map, layout).items() if name in wanted}
+    device = next(iter(local.values())).device
+    holders_of = _Holders(weight_map, layout)
+    for name in names:
+        holders = holders_of(weight_map.parameters[name])
+        rank = dist.get_rank()
+        if rank in holders and rank != 0:
+            dist.send(local[name].contiguous(), dst=0)
+        if rank != 0:
+            continue
+        shards = []
+        for tp_rank, holder in enumerate(holders):
+            if holder == 0:
+                shards.append(local[name])
+                continue
+            shape = weight_map.shard_shape(name, tp_rank, len(holders))
+            sent_as = torch.float32 if weight_map.parameters[name].is_buffer else dtype
+            shards.append(torch.empty(shape, dtype=sent_as, device=device))
+            dist.recv(shards[-1], src=holder)
+        yield from _assemble(name, shards, weight_map)
 
 
-def _gather_shards(
-    name: str,
-    local: dict[str, torch.nn.Parameter],
-    stage: int,
-    weight_map: WeightMap,
-    layout: Layout,
-    value: Callable[[torch.nn.Parameter], Tensor],
-) -> list[Tensor]:
-    """On rank 0, every tensor parallel rank's part of one parameter, from the first replica."""
-    tp = layout.config.tp
-    num_holders = tp if weight_map.is_tensor_parallel(name) else 1
-    first_holder = stage * tp * layout.config.cp * layout.dp  # ranks count tp fastest, then cp, dp, pp
-    rank = dist.get_rank()
-    holders = range(first_holder, first_holder + num_holders)
-    if rank in holders and rank != 0:
-        dist.send(value(local[name]).contiguous(), dst=0)
-    if rank != 0:
-        return []
-    shards = []
-    for tp_rank, holder in enumerate(holders):
-        if holder == 0:
-            shards.append(value(local[name]))
+class _Holders:
+    """The ranks that hold the parts of a parameter, in the order of the parts, in the first replica."""
+
+    def __init__(self, weight_map: WeightMap, layout: Layout) -> None:
+        placement = place(layout.config, dist.get_world_size())
+        self._dense, self._experts = placement.dense_ranks(), placement.expert_ranks()
+        self._stages = placement.pipeline_rank_of_layers(weight_map.architecture.num_layers)
+        self._experts_per_rank = weight_map.architecture.num_experts // layout.config.ep
+        self._weight_map = weight_map
+
+    def __call__(self, parameter: Parameter) -> list[int]:
+        stage = self._stage(parameter)
+        if parameter.expert is None:
+            ranks: list[int] = self._dense[stage, 0, 0].tolist()
         else:
-            like = value(next(iter(local.values())))
-            shard = torch.empty(weight_map.shard_shape(name, tp_rank, tp), dtype=like.dtype, device=like.device)
-            dist.recv(shard, src=holder)
-            shards.append(shard)
-    return shards
+            ranks = self._experts[stage, 0, parameter.expert // self._experts_per_rank].tolist()
+        return ranks if self._weight_map.is_tensor_parallel(parameter.megatron) else ranks[:1]
+
+    def _stage(self, parameter: Parameter) -> int:
+        if parameter.layer is not None:
+            return self._stages[parameter.layer]
+        return 0 if parameter.layers is Layers.BEFORE else -1
 
 
 def _assemble(name: str, shards: list[Tensor], weight_map: WeightMap) -> Iterator[tuple[str, Tensor]]:
     """Cut the parts of one Megatron parameter into its Hugging Face tensors."""
-    architecture = weight_map.architecture
-    tensors = {
-        source: shards[0].new_empty(hugging_face_shape(source, architecture)) for source in weight_map.parameters[name].hugging_face
-    }
+    parameter = weight_map.parameters[name]
+    tensors = {source: shards[0].new_empty(shape) for source, shape in zip(parameter.hugging_face, parameter.shapes, strict=True)}
     for tp_rank, values in enumerate(shards):
         shard = weight_map.shard(name, tp_rank, len(shards))
         start = 0

@@ -30,6 +30,16 @@ RL: dict[str, Any] = {
     "data": {"train": {"type": "reasoning_gym", "task": "chain_sum"}},
     "rewards": {"scorers": [{"type": "exact"}]},
 }
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2}
+QWEN3_MOE = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 36}
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 36,
+}
 
 
 def write_model(folder: Path, **changes: Any) -> Path:
@@ -78,6 +88,7 @@ def model(tmp_path: Path) -> Path:
         (["steps=0", "optimizer.warmup_steps=30"], 1),
         (['rollout.engine="vllm"', "rollout.temperature=0.7"], 1),
         (['rollout.engine="vllm"', "rollout.top_p=0.7"], 1),
+        (['rollout.engine="sglang"', "rollout.temperature=0.7", "rollout.top_p=0.7"], 1),
         (["rollout.stop_token_ids=[0, 99]"], 1),
         (['rewards.scorers=[{"type": "regex", "pattern": "a+"}, {"type": "python", "function": "a.b:c"}]'], 1),
         (['kind="sft"', "rewards.scorers=[]", "sft.max_tokens=2048", "rollout.max_new_tokens=5000"], 1),
@@ -167,6 +178,11 @@ RUN = [
         "rollout.vllm.arguments: is {'x': 1}",
     ),
     (['rollout.engine="vllm"', 'rollout.vllm.python="/absent"'], "rollout.vllm.python: /absent does not exist"),
+    (['rollout.engine="sglang"', 'rollout.sglang.python="/absent"'], "rollout.sglang.python: /absent does not exist"),
+    (
+        ['rollout.engine="sglang"', 'rollout.sglang={"url": "http://a", "port": 80}'],
+        "rollout.sglang.port: is 80 but rollout.sglang.url",
+    ),
     (["optimizer.min_learning_rate=0.1"], "optimizer.min_learning_rate: 0.1 is above learning_rate 1e-06"),
     (["optimizer.warmup_steps=11"], "optimizer.warmup_steps: 11 optimizer steps exceed the run's steps 10"),
     (["algorithm.updates_per_step=2", "optimizer.warmup_steps=21"], "exceed the run's steps 10 × updates_per_step 2 = 20"),
@@ -220,13 +236,19 @@ ARCHITECTURE = [
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "rope_type 'longrope' is not supported"),
-    ({"use_sliding_window": True, "sliding_window": 4096}, "sliding-window attention is on"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention is on"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
     ({"model_type": "llama", "attention_bias": True, "mlp_bias": False}, "attention_bias is true and not supported for llama"),
     ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is true and not supported for llama"),
     ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantized (awq)"),
-    ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported; supported are llama, qwen2, qwen3"),
+    ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3, qwen3_moe, mixtral"),
+    ({"model_type": "mixtral"}, "num_local_experts is null, not a whole number"),
+    (MIXTRAL | {"num_experts_per_tok": 1}, "num_experts_per_tok 1 with normalised scores is not supported"),
+    (MIXTRAL | {"num_experts_per_tok": 7}, "num_experts_per_tok 7 exceeds the 6 experts"),
+    (DEEPSEEK | {"norm_topk_prob": False}, "norm_topk_prob false is not supported with sigmoid scores"),
+    (DEEPSEEK | {"topk_group": 1}, "num_experts_per_tok 4 with topk_group 1 is not supported"),
+    (DEEPSEEK | {"n_group": 3}, "n_group 3 does not divide the 8 experts"),
+    (DEEPSEEK | {"rope_interleave": False}, "rope_interleave is false and not supported with latent attention"),
+    (DEEPSEEK | {"attention_bias": True}, "attention_bias is true and not supported for deepseek_v3"),
     ({"vocab_size": None}, "vocab_size is null, not a whole number"),
     ({"num_key_value_heads": None}, "num_key_value_heads is null, not a whole number"),
     ({"num_hidden_layers": "12"}, 'num_hidden_layers is "12", not a whole number'),
@@ -249,10 +271,111 @@ def test_architecture(tmp_path: Path, changes: dict[str, Any], expected: str) ->
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
         {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "attention_bias": False},
         {"model_type": "qwen3", "head_dim": 16},
+        {"model_type": "mistral", "head_dim": None},
+        {"model_type": "mistral", "sliding_window": None},
+        {"use_sliding_window": True, "sliding_window": 1024},
+        MIXTRAL,
+        QWEN3_MOE,
+        QWEN3_MOE | {"num_experts": None, "num_local_experts": 6, "norm_topk_prob": True},
+        QWEN3_MOE | {"num_experts_per_tok": 1},
+        DEEPSEEK,
+        DEEPSEEK | {"n_group": 1, "topk_group": 1},
+        DEEPSEEK | {"num_key_value_heads": None, "q_lora_rank": None},
     ],
 )
 def test_supported_architectures(tmp_path: Path, changes: dict[str, Any]) -> None:
     check(build(write_model(tmp_path / "model", **changes)), 1)
+
+
+@pytest.mark.parametrize("changes", [{"mlp_only_layers": [3]}, {"decoder_sparse_step": 2}, {"decoder_sparse_step": 99}])
+def test_sglang_refuses_dense_layers_among_those_with_experts(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = write_model(tmp_path / "model", **(QWEN3_MOE | changes))
+    (line,) = failures(build(model, 'rollout.engine="sglang"'))
+    assert line.startswith("rollout.engine: sglang gives every layer of qwen3_moe experts, and only ")
+    check(build(model, 'rollout.engine="sglang"', 'kind="sft"'), 1)
+    check(build(write_model(tmp_path / "all", **QWEN3_MOE), 'rollout.engine="sglang"'), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 1023}, 1023),
+        (MIXTRAL | {"sliding_window": 512}, 512),
+        ({"use_sliding_window": True, "sliding_window": 512}, 512),
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 512}, 512),
+    ],
+)
+def test_sequences_fit_into_the_sliding_window(tmp_path: Path, changes: dict[str, Any], window: int) -> None:
+    (line,) = failures(build(write_model(tmp_path / "model", **changes)))
+    assert f"= 1024 tokens exceed the sliding window of {window} tokens of model.path" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "parallel", "world_size", "expected"),
+    [
+        (MIXTRAL, {"ep": 4}, 4, "policy.parallel.ep: ep 4 does not divide the model's 6 experts; choose among 1, 2, 3, 6"),
+        (QWEN3_MOE, {"etp": 8}, 8, "policy.parallel.etp: etp 8 (tp when not given) does not divide the experts' width 36"),
+        (MIXTRAL, {"ep": 3}, 4, "world size 4 = etp 1 × ep 3 × pp 1 × expert dp ?: 4 is not divisible by 3"),
+        (MIXTRAL, {"tp": 2}, 2, "sequence_parallel: is false, and tp 2 with experts (mixtral) needs it; set it to true"),
+        (DEEPSEEK, {"tp": 2}, 2, "sequence_parallel: is false, and tp 2 with latent attention (deepseek_v3) needs it"),
+        (
+            DEEPSEEK | {"num_attention_heads": 6},
+            {"tp": 4, "etp": 1, "sequence_parallel": True},
+            4,
+            "policy.parallel.tp: tp 4 does not divide the model's num_attention_heads 6",
+        ),
+        (
+            DEEPSEEK | {"moe_intermediate_size": 5},
+            {"tp": 2, "etp": 1, "sequence_parallel": True},
+            2,
+            "tp 2 does not divide the model's n_shared_experts × moe_intermediate_size 5",
+        ),
+        ({}, {"ep": 2}, 2, "policy.parallel.ep: is 2, but the model has no experts (qwen2); set it to 1"),
+        (QWEN3_MOE | {"decoder_sparse_step": 99}, {"ep": 2}, 2, "ep: is 2, but the model has no experts (qwen3_moe)"),
+    ],
+)
+def test_experts_and_latent_attention(
+    tmp_path: Path, changes: dict[str, Any], parallel: dict[str, Any], world_size: int, expected: str
+) -> None:
+    model = write_model(tmp_path / "model", **changes)
+    assert_lines(failures(build(model, f"policy.parallel={json.dumps(parallel)}"), world_size), [expected])
+
+
+def test_experts_divide_into_other_sizes_than_dense_layers(tmp_path: Path) -> None:
+    parallel = {"tp": 4, "ep": 2, "etp": 2, "pp": 3, "sequence_parallel": True}
+    # no layer is dense, so tp need not divide intermediate_size
+    model = write_model(tmp_path / "model", **(MIXTRAL | {"intermediate_size": 98}))
+    check(build(model, f"policy.parallel={json.dumps(parallel)}"), 12)
+
+
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        ({"pp": 2, FIRST: 5}, None),
+        ({"pp": 2, FIRST: 5, LAST: 7}, None),
+        ({"pp": 4, FIRST: 2, LAST: 4}, None),
+        ({"pp": 3, "vpp": 2, LAST: 4}, None),
+        ({FIRST: 5}, f"policy.parallel.{FIRST}: is 5 and pp is 1, so there is one stage"),
+        ({"pp": 2, "vpp": 2, LAST: 5}, f"policy.parallel.{LAST}: 5 layers do not divide into vpp 2 chunks"),
+        ({"pp": 4, FIRST: 1}, f"the model's 12 layers less {FIRST} 1 leave 11 for the other 3 stages of vpp 1 chunks"),
+        ({"pp": 2, FIRST: 12}, "leave 0 for the other 1 stages"),
+        ({"pp": 2, FIRST: 5, LAST: 5}, f"{FIRST} 5 and {LAST} 5 leave 2 for the other 0 stages"),
+        (
+            {"pp": 5},
+            "do not divide into pp 5 × vpp 1 = 5 equal chunks; choose pp × vpp among 1, 2, 3, 4, 6, 12, or set num_layers_in",
+        ),
+    ],
+)
+def test_uneven_pipeline_stages(model: Path, parallel: dict[str, Any], expected: str | None) -> None:
+    config = build(model, f"policy.parallel={json.dumps(parallel)}")
+    world_size = parallel.get("pp", 1)
+    if expected is None:
+        check(config, world_size)
+    else:
+        assert expected in failures(config, world_size)[0]
 
 
 def test_old_llama_has_as_many_key_value_heads_as_heads(tmp_path: Path) -> None:

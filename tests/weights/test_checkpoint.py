@@ -50,15 +50,16 @@ def train(config: Config, folder: Path, resume: bool, asynchronous: bool, output
         output.with_suffix(".json").write_text(json.dumps(records[SAVE_AFTER - first :]))
 
 
-def config_for(folder: Path, layout: str) -> tuple[Config, int]:
+def config_for(folder: Path, layout: str, dtype: str = "float32") -> tuple[Config, int]:
     schedule = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 2}
-    return with_layout(tiny_config(folder / "model", optimizer=schedule), parse_layout(layout))
+    model = {"path": str(folder / "model"), "dtype": dtype}
+    return with_layout(tiny_config(folder / "model", optimizer=schedule, model=model), parse_layout(layout))
 
 
 def run(
-    folder: Path, layout: str, *, resume: bool = False, asynchronous: bool = False
+    folder: Path, layout: str, *, resume: bool = False, asynchronous: bool = False, dtype: str = "float32"
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    config, num_ranks = config_for(folder, layout)
+    config, num_ranks = config_for(folder, layout, dtype)
     output = folder / "out.safetensors"
     run_local_ranks(train, (config, folder / "checkpoints", resume, asynchronous, output), num_ranks, 120)
     return load_file(output), json.loads(output.with_suffix(".json").read_text())
@@ -72,6 +73,8 @@ def run(
         ("llama", "dp=2", "tp=4", True),
         ("qwen3", "tp=2,cp=2,sequence_parallel=true", "pp=4", False),
         ("llama", "dp=2,distributed_optimizer=false", "tp=2,distributed_optimizer=false", False),
+        # the first stage has no experts
+        ("deepseek_v3", "pp=2,ep=2,dp=2,num_layers_in_first_pipeline_stage=1", "tp=2,ep=2,dp=2,sequence_parallel=true", False),
     ],
 )
 def test_resumed_equals_uninterrupted(tmp_path: Path, family: str, layout: str, other: str, asynchronous: bool) -> None:
@@ -89,6 +92,17 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, family: str, layout: str, 
         assert actual == pytest.approx(expected, rel=1e-4, abs=1e-5)
     for name, tensor in weights.items():
         assert (moved_weights[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("layout", ["dp=2", "pp=2,dp=2", "dp=2,distributed_optimizer=false"])
+def test_bfloat16_resumed_equals_uninterrupted(tmp_path: Path, layout: str) -> None:
+    write_tiny_model(tmp_path / "model", "qwen2")
+    weights, metrics = run(tmp_path, layout, dtype="bfloat16")
+    resumed_weights, resumed_metrics = run(tmp_path, layout, resume=True, dtype="bfloat16")
+    assert resumed_metrics == metrics
+    for name, tensor in weights.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(resumed_weights[name], tensor), name
 
 
 def resume_only(config: Config, folder: Path) -> None:

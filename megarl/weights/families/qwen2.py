@@ -1,10 +1,13 @@
 """Qwen2 and Qwen2.5: Llama with biases on query, key and value."""
 
-from megarl.weights.families.llama import EMBEDDING, LAYER, OUTPUT, layer_rule
-from megarl.weights.rules import Kind
+from megarl.models.architecture import Architecture
+from megarl.weights.families.blocks import attention, embedding, left_out, mlp, output, qkv_bias
+from megarl.weights.rules import Family, Rule
 
-QKV_BIAS = layer_rule(
-    "self_attention.linear_qkv.bias", Kind.QKV, "self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"
-)
 
-RULES = (*EMBEDDING, *LAYER, QKV_BIAS, *OUTPUT)
+def rules(a: Architecture) -> tuple[Rule, ...]:
+    """Qwen2's table."""
+    return (*embedding(a), *attention(a), *qkv_bias(a), *mlp(a), *output(a))
+
+
+FAMILY = Family(rules, left_out)

@@ -1,9 +1,13 @@
 """Qwen3 (dense): Llama with RMSNorm on each head's query and key."""
 
-from megarl.weights.families.llama import EMBEDDING, LAYER, OUTPUT, layer_rule
-from megarl.weights.rules import Kind
+from megarl.models.architecture import Architecture
+from megarl.weights.families.blocks import attention, embedding, left_out, mlp, output, qk_norm
+from megarl.weights.rules import Family, Rule
 
-QUERY_NORM = layer_rule("self_attention.q_layernorm.weight", Kind.REPLICATED, "self_attn.q_norm.weight")
-KEY_NORM = layer_rule("self_attention.k_layernorm.weight", Kind.REPLICATED, "self_attn.k_norm.weight")
 
-RULES = (*EMBEDDING, *LAYER, QUERY_NORM, KEY_NORM, *OUTPUT)
+def rules(a: Architecture) -> tuple[Rule, ...]:
+    """Qwen3's table."""
+    return (*embedding(a), *attention(a), *qk_norm(a), *mlp(a), *output(a))
+
+
+FAMILY = Family(rules, left_out)

@@ -1,0 +1,58 @@
+"""The modules of each transformer layer: grouped-query or latent attention, one MLP or experts, local or Transformer Engine."""
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megarl.models.architecture import Architecture
+from megarl.models.latent_attention import LatentAttention
+from megarl.models.router import ConstantBiasRouter
+from megarl.parallel.attention import PackedAttention
+
+
+def stage_spec(
+    architecture: Architecture, config: TransformerConfig, with_transformer_engine: bool, pp_rank: int, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of one model chunk, each dense or with experts as the model says, and the norm behind the last layer."""
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
+    specs = {
+        is_moe: _layer_spec(architecture, with_transformer_engine, is_moe)
+        for is_moe in {architecture.is_moe_layer(layer) for layer in layers}
+    }
+    return TransformerBlockSubmodules(
+        layer_specs=[specs[architecture.is_moe_layer(layer)] for layer in layers], layer_norm=_norm(with_transformer_engine)
+    )
+
+
+def _norm(with_transformer_engine: bool) -> type:
+    if not with_transformer_engine:
+        return WrappedTorchNorm
+    from megatron.core.extensions.transformer_engine import TENorm  # its import fails without Transformer Engine
+
+    return TENorm
+
+
+def _layer_spec(architecture: Architecture, with_transformer_engine: bool, is_moe: bool) -> ModuleSpec:
+    options: dict[str, Any] = {
+        "num_experts": architecture.num_experts if is_moe else None,
+        "qk_layernorm": architecture.qk_norm,
+        "multi_latent_attention": architecture.mla is not None,
+    }
+    if with_transformer_engine:
+        spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=is_moe, **options)
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
+    attention = spec.submodules.self_attention
+    attention.submodules.core_attention = PackedAttention
+    if architecture.mla is not None:
+        attention.module = LatentAttention
+        attention.submodules.q_layernorm = attention.submodules.kv_layernorm = _norm(with_transformer_engine)
+    if is_moe and architecture.moe is not None and architecture.moe.correction_bias:
+        spec.submodules.mlp.submodules.router = ConstantBiasRouter
+    return spec
