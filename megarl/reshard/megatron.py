@@ -1,0 +1,175 @@
+"""From one Megatron model to another of the same world: weights and optimizer state, whatever their layouts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch import Tensor
+
+from megarl.models.build import CausalLM
+from megarl.parallel.layout import Layout
+from megarl.parallel.placement import place
+from megarl.reshard.balance import Machines
+from megarl.reshard.optimizer_state import (
+    MAIN,
+    MOMENTS,
+    ParameterState,
+    get_step,
+    held_ranges,
+    optimizer_parts,
+    parameter_states,
+    ranges_of,
+    set_step,
+)
+from megarl.reshard.parcels import flat_parts
+from megarl.reshard.plan import build_plan
+from megarl.reshard.side import Side, TensorTable, megatron_side, optimizer_table, tensor_table
+from megarl.reshard.transport import PointToPoint
+from megarl.weights.mapping import WeightMap
+from megarl.weights.rules import Kind
+from megarl.weights.transfer import global_parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferSettings:
+    """How a transfer is carried out.
+
+    Attributes:
+        bucket_bytes: most that a rank sends, or receives, at a time; it needs buffers of twice that.
+        gpus_per_node: ranks on one machine, which rather send to each other.
+        timeout_seconds: for each bucket.
+    """
+
+    bucket_bytes: int
+    gpus_per_node: int
+    timeout_seconds: float
+
+
+class WeightTransfer:
+    """Moves the weights of one model into another, as often as asked.
+
+    Collective over the world. Both models are of the same family, sizes and dtype, given by ``weight_map``.
+    """
+
+    def __init__(
+        self,
+        weight_map: WeightMap,
+        source: tuple[list[CausalLM], Layout],
+        destination: tuple[list[CausalLM], Layout],
+        settings: TransferSettings,
+    ) -> None:
+        """Plan the transfer.
+
+        Raises:
+            WeightsError: a model and the weight map differ.
+            TransferError: the ranks were given different models or layouts.
+        """
+        self._weight_map, self._source, self._destination = weight_map, source, destination
+        tensors = _actual_sizes(tensor_table(weight_map, 0), weight_map, global_parameters(source[0], weight_map, source[1]))
+        sides = [_side(weight_map, layout, tensors) for _, layout in (source, destination)]
+        self._transport = _transport(sides, tensors, settings, source[0])
+
+    @property
+    def bytes_received(self) -> int:
+        """That this rank gets from others each time."""
+        return self._transport.bytes_received
+
+    def move(self) -> None:
+        """Write the destination's weights.
+
+        A destination with float32 main parameters must be told (``MegatronOptimizer.reload_model_params``), unless an
+        ``OptimizerTransfer`` follows, which moves these too.
+
+        Raises:
+            TransferError: it failed on some rank; the destination must not be used.
+        """
+        held, needed = (global_parameters(chunks, self._weight_map, layout) for chunks, layout in (self._source, self._destination))
+        self._transport.execute(flat_parts(held), flat_parts(needed))
+        self._zero_padding(needed)
+
+    @torch.no_grad()
+    def _zero_padding(self, parameters: dict[str, Tensor]) -> None:
+        """No message has the rows that pad the vocabulary, and the destination may never have been loaded."""
+        layout = self._destination[1]
+        for name, tensor in parameters.items():
+            if self._weight_map.parameters[name].kind is Kind.VOCABULARY:
+                padding = self._weight_map.shard(name, layout.tp_rank, layout.config.tp).padding
+                tensor[tensor.size(0) - padding :].zero_()
+
+
+class OptimizerTransfer:
+    """Moves the state of Adam of one model into that of another: moments, float32 main parameters and the count of steps.
+
+    Collective over the world. Either side may or may not use the distributed optimizer; its shards go from owner to owner. Both
+    must have their state already, if only zeros. The learning-rate schedule is not moved.
+    """
+
+    def __init__(
+        self,
+        weight_map: WeightMap,
+        source: tuple[list[CausalLM], Layout, ChainedOptimizer],
+        destination: tuple[list[CausalLM], Layout, ChainedOptimizer],
+        settings: TransferSettings,
+    ) -> None:
+        """Plan the transfer.
+
+        Raises:
+            WeightsError: a model and the weight map differ.
+            TransferError: the ranks were given different models or layouts.
+        """
+        tensors = optimizer_table(weight_map)
+        self._weight_map, self._source, self._destination = weight_map, source, destination
+        held, needed = self._states()
+        sides = [
+            _state_side(_side(weight_map, source[1], tensors), held, with_copies=False),
+            _state_side(_side(weight_map, destination[1], tensors), needed, with_copies=True),
+        ]
+        self._transport = _transport(sides, tensors, settings, source[0])
+        self._keys = MOMENTS if source[0][0].config.params_dtype == torch.float32 else (*MOMENTS, MAIN)
+
+    def move(self) -> None:
+        """Write the destination's state.
+
+        Raises:
+            TransferError: it failed on some rank; the destination must not be used.
+        """
+        held, needed = self._states()
+        for key in self._keys:
+            self._transport.execute(optimizer_parts(held, key), optimizer_parts(needed, key))
+        step = torch.tensor(get_step(self._source[2]))
+        dist.all_reduce(step, dist.ReduceOp.MAX)
+        set_step(self._destination[2], int(step))
+
+    def _states(self) -> list[dict[str, ParameterState]]:
+        return [
+            parameter_states(optimizer, global_parameters(chunks, self._weight_map, layout))
+            for chunks, layout, optimizer in (self._source, self._destination)
+        ]
+
+
+def _actual_sizes(tensors: TensorTable, weight_map: WeightMap, parameters: dict[str, Tensor]) -> TensorTable:
+    """With the element sizes that the ranks' parameters have: not all parts of a 16-bit model need be 16-bit."""
+    sizes = torch.zeros(len(tensors.numbers), dtype=torch.int64)
+    for name, tensor in parameters.items():
+        for hugging_face in weight_map.parameters[name].hugging_face:
+            sizes[tensors.numbers[hugging_face]] = tensor.element_size()
+    dist.all_reduce(sizes, dist.ReduceOp.MAX)
+    return replace(tensors, element_sizes=sizes.numpy())
+
+
+def _side(weight_map: WeightMap, layout: Layout, tensors: TensorTable) -> Side:
+    return megatron_side(weight_map, place(layout.config, dist.get_world_size()), tensors)
+
+
+def _state_side(side: Side, states: dict[str, ParameterState], *, with_copies: bool) -> Side:
+    ranges = [ranges_of(side, {})] * dist.get_world_size()
+    dist.all_gather_object(ranges, ranges_of(side, states))
+    return held_ranges(side, ranges, with_copies=with_copies)
+
+
+def _transport(sides: Sequence[Side], tensors: TensorTable, settings: TransferSettings, chunks: list[CausalLM]) -> PointToPoint:
+    plan = build_plan(sides[0], sides[1], tensors, Machines(gpus_per_node=settings.gpus_per_node), settings.bucket_bytes)
+    ranks, device = range(dist.get_world_size()), next(chunks[0].parameters()).device
+    return PointToPoint(plan, ranks, ranks, device=device, timeout_seconds=settings.timeout_seconds)

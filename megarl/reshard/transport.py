@@ -1,0 +1,235 @@
+"""Carries out a plan with point-to-point messages of a torch.distributed process group, over gloo or NCCL."""
+
+import datetime
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from megarl.errors import TransferError
+from megarl.reshard.parcels import BucketWork, FlatPart, Parcel, bucket_work, digest
+from megarl.reshard.plan import Copy, Plan
+
+PROBLEMS_SHOWN = 3
+
+
+class PointToPoint:
+    """A plan bound to the ranks of a world. It can be carried out any number of times.
+
+    A rank packs what it sends to a peer in one bucket into contiguous bytes with a digest (``Parcel``), so every dtype and device
+    takes the same way. Staging buffers for the largest bucket are allocated once. Copies between the two sides of one rank
+    go straight from tensor to tensor.
+
+    All ranks meet before the first and after the last bucket. So a rank that is missing or holds the wrong tensors stops the
+    transfer before anything is written, and what goes wrong on one rank later is raised on every rank. After an error
+    the destination is partly written and must not be used.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        source_ranks: Sequence[int],
+        destination_ranks: Sequence[int],
+        *,
+        device: torch.device,
+        timeout_seconds: float,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Allocate the buffers; collective over ``group``.
+
+        Args:
+            source_ranks: rank in the world of each source rank of the plan. The sides may be the same, overlap or be disjoint.
+            destination_ranks: likewise.
+            device: of the staging buffers: one that the group's backend sends from (CPU for gloo, CUDA for NCCL).
+            timeout_seconds: for each bucket, and for all ranks to meet.
+            group: the ranks that take part, those of both sides among them; None is the whole world.
+
+        Raises:
+            TransferError: the ranks have made different plans.
+        """
+        self._group = group or distributed_c10d._get_default_group()
+        self._ranks = dist.get_process_group_ranks(self._group)
+        self._rank = dist.get_rank()
+        self._device = device
+        self._timeout = datetime.timedelta(seconds=timeout_seconds)
+        self._token, self._meetings = self._agree_on(plan, source_ranks, destination_ranks), 0
+        self._buckets = bucket_work(plan, list(source_ranks), list(destination_ranks), self._rank)
+        self._incoming = [parcel for bucket in self._buckets for parcel in bucket.incoming]
+        self._send_buffer, self._receive_buffer = (
+            torch.zeros(max((sum(p.num_bytes for p in side) for side in sides), default=0), dtype=torch.uint8, device=device)
+            for sides in ([b.outgoing for b in self._buckets], [b.incoming for b in self._buckets])
+        )
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of the staging buffers of this rank."""
+        return self._send_buffer.numel() + self._receive_buffer.numel()
+
+    @property
+    def bytes_received(self) -> int:
+        """That this rank gets from others each time, digests included."""
+        return sum(parcel.num_bytes for parcel in self._incoming)
+
+    @torch.no_grad()
+    def execute(self, source: Mapping[str, FlatPart], destination: Mapping[str, FlatPart]) -> None:
+        """Move everything; collective over the group.
+
+        Args:
+            source: this rank's parameters on the source side by name; empty where it has none.
+            destination: likewise, written in place.
+
+        Raises:
+            TransferError: a rank is missing, died, was too slow or holds other tensors than planned, or bytes arrived changed.
+        """
+        self._meet("start", self._misfit(source, destination))
+        wrong = torch.zeros(len(self._incoming), dtype=torch.bool, device=self._device)
+        arrived = 0
+        for bucket in self._buckets:
+            for parcel in bucket.outgoing:
+                self._pack(parcel, source)
+            works = self._post(bucket)
+            for copy in bucket.local:
+                region = destination[copy.destination_parameter].region(copy.destination)
+                region.copy_(source[copy.source_parameter].region(copy.source))
+            for work, parcels in works:
+                self._wait(work, parcels)
+            for parcel in bucket.incoming:
+                wrong[arrived] = self._unpack(parcel, destination)
+                arrived += 1
+        changed = [parcel for parcel, is_wrong in zip(self._incoming, wrong.tolist(), strict=True) if is_wrong]
+        problems = [f"what rank {parcel.peer} sent to rank {self._rank} in {parcel} arrived changed" for parcel in changed]
+        self._meet("end", "; ".join(problems[:PROBLEMS_SHOWN]))
+
+    def _agree_on(self, plan: Plan, source_ranks: Sequence[int], destination_ranks: Sequence[int]) -> str:
+        """Check that all ranks have the same plan; returns a name for this transfer that no other has."""
+        hashed = hashlib.blake2b(repr((list(source_ranks), list(destination_ranks))).encode())
+        for column in (plan.pieces, plan.first_piece, plan.chunk, plan.sender, plan.receiver, plan.bucket):
+            hashed.update(column.tobytes())
+        entries: list[tuple[str, str]] = [("", "")] * len(self._ranks)
+        dist.all_gather_object(entries, (hashed.hexdigest(), uuid4().hex), self._group)
+        others = [rank for rank, (fingerprint, _) in zip(self._ranks, entries, strict=True) if fingerprint != entries[0][0]]
+        if others:
+            raise TransferError(
+                f"ranks {others} have made another reshard plan than rank {self._ranks[0]}; "
+                "every rank must be given the same model, layouts and bucket size"
+            )
+        return entries[0][1]
+
+    def _misfit(self, source: Mapping[str, FlatPart], destination: Mapping[str, FlatPart]) -> str:
+        """What this rank lacks or has in another dtype than the plan says; empty when all fits."""
+        for bucket in self._buckets:
+            for copies, sides in (
+                ([copy for parcel in bucket.outgoing for copy in parcel.copies], ("source",)),
+                ([copy for parcel in bucket.incoming for copy in parcel.copies], ("destination",)),
+                (bucket.local, ("source", "destination")),
+            ):
+                for copy in copies:
+                    for side in sides:
+                        misfit = _misfit(copy, side, source if side == "source" else destination)
+                        if misfit:
+                            return f"rank {self._rank} {misfit}"
+        return ""
+
+    def _pack(self, parcel: Parcel, source: Mapping[str, FlatPart]) -> None:
+        regions = [source[copy.source_parameter].region(copy.source) for copy in parcel.copies]
+        torch._foreach_copy_(parcel.staged(self._send_buffer, regions), regions)
+        words = parcel.bytes_of(self._send_buffer).view(torch.int64)
+        words[-1] = digest(words[:-1])
+
+    def _unpack(self, parcel: Parcel, destination: Mapping[str, FlatPart]) -> Tensor:
+        """Write what has arrived; True (on the device) when it is not what was sent."""
+        words = parcel.bytes_of(self._receive_buffer).view(torch.int64)
+        regions = [destination[copy.destination_parameter].region(copy.destination) for copy in parcel.copies]
+        torch._foreach_copy_(regions, parcel.staged(self._receive_buffer, regions))
+        return digest(words[:-1]) != words[-1]
+
+    def _post(self, bucket: BucketWork) -> list[tuple[dist.Work, list[tuple[str, Parcel]]]]:
+        """Start the sends and receives of a bucket; returns what to wait for, and what each of these moves."""
+        operations = [
+            (dist.P2POp(call, parcel.bytes_of(buffer), parcel.peer, self._group), (verb, parcel))
+            for call, verb, buffer, parcels in (
+                (dist.irecv, "receive from", self._receive_buffer, bucket.incoming),
+                (dist.isend, "send to", self._send_buffer, bucket.outgoing),
+            )
+            for parcel in parcels
+        ]
+        # NCCL's must be started together, or they wait for each other
+        batches = [operations] if self._device.type == "cuda" and operations else [[operation] for operation in operations]
+        works = []
+        for batch in batches:
+            parcels = [parcel for _, parcel in batch]
+            try:
+                started = dist.batch_isend_irecv([operation for operation, _ in batch])
+            except RuntimeError as error:
+                raise self._failure(parcels, error) from error
+            works += [(work, parcels) for work in started]
+        return works
+
+    def _wait(self, work: dist.Work, parcels: list[tuple[str, Parcel]]) -> None:
+        try:
+            work.wait(self._timeout)
+        except RuntimeError as error:
+            raise self._failure(parcels, error) from error
+
+    def _failure(self, parcels: list[tuple[str, Parcel]], error: RuntimeError) -> TransferError:
+        moves = ", ".join(f"{verb} rank {parcel.peer} {parcel}" for verb, parcel in parcels[:PROBLEMS_SHOWN])
+        return TransferError(
+            f"rank {self._rank} could not {moves} within {self._timeout.total_seconds():g} s: {_first_line(error)}; "
+            "see whether that rank has died, or allow more time"
+        )
+
+    def _meet(self, where: str, problem: str) -> None:
+        """Wait for all ranks, then raise on every rank what any of them has to report."""
+        self._meetings += 1
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        store = dist.PrefixStore(f"{self._token}/{self._meetings}", distributed_c10d._get_process_group_store(self._group))
+        found = torch.tensor(int(bool(problem)), device=self._device)
+        try:
+            store.set(str(self._rank), "here")
+            work = dist.all_reduce(found, dist.ReduceOp.MAX, self._group, async_op=True)
+            work.wait(self._timeout)
+        except RuntimeError as error:
+            raise TransferError(
+                f"rank {self._rank} did not meet {self._absent(store, deadline)} at the {where} of a transfer within "
+                f"{self._timeout.total_seconds():g} s: {_first_line(error)}; see whether it has died, or allow more time"
+            ) from error
+        if not found:
+            return
+        problems: list[str] = [""] * len(self._ranks)
+        dist.all_gather_object(problems, problem, self._group)
+        raise TransferError("; ".join([text for text in problems if text][:PROBLEMS_SHOWN]))
+
+    def _absent(self, store: dist.Store, deadline: float) -> str:
+        """The ranks that do not come to a meeting until the deadline: one that is dead breaks connections at once."""
+        others = [rank for rank in self._ranks if rank != self._rank]
+        left = datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.01))
+        try:
+            store.wait([str(rank) for rank in others], left)
+        except RuntimeError:
+            try:
+                return "ranks " + ", ".join(str(rank) for rank in others if not store.check([str(rank)]))
+            except RuntimeError:
+                pass
+        return "some rank"
+
+
+def _misfit(copy: Copy, side: str, parts: Mapping[str, FlatPart]) -> str:
+    name = copy.source_parameter if side == "source" else copy.destination_parameter
+    rows, columns = copy.source if side == "source" else copy.destination
+    if name not in parts:
+        return f"has no {name} on the {side} side, where the plan says that it has"
+    part, elements = parts[name], (rows.stop - rows.start) * (columns.stop - columns.start)
+    first = rows.start * part.columns + columns.start - part.start
+    last = (rows.stop - 1) * part.columns + columns.stop - part.start
+    if first < 0 or last > part.values.numel() or part.values.element_size() * elements != copy.num_bytes:
+        return f"has {name} on the {side} side as {part.values.numel()} numbers of {part.values.dtype}, which the plan does not fit"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
