@@ -22,7 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megarl", "megarl.*"]),
-    package_data={"megarl.rollout": ["vllm_plugin/*.py"]},
+    package_data={"megarl.rollout": ["engine_plugin/*.py", "engine_plugin/*/*", "sglang_cpu/*.py", "sglang_cpu/*/*"]},
     install_requires=requirements("runtime"),
     extras_require={"dev": requirements("dev"), "gpu": requirements("gpu")},
     entry_points={"console_scripts": ["megarl=megarl.cli:main"]},

@@ -1,8 +1,6 @@
 """The ``megarl`` command."""
 
-import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -10,15 +8,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megarl.command_line import run
 from megarl.config.checks import check
 from megarl.config.explain import explain
 from megarl.config.load import load_config
 from megarl.config.schema import Config
-from megarl.errors import ConfigError, MegaRLError
+from megarl.loop.plan_command import plan_app
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Reinforcement learning for large language models on Megatron-Core."
 )
+
+app.add_typer(plan_app, name="plan")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")]
@@ -107,16 +108,8 @@ def parity(
 
 
 def main() -> None:
-    """Entry point: user errors are one line each, exit status 2."""
-    # meant for the developers of these libraries, and printed by every rank
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    try:
-        app()
-    except MegaRLError as error:
-        kind = "configuration error" if isinstance(error, ConfigError) else "error"
-        for line in str(error).splitlines():
-            print(f"{kind}: {line}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    run(app)
 
 
 if __name__ == "__main__":

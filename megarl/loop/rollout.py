@@ -1,7 +1,7 @@
 """Sampling and scoring as the loops see it: rank 0 does the work, every rank gets the batch."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +42,22 @@ class MainRankRollout:
     Args:
         config: the run.
         tokenizer: of the policy.
+        weight_shapes: of the policy's Hugging Face tensors, by name.
         warn: called with one line when something needs a person's eye.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        weight_shapes: Mapping[str, tuple[int, ...]],
+        warn: Callable[[str], None],
+    ) -> None:
         self.config = config
         self.prompts: PromptSource | None = build_prompt_source(config, tokenizer) if config.kind == "rl" else None
         self.evaluation_prompts = build_evaluation_prompts(config, tokenizer)
         self.scorer = RewardScorer(config.rewards)
-        self.engine = build_engine(config, config.run_dir)
+        self.engine = build_engine(config, config.run_dir, weight_shapes)
         stop_token_ids = {*config.rollout.stop_token_ids, tokenizer.eos_token_id}
         self.collector = Collector(
             self.engine,
@@ -73,8 +80,9 @@ class MainRankRollout:
 class Rollout:
     """The collective face of MainRankRollout: every rank calls every method."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]) -> None:
-        self._main = MainRankRollout(config, tokenizer, warn) if is_main_rank() else None
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, policy: Policy, warn: Callable[[str], None]) -> None:
+        shapes = policy.weight_map.hugging_face_shapes()
+        self._main = MainRankRollout(config, tokenizer, shapes, warn) if is_main_rank() else None
 
     def push_weights(self, policy: Policy, version: int) -> None:
         """Give the policy's weights to the engine; afterwards every response reports ``version``."""

@@ -33,6 +33,7 @@ from megarl.errors import CheckpointError
 from megarl.weights.mapping import WeightMap
 
 MANIFEST = "manifest.json"
+POLICY = "policy"  # folder of the tensors
 FORMAT = 1
 
 
@@ -101,7 +102,7 @@ def load_policy(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, An
         CheckpointError: megatron-core cannot read it.
     """
     try:
-        return dist_checkpointing.load(sharded_state, str(checkpoint / "policy"))
+        return dist_checkpointing.load(sharded_state, str(checkpoint / POLICY))
     except Exception as error:
         written_by = json.loads((checkpoint / MANIFEST).read_text())["megatron_core"]
         raise CheckpointError(
@@ -136,11 +137,11 @@ class CheckpointWriter:
         self._check_space(checkpoint, sharded_state)
         if dist.get_rank() == 0:
             shutil.rmtree(checkpoint, ignore_errors=True)
-            (checkpoint / "policy").mkdir(parents=True)
+            (checkpoint / POLICY).mkdir(parents=True)
         dist.barrier()
-        with _write_errors(str(checkpoint)):
+        with _write_errors(str(checkpoint), self._folder):
             request = dist_checkpointing.save(
-                sharded_state, str(checkpoint / "policy"), async_sharded_save=self._queue is not None, **_async_strategy()
+                sharded_state, str(checkpoint / POLICY), async_sharded_save=self._queue is not None, **_async_strategy()
             )
             finish = self._finisher(checkpoint, state)
             if self._queue is None:
@@ -153,7 +154,7 @@ class CheckpointWriter:
     def poll(self, *, blocking: bool = False) -> None:
         """Finish saves that have been written in the background; collective."""
         if self._queue is not None:
-            with _write_errors(f"a checkpoint into {self._folder}"):
+            with _write_errors(f"a checkpoint into {self._folder}", self._folder):
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
 
     def close(self) -> None:
@@ -186,20 +187,24 @@ class CheckpointWriter:
 
 
 @contextmanager
-def _write_errors(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong while writing into a CheckpointError of one line."""
+def _write_errors(what: str, folder: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while writing into ``folder`` into a CheckpointError of one line."""
     try:
         yield
     except CheckpointException as error:  # no Exception; raised on every rank, but only rank 0 knows the reasons
         box = ["; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))]
         dist.broadcast_object_list(box, src=0)
-        raise _write_error(what, box[0]) from error
+        raise _write_error(what, folder, box[0]) from error
     except Exception as error:
-        raise _write_error(what, str(error)) from error
+        raise _write_error(what, folder, str(error)) from error
 
 
-def _write_error(what: str, reason: str) -> CheckpointError:
-    return CheckpointError(f"cannot write {what}: {' '.join(reason.split())}; earlier checkpoints are untouched")
+def _write_error(what: str, folder: Path, reason: str) -> CheckpointError:
+    # torch.save closes its archive after a failed write, fails again, and so hides that the disk is full
+    free = shutil.disk_usage(folder).free
+    return CheckpointError(
+        f"cannot write {what} ({free / 1e6:.1f} MB free there): {' '.join(reason.split())}; earlier checkpoints are untouched"
+    )
 
 
 def _start_result_queue() -> None:

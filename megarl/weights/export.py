@@ -11,9 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megarl.errors import WeightsError
+from megarl.weights.distributed_checkpoint import MEGATRON_MARKER
+from megarl.weights.safetensors_files import INDEX
 
 SHARD_BYTES = 4 * 2**30
 CARRIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # config, generation config, tokenizer files, chat template
+LEFT_BEHIND = (INDEX, MEGATRON_MARKER)
 
 
 def write_hugging_face_folder(tensors: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path, output: Path) -> None:
@@ -34,8 +37,8 @@ def write_hugging_face_folder(tensors: Iterable[tuple[str, Tensor]], source: Pat
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _copy_side_files(tokenizer, partial)
-        _copy_side_files(source, partial)
+        copy_side_files(tokenizer, partial)
+        copy_side_files(source, partial)
         _write_shards(tensors, partial)
         shutil.rmtree(output, ignore_errors=True)
         os.replace(partial, output)
@@ -44,30 +47,42 @@ def write_hugging_face_folder(tensors: Iterable[tuple[str, Tensor]], source: Pat
         raise WeightsError(f"cannot write the Hugging Face folder {output}: {error}") from error
 
 
-def _copy_side_files(source: Path, output: Path) -> None:
+def copy_side_files(source: Path, output: Path) -> None:
+    """Carry config, tokenizer files and chat template over."""
     for path in source.iterdir():
-        if path.is_file() and path.suffix in CARRIED_SUFFIXES and not path.name.endswith(".safetensors.index.json"):
+        if path.is_file() and path.suffix in CARRIED_SUFFIXES and path.name not in LEFT_BEHIND:
             shutil.copyfile(path, output / path.name)
 
 
+def shard_name(number: int, count: int) -> str:
+    """Name of safetensors file ``number`` (from 1) of ``count``, as transformers gives them."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, files: list[list[str]], total_bytes: int) -> None:
+    """Write the index of the folder's safetensors files, unless there is one file only.
+
+    Args:
+        folder: of the files.
+        files: names of the tensors in each file.
+        total_bytes: of all tensors.
+    """
+    if len(files) > 1:
+        weight_map = {name: shard_name(number, len(files)) for number, names in enumerate(files, start=1) for name in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
 def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    files: list[tuple[Path, list[str]]] = []
+    files: list[list[str]] = []
     total_bytes = 0
     for shard in _shards(tensors):
-        path = folder / f"shard-{len(files) + 1}"
-        save_file(shard, path, metadata={"format": "pt"})
-        files.append((path, list(shard)))
+        files.append(list(shard))
+        save_file(shard, folder / f"shard-{len(files)}", metadata={"format": "pt"})
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
-    if len(files) == 1:
-        os.replace(files[0][0], folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, (path, names) in enumerate(files, start=1):
-        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        os.replace(path, folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for number in range(1, len(files) + 1):
+        os.replace(folder / f"shard-{number}", folder / shard_name(number, len(files)))
+    write_index(folder, files, total_bytes)
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -19,6 +19,7 @@ from megarl.data.template import SFTExample
 from megarl.loop.launch import launch_evaluation, launch_training
 from megarl.weights.checkpoint import whole_checkpoints
 from runs import MEGARL, TIMEOUT, logged, megarl, megarl_here, processes_naming, write_config
+from tiny import write_tiny_model
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
@@ -192,3 +193,17 @@ def test_config_prints_what_can_be_loaded(workspace: Path, tmp_path: Path) -> No
     assert (result.returncode, result.stderr) == (0, "")
     (tmp_path / "printed.yaml").write_text(result.stdout)
     assert load_config(tmp_path / "printed.yaml") == load_config(workspace / "config.yaml", ["steps=7"])
+
+
+def test_experts_learn_by_grpo_on_expert_parallel_ranks(workspace: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_tiny_model(tmp_path / "model", "qwen3_moe", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    config = load_config(write_config(tmp_path, steps=2, policy={"parallel": {"ep": 2}}))
+    launch_training(config, num_ranks=2, resume=False)
+    (_, *steps) = logged(tmp_path / "run")
+    assert [step for step, _ in steps] == [1, 2]
+    assert all(metrics["gradient_norm"] > 0 and metrics["logprob_gap_max"] <= 1e-4 for _, metrics in steps)
+    start, exported = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", tmp_path / "run" / "hf"))
+    assert exported.keys() == start.keys()
+    assert all(not torch.equal(exported[name], start[name]) for name in start if ".experts." in name)

@@ -1,0 +1,117 @@
+"""What a model folder or checkpoint holds: layout, files, sizes, dtypes."""
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarl.errors import CheckpointError
+from megarl.weights.checkpoint import MANIFEST, POLICY
+from megarl.weights.distributed_checkpoint import CheckpointTensor, DistributedCheckpoint
+from megarl.weights.model_folder import is_megatron
+from megarl.weights.safetensors_files import SafetensorsFolder
+
+OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # keys of its state begin so; several optimizers when there are experts
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLine:
+    """One tensor: name, shape, dtype, and how many chunks it is kept in."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_chunks: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Everything that ``inspect`` shows.
+
+    Attributes:
+        layout: how the model is kept, in words.
+        facts: name and value, such as the family or the step of a run.
+        files: name and bytes of every file.
+        weights: its tensors.
+        optimizer: tensors of the optimizer's state.
+    """
+
+    layout: str
+    facts: dict[str, str]
+    files: dict[str, int]
+    weights: list[TensorLine]
+    optimizer: list[TensorLine]
+
+
+def describe(path: Path) -> Description:
+    """Look into a folder, reading headers and metadata only.
+
+    Raises:
+        MegaRLError: it is no model, or an unfinished or damaged one.
+    """
+    in_megatron = is_megatron(path)
+    files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
+    if not in_megatron:
+        folder = SafetensorsFolder(path)
+        weights = [TensorLine(name, folder.shapes[name], folder.dtypes[name], 1) for name in folder.shapes]
+        return Description("Hugging Face safetensors", _config_facts(path), files, weights, [])
+    in_run = (path / POLICY).is_dir()
+    checkpoint = DistributedCheckpoint(path / POLICY if in_run else path)
+    lines = [_line(name, tensor) for name, tensor in sorted(checkpoint.tensors.items())]
+    return Description(
+        "Megatron torch_dist checkpoint" + (" of a run" if in_run else ""),
+        _run_facts(path) if in_run else _config_facts(path),
+        files,
+        [line for line in lines if not OPTIMIZER.match(line.name)],
+        [line for line in lines if OPTIMIZER.match(line.name)],
+    )
+
+
+def _line(name: str, tensor: CheckpointTensor) -> TensorLine:
+    return TensorLine(name, tensor.shape, tensor.dtype, len(tensor.chunks))
+
+
+def _config_facts(path: Path) -> dict[str, str]:
+    try:
+        config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return {"family": "unknown, there is no readable config.json"}
+    names = ("num_hidden_layers", "hidden_size", "vocab_size")
+    return {"family": str(config.get("model_type"))} | {name: str(config[name]) for name in names if name in config}
+
+
+def _run_facts(path: Path) -> dict[str, str]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        state = manifest["state"]
+        return {
+            "step": str(state["step"]),
+            "weight version": str(state["weight_version"]),
+            "megatron-core": manifest["megatron_core"],
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} has no readable {MANIFEST}: the save did not finish; use an older checkpoint") from error
+
+
+def totals_by_dtype(lines: list[TensorLine]) -> list[tuple[str, int, int, int]]:
+    """For each dtype: its name, tensors, elements, bytes."""
+    counts = Counter(line.dtype for line in lines)
+    return [
+        (
+            str(dtype).removeprefix("torch."),
+            count,
+            sum(math.prod(line.shape) for line in lines if line.dtype == dtype),
+            sum(line.num_bytes for line in lines if line.dtype == dtype),
+        )
+        for dtype, count in counts.items()
+    ]

@@ -1,0 +1,103 @@
+"""Opening a model however it lies on disk: Hugging Face safetensors, a Megatron checkpoint, or a run's checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megarl.config.load import load_config
+from megarl.config.model_facts import read_model_facts
+from megarl.config.schema import ModelConfig
+from megarl.errors import CheckpointError, ConfigError, WeightsError
+from megarl.models.architecture import Architecture, read_architecture
+from megarl.parallel.launch import single_rank_world
+from megarl.weights.checkpoint import POLICY, read_run_state
+from megarl.weights.checkpoint_map import CheckpointMap, MegatronFolder
+from megarl.weights.distributed_checkpoint import DistributedCheckpoint, is_distributed_checkpoint
+from megarl.weights.mapping import WeightMap
+from megarl.weights.partial_folder import JOURNAL
+from megarl.weights.safetensors_files import SafetensorsFolder
+from megarl.weights.stored_tensors import TensorFolder
+
+PAD_MULTIPLE = ModelConfig.model_fields["vocabulary_pad_multiple"].default
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model on disk.
+
+    Attributes:
+        layout: how it is kept, in words.
+        tensors: as Hugging Face tensors.
+        config: folder with its config.json; None where that was not needed.
+        tokenizer: folder with its tokenizer files.
+        weight_map: of a Megatron checkpoint.
+    """
+
+    layout: str
+    tensors: TensorFolder
+    config: Path | None
+    tokenizer: Path | None
+    weight_map: WeightMap | None
+
+
+def open_model(path: Path, config: Path | None = None) -> ModelFolder:
+    """Open a folder of any kind.
+
+    Args:
+        path: the folder.
+        config: folder with config.json of a Megatron checkpoint that has none.
+
+    Raises:
+        MegaRLError: it is no model, an unfinished or damaged one, or its config.json is wrong.
+    """
+    if not is_megatron(path):
+        return ModelFolder("Hugging Face safetensors", SafetensorsFolder(path), path, path, None)
+    return open_megatron(path, config)
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether a folder holds a Megatron checkpoint, a run's or another.
+
+    Raises:
+        WeightsError: it is no folder of a model at all, or an unfinished one.
+    """
+    if not path.is_dir():
+        raise WeightsError(f"{path} is not a folder; give the folder of a model or a checkpoint")
+    if (path / JOURNAL).exists():
+        raise WeightsError(f"{path} is an unfinished conversion; repeat the command that made it to finish it")
+    if is_distributed_checkpoint(path) or (path / POLICY).is_dir():
+        return True
+    if any(path.glob("*.safetensors*")):
+        return False
+    raise WeightsError(
+        f"{path} holds no *.safetensors and no finished Megatron checkpoint; "
+        "give the folder of a model, or checkpoints/step_… of a run"
+    )
+
+
+def open_megatron(path: Path, config: Path | None = None) -> ModelFolder:
+    """Open a Megatron checkpoint; raises like ``open_model``."""
+    if not is_megatron(path):
+        raise CheckpointError(f"{path} holds a Hugging Face model; give a Megatron checkpoint")
+    tokenizer, pad_multiple = config or path, PAD_MULTIPLE
+    in_run = (path / POLICY).is_dir()
+    if in_run and config is None:
+        model = load_config(path.absolute().parent.parent / "config.yaml").model
+        config, tokenizer, pad_multiple = model.path, model.tokenizer or model.path, model.vocabulary_pad_multiple
+    config = config or path
+    try:
+        architecture = readable_architecture(config)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; name the folder of the model's config.json with --config") from error
+    with single_rank_world():
+        checkpoint_map = CheckpointMap(architecture, pad_multiple)
+    if in_run:
+        read_run_state(path, checkpoint_map.weight_map)
+    checkpoint = DistributedCheckpoint(path / POLICY if in_run else path)
+    layout = "Megatron torch_dist checkpoint" + (" of a run" if in_run else "")
+    return ModelFolder(layout, MegatronFolder(checkpoint, checkpoint_map), config, tokenizer, checkpoint_map.weight_map)
+
+
+def readable_architecture(folder: Path) -> Architecture:
+    """The architecture of a config.json, after the checks that tell what is wrong with it in one line."""
+    read_model_facts(folder)
+    return read_architecture(folder)
