@@ -1,8 +1,7 @@
 """Write warm-up examples: reasoning-gym sums, some answered at once, the others worked out term by term.
 
-A small model answers a sum at once with little success, and worked out with much. After this warm-up it does either, at once more
-often; GRPO
-finds out which one pays.
+A small model answers a sum at once with little success, and worked out with much. After this warm-up it does
+either; GRPO finds out which one pays.
 """
 
 import argparse
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="JSON-lines file to write")
     parser.add_argument("--size", type=int, default=20000, help="examples")
     parser.add_argument("--seed", type=int, default=0, help="seed of the examples")
-    parser.add_argument("--worked-share", type=float, default=0.35, help="share of examples that are worked out")
+    parser.add_argument("--worked-share", type=float, default=0.5, help="share of examples that are worked out")
     arguments = parser.parse_args()
     make_data(arguments.out, arguments.size, arguments.seed, arguments.worked_share)
     print(f"{arguments.out}: {arguments.size} examples")
