@@ -35,3 +35,9 @@ class RewardError(MegaRLError):
 
 class TrainingError(MegaRLError):
     """Training cannot go on, for example after too many skipped steps."""
+
+
+def listed(names: list[str], limit: int = 5) -> str:
+    """The first names and how many more there are, for error messages."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from megarl.config.schema import Config
-from megarl.errors import RolloutError
+from megarl.errors import RolloutError, listed
 from megarl.rollout.protocol import Generation, RolloutEngine, SamplingParams
 from megarl.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 
@@ -267,9 +267,7 @@ class Collector:
             try:
                 await asyncio.wait_for(progress.completed.wait(), self._config.observe.stall_warning)
             except TimeoutError:
-                waiting = list(progress.in_flight)
-                more = f" and {len(waiting) - PROMPTS_NAMED} more" if len(waiting) > PROMPTS_NAMED else ""
-                names = ", ".join(waiting[:PROMPTS_NAMED]) + more
+                names = listed(list(progress.in_flight), PROMPTS_NAMED)
                 self._warn(
                     f"no response has come for {self._config.observe.stall_warning:g} s; waiting for prompts {names or '(none)'}"
                 )

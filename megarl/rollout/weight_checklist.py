@@ -1,10 +1,10 @@
 """Does a weight update bring every tensor of the model's checkpoint, once and in its shape?"""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from megarl.errors import WeightsError
+from megarl.errors import WeightsError, listed
 
 NAMES_SHOWN = 8
 
@@ -41,15 +41,9 @@ class WeightChecklist:
         seen = self._arrived | {problem.split(" ", 1)[0] for problem in self._wrong}
         missing = [name for name in self._shapes if name not in seen]
         problems = [
-            f"{title}: {_shortened(names)}"
+            f"{title}: {listed(names, NAMES_SHOWN)}"
             for title, names in (("missing", missing), ("not in the model", self._unknown), ("wrong", self._wrong))
             if names
         ]
         if problems:
             raise WeightsError(f"{engine} refused the new weights ({'; '.join(problems)}); they do not fit the model's config.json")
-
-
-def _shortened(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - NAMES_SHOWN} more" if len(listed) > NAMES_SHOWN else ""
-    return ", ".join(listed[:NAMES_SHOWN]) + more

@@ -15,12 +15,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from torch import Tensor
 
 from megarl.config.schema import ModelConfig, RoleConfig
-from megarl.errors import CheckpointError, WeightsError
+from megarl.errors import CheckpointError, WeightsError, listed
 from megarl.models.architecture import Architecture
 from megarl.models.build import build_model_on_meta
 from megarl.parallel.layout import build_layout
 from megarl.weights.distributed_checkpoint import DistributedCheckpoint
-from megarl.weights.mapping import build_weight_map, listed
+from megarl.weights.mapping import build_weight_map
 from megarl.weights.transfer import global_parameters
 
 Rows = tuple[str | None, int, int]  # rows start:stop of a Hugging Face tensor; of no tensor: zeros

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from megarl.errors import WeightsError
+from megarl.errors import WeightsError, listed
 from megarl.models.architecture import Architecture, padded_vocabulary_size
 from megarl.weights.families import deepseek_v3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from megarl.weights.rules import Family, Kind, Layers, LeftOut, Parameter, Rule, Shard, Start, shard_of
@@ -129,9 +129,3 @@ def _check_single_use(family: str, parameters: list[Parameter]) -> None:
             f"{what}: {listed(found)}" for what, found in (("mapped twice", twice), ("copies of nothing", unknown)) if found
         ]
         raise WeightsError(f"the weight table of family {family} is wrong; {'; '.join(problems)}")
-
-
-def listed(names: list[str], limit: int = 5) -> str:
-    """The first names and how many more there are, for error messages."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.errors import WeightsError
-from megarl.weights.mapping import WeightMap, listed
+from megarl.errors import WeightsError, listed
+from megarl.weights.mapping import WeightMap
 from megarl.weights.rules import Slice, Start
 from megarl.weights.safetensors_files import SafetensorsFolder
 from megarl.weights.stored_tensors import read_columns, read_rows

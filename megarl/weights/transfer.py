@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.errors import WeightsError
+from megarl.errors import WeightsError, listed
 from megarl.models.build import CausalLM
 from megarl.parallel.layout import Layout
 from megarl.parallel.placement import place
-from megarl.weights.mapping import WeightMap, listed
+from megarl.weights.mapping import WeightMap
 from megarl.weights.rules import Layers, Parameter
 from megarl.weights.sources import WeightSource
 
