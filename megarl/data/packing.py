@@ -8,7 +8,7 @@ import torch
 
 from megarl.data.template import SFTExample
 from megarl.errors import DataError
-from megarl.types import PackedBatch, RolloutGroup
+from megarl.types import FinishReason, PackedBatch, RolloutGroup
 
 
 def plan_micro_batches(
@@ -94,6 +94,7 @@ def pack_groups(groups: Sequence[RolloutGroup]) -> PackedBatch:
         response_logprobs=[rollout.logprobs for rollout in rollouts],
         group_ids=[group_id for group_id, _ in members],
         rewards=[scored.reward for _, scored in members],
+        truncated=[rollout.finish_reason is FinishReason.LENGTH for rollout in rollouts],
     )
 
 
@@ -105,6 +106,7 @@ def pack_examples(examples: Sequence[SFTExample]) -> PackedBatch:
         response_logprobs=[(0.0,) * (len(example.token_ids) - example.num_prompt_tokens) for example in examples],
         group_ids=list(range(len(examples))),
         rewards=[0.0] * len(examples),
+        truncated=[False] * len(examples),
     )
 
 
@@ -114,6 +116,7 @@ def _pack(
     response_logprobs: Sequence[Sequence[float]],
     group_ids: list[int],
     rewards: list[float],
+    truncated: list[bool],
 ) -> PackedBatch:
     loss_mask: list[bool] = []
     sampler_logprobs: list[float] = []
@@ -129,4 +132,5 @@ def _pack(
         sampler_logprobs=torch.tensor(sampler_logprobs, dtype=torch.float32),
         group_ids=torch.tensor(group_ids, dtype=torch.int64),
         rewards=torch.tensor(rewards, dtype=torch.float32),
+        truncated=torch.tensor(truncated, dtype=torch.bool),
     )

@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-LATENT_NORM_EPSILON = 1e-6  # DeepSeek's modeling code leaves it at the default of its RMSNorm, whatever rms_norm_eps says
+from megarl.config.model_facts import LATENT_NORM_EPSILON
 
 
 class ReplicatedLinear(torch.nn.Module):

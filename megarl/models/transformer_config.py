@@ -65,18 +65,21 @@ def transformer_config(
         **_parallel(role.parallel),
         **RECOMPUTE[role.recompute],
         **(_experts(architecture.moe, with_transformer_engine) if architecture.moe else {}),
-        **(_latent_attention(architecture.mla) if architecture.mla else {}),
+        **(_latent_attention(architecture.mla, role.parallel.cp) if architecture.mla else {}),
     )
 
 
 def _parallel(parallel: ParallelConfig) -> dict[str, Any]:
     interleaved = parallel.vpp > 1
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    if parallel.pp == 2 and first is not None:
+        last = None  # it follows from the first: given both, megatron-core divides by the 0 stages between them under vpp
     return {
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vpp if interleaved else None,
-        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
-        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
+        "num_layers_in_first_pipeline_stage": first,
+        "num_layers_in_last_pipeline_stage": last,
         "context_parallel_size": parallel.cp,
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp or parallel.tp,
@@ -109,7 +112,7 @@ def _experts(moe: MixtureOfExperts, with_transformer_engine: bool) -> dict[str, 
     }
 
 
-def _latent_attention(mla: LatentAttention) -> dict[str, Any]:
+def _latent_attention(mla: LatentAttention, cp: int) -> dict[str, Any]:
     return {
         "q_lora_rank": mla.q_lora_rank,
         "kv_lora_rank": mla.kv_lora_rank,
@@ -118,4 +121,6 @@ def _latent_attention(mla: LatentAttention) -> dict[str, Any]:
         "v_head_dim": mla.v_head_dim,
         # the branch whose rotary embedding returns a factor too; frequencies and factor are ours (models/latent_attention.py)
         "rope_type": "yarn",
+        # upstream's own, which ours replaces, computes as many positions when it is built and cuts them into cp's zigzag chunks
+        "original_max_position_embeddings": 2 * cp,
     }

@@ -52,14 +52,12 @@ def build_micro_batch(batch: PackedBatch, sequences: Sequence[int], layout: Layo
     """
     starts = batch.cu_seqlens[list(sequences)].tolist()
     lengths = batch.sequence_lengths[list(sequences)].tolist()
-    if not sequences:
-        starts, lengths = [0], [0]
-    padded = padded_lengths([max(length, 1) for length in lengths], layout)
+    padded = padded_lengths(lengths or [1], layout)
 
     source = torch.full((sum(padded),), -1)  # packed position to token of the batch
     next_token = torch.full((sum(padded),), -1)
     position = 0
-    for start, length, padded_length in zip(starts, lengths, padded, strict=True):
+    for start, length, padded_length in zip(starts, lengths, padded, strict=False):  # the padding alone is of no sequence
         source[position : position + length] = torch.arange(start, start + length)
         next_token[position : position + length - 1] = torch.arange(start + 1, start + length)
         position += padded_length

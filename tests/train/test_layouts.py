@@ -75,3 +75,12 @@ def test_recomputation_changes_no_gradient(tmp_path: Path, recompute: str) -> No
     run.set_policy(recompute=recompute)
     row = run.compare_layout(recompute, parse_layout("tp=2,pp=2,sequence_parallel=true"))
     assert row.worst_gap <= BOUND, row
+
+
+def test_ranks_without_sequences_change_no_gradient(tmp_path: Path) -> None:
+    """3 sequences on 4 replicas, and on 2 replicas of which one has fewer than the rounds of its pipeline."""
+    write_tiny_model(tmp_path, "qwen3_moe")
+    run = ParityRun(tiny_config(tmp_path), PROMPTS[1:2], tmp_path)
+    for layout in ("dp=4,ep=2", "dp=2,pp=2,vpp=2", "dp=2,tp=2,pp=2,vpp=2,ep=2,sequence_parallel=true"):
+        row = run.compare_layout(layout, parse_layout(layout))
+        assert row.worst_gap <= BOUND and row.loss_gap <= BOUND and row.norm_gap <= BOUND, row

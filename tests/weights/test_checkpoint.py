@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from megarl.algorithms.batches import build_policy_batch
-from megarl.algorithms.objectives import policy_objective
+from megarl.algorithms.algorithm import Algorithm
 from megarl.config.schema import Config
 from megarl.errors import CheckpointError
 from megarl.loop.parity import parse_layout, synthetic_batch, with_layout
@@ -35,11 +34,12 @@ def train(config: Config, folder: Path, resume: bool, asynchronous: bool, output
         first = read_run_state(checkpoint, policy.weight_map).step
         policy.load_state(load_policy(checkpoint, policy.sharded_state(is_loading=True)))
     packed = synthetic_batch(PROMPTS, config)
+    algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     records = []
     for step in range(first, UPDATES):
-        old, _ = policy.engine.logprobs(packed)
-        scores = TokenScores(old=old + 0.1, reference=old - 0.2)
-        result = policy.update(build_policy_batch(packed, scores, config.algorithm)[0], policy_objective(config.algorithm))
+        old, entropies = policy.engine.logprobs(packed)
+        scores = TokenScores(old=old + 0.1, entropies=entropies, reference=old - 0.2)
+        result = policy.update(algorithm.prepare(packed, scores, step=0).batches[0], algorithm.objective)
         records.append(dict(result.metrics) | {"norm": result.gradient_norm, "lr": result.learning_rate})
         if step + 1 == SAVE_AFTER:
             writer.save(policy.sharded_state(), RunState(step=step + 1, weight_version=step + 1, data={"position": 7}))
