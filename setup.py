@@ -22,8 +22,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megarl", "megarl.*"]),
-    package_data={"megarl.rollout": ["engine_plugin/*.py", "engine_plugin/*/*", "sglang_cpu/*.py", "sglang_cpu/*/*"]},
+    package_data={
+        "megarl.config": ["presets/*.yaml"],
+        "megarl.rollout": ["engine_plugin/*.py", "engine_plugin/*/*", "sglang_cpu/*.py", "sglang_cpu/*/*"],
+    },
     install_requires=requirements("runtime"),
-    extras_require={"dev": requirements("dev"), "gpu": requirements("gpu")},
+    extras_require={name: requirements(name) for name in ("dev", "gpu", "sglang", "vllm")},
     entry_points={"console_scripts": ["megarl=megarl.cli:main"]},
 )

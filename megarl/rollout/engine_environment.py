@@ -4,6 +4,7 @@ Standard library only: tools/build_engine.py imports it before anything is insta
 """
 
 import hashlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -39,11 +40,13 @@ def engine_folder(engine: str, prefix: Path | None = None) -> Path:
 
 
 def default_python(engine: str) -> Path:
-    """Python of the environment that ``make engine-vllm`` or ``make engine-sglang`` builds.
+    """This Python where the engine is installed beside MegaRL, else that of the environment which ``make engine-…`` builds.
 
     Raises:
         RolloutError: it is not built, or its build did not finish.
     """
+    if importlib.util.find_spec(engine) is not None:
+        return Path(sys.executable)
     folder = engine_folder(engine)
     if not (folder / COMPLETE_MARKER).is_file():
         raise RolloutError(
