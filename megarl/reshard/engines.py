@@ -1,9 +1,13 @@
 """What each rank of a vLLM or SGLang engine holds: their fused and sharded parameters in terms of Hugging Face tensors.
 
-Read from vLLM 0.32.0 (model_executor/models/{llama,qwen2,qwen3,qwen3_moe,mixtral,deepseek_v2}.py, layers/linear.py,
+Those of vLLM 0.32.0 (model_executor/models/{llama,qwen2,qwen3,qwen3_moe,mixtral,deepseek_v2}.py, layers/linear.py,
 layers/vocab_parallel_embedding.py, layers/fused_moe/) and SGLang 0.5.23 (srt/models and srt/layers, the files of the same
-names, and srt/layers/moe/fused_moe_triton/layer.py), unquantized. The parameters are those that both have when they load a
-checkpoint, before ``process_weights_after_loading`` (which absorbs kv_b_proj and may reorder experts for a kernel) has run.
+names, and srt/layers/moe/fused_moe_triton/layer.py), unquantized; tests/engines compares them with what the engines' own loaders
+fill. The parameters are those that both have when they load a checkpoint, before ``process_weights_after_loading`` (which absorbs
+kv_b_proj in vLLM and may reorder experts for a kernel) has run; SGLang's also while a weight update is open. SGLang absorbs
+kv_b_proj in its model's ``post_load_weights``. It differs on CPU, where it pads sizes that do not divide (srt/configs/
+update_config.py), and with the kernels flashinfer_cutlass, flashinfer_trtllm and triton_kernel for experts, which keep gate and up
+projections in another order from the start.
 
 An engine of ``tp`` and ``ep`` has max(tp, ep) ranks. Attention is cut over tp ranks; with ep above tp, ep / tp groups of tp ranks
 serve different requests (data parallel attention). In the engines' own arguments:

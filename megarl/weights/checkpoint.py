@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
@@ -45,11 +45,13 @@ class RunState:
         step: steps done.
         weight_version: version of the policy's weights.
         data: position of the training data, as its sampler gives it.
+        algorithm: what the RL method carries from step to step.
     """
 
     step: int
     weight_version: int
     data: dict[str, Any]
+    algorithm: dict[str, Any] = field(default_factory=dict)
 
 
 def model_digest(weight_map: WeightMap) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megarl.weights.model_folder import ModelFolder
+from megarl.weights.shard_folder import ShardFolder
 from megarl.weights.stored_tensors import Buffer, TensorFolder, as_bytes, num_bytes, read_ahead, windows
 
 Progress = Callable[[int, int], None]
@@ -57,7 +58,7 @@ class Comparison:
 def compare(first: ModelFolder, second: ModelFolder, *, cast: bool, progress: Progress) -> Comparison:
     """Read both models once, window by window, and compare every tensor.
 
-    Tensors are equal when names, shapes, dtypes and all bytes are.
+    Tensors are equal when names, shapes, dtypes and all bytes are; in shards also all copies of them.
 
     Args:
         cast: a tensor may have another dtype in ``second``, if its values are those of ``first`` cast to it.
@@ -87,6 +88,9 @@ def compare(first: ModelFolder, second: ModelFolder, *, cast: bool, progress: Pr
                     side.add(folder, name, digest.hexdigest())
             if reason or gap.num_elements:
                 result.differences.append(Difference(name, reason or gap.in_words()))
+    for folder in (a, b):
+        if isinstance(folder, ShardFolder):
+            result.differences.extend(Difference(name, reason) for name, reason in folder.inconsistencies())
     return result
 
 

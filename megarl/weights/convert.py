@@ -18,7 +18,7 @@ from megarl.weights.checkpoint_map import CheckpointMap, overlap
 from megarl.weights.distributed_writer import StreamingSave, Window, split_into_files
 from megarl.weights.export import copy_side_files, shard_name, write_index
 from megarl.weights.mapping import WeightMap
-from megarl.weights.model_folder import PAD_MULTIPLE, open_megatron, readable_architecture
+from megarl.weights.model_folder import PAD_MULTIPLE, FolderKind, folder_kind, open_megatron, readable_architecture
 from megarl.weights.partial_folder import PartialFolder
 from megarl.weights.safetensors_files import SafetensorsFolder, write_safetensors
 from megarl.weights.sources import check_tensors
@@ -56,6 +56,8 @@ def hugging_face_to_megatron(source: Path, output: Path, options: Options, progr
         MegaRLError: the input is damaged or of an unknown family, or the output cannot be written.
     """
     architecture = readable_architecture(source)
+    if (kind := folder_kind(source)) is not FolderKind.HUGGING_FACE:
+        raise WeightsError(f"{source} holds {kind.value}; give a Hugging Face model")
     tensors = SafetensorsFolder(source)
     with single_rank_world():
         checkpoint_map = CheckpointMap(architecture, PAD_MULTIPLE)
@@ -73,14 +75,14 @@ def hugging_face_to_megatron(source: Path, output: Path, options: Options, progr
                 if name is None:
                     target[at : at + stop - start].zero_()
                 else:
-                    _read_cast(tensors, name, start, target[at : at + stop - start])
+                    read_cast(tensors, name, start, target[at : at + stop - start])
             return target.view(window.fragment.box(window.start, window.stop)[1])
 
-        with PartialFolder(output, _purpose("Hugging Face to Megatron", source, source, options)) as partial:
+        with PartialFolder(output, purpose("Hugging Face to Megatron", source, source, options)) as partial:
             partial.check_space(total)
             with partial.errors():
                 copy_side_files(source, partial.path)
-                _set_dtype(partial.path, options.dtype)
+                set_dtype(partial.path, options.dtype)
                 strategy = StreamingSave(partial, files, read, lambda done: progress(done, total))
                 dist_checkpointing.save(checkpoint_map.sharded_state, str(partial.path), strategy)
             partial.publish()
@@ -95,7 +97,7 @@ def _checkpoint_dtypes(
     found: dict[str, tuple[torch.dtype, str]] = {}
     for fragment in checkpoint_map.fragments.values():
         for name in checkpoint_map.weight_map.parameters[fragment.parameter].hugging_face:
-            target = _target_dtype(checkpoint_map.weight_map, fragment.parameter, tensors.dtypes[name], dtype)
+            target = target_dtype(checkpoint_map.weight_map, fragment.parameter, tensors.dtypes[name], dtype)
             known, other = found.setdefault(fragment.key, (target, name))
             if known != target:
                 raise WeightsError(
@@ -105,7 +107,8 @@ def _checkpoint_dtypes(
     return {key: target for key, (target, _) in found.items()}
 
 
-def _target_dtype(weight_map: WeightMap, parameter: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+def target_dtype(weight_map: WeightMap, parameter: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """What a Megatron parameter's tensor of dtype ``stored`` is cast to."""
     if dtype is None or not stored.is_floating_point or weight_map.parameters[parameter].is_buffer:
         return stored
     return dtype
@@ -125,31 +128,32 @@ def megatron_to_hugging_face(checkpoint: Path, output: Path, config: Path | None
     assert model.config is not None and model.tokenizer is not None and model.weight_map is not None
     tensors = model.tensors
     owners = {name: parameter.megatron for parameter in model.weight_map.parameters.values() for name in parameter.hugging_face}
-    dtypes = {name: _target_dtype(model.weight_map, owners[name], tensors.dtypes[name], options.dtype) for name in tensors.shapes}
+    dtypes = {name: target_dtype(model.weight_map, owners[name], tensors.dtypes[name], options.dtype) for name in tensors.shapes}
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in tensors.shapes.items()}
-    files = _split_names(sizes, dtypes, options.file_bytes)
+    files = split_names(sizes, dtypes, options.file_bytes)
     total = sum(sizes.values())
-    with PartialFolder(output, _purpose("Megatron to Hugging Face", tensors.folder, model.config, options)) as partial:
+    with PartialFolder(output, purpose("Megatron to Hugging Face", tensors.folder, model.config, options)) as partial:
         partial.check_space(total)
         for number, names in enumerate(files, start=1):
-            file = shard_name(number, len(files))
-            if partial.finished(file):
-                progress(sum(sizes[name] for name in names), total)
-                continue
-            with partial.write(file, {}) as stream:
-                described = {name: (tensors.shapes[name], dtypes[name]) for name in names}
-                pieces = (_told(piece, progress, total) for piece in _pieces(tensors, names, dtypes))
-                write_safetensors(stream, described, pieces)
+            described = {name: (tensors.shapes[name], dtypes[name]) for name in names}
+            pieces = _pieces(tensors, names, dtypes)
+            write_file(partial, shard_name(number, len(files)), described, pieces, lambda done: progress(done, total))
         with partial.errors():
             copy_side_files(model.tokenizer, partial.path)
             copy_side_files(model.config, partial.path)
-            _set_dtype(partial.path, dtypes[next(iter(tensors.shapes))])
+            set_dtype(partial.path, dtypes[next(iter(tensors.shapes))])
             write_index(partial.path, files, total)
         partial.publish()
     return Written(len(sizes), total)
 
 
-def _split_names(sizes: dict[str, int], dtypes: dict[str, torch.dtype], file_bytes: int) -> list[list[str]]:
+def split_names(sizes: dict[str, int], dtypes: dict[str, torch.dtype], file_bytes: int) -> list[list[str]]:
+    """Distribute tensors over files of about ``file_bytes``, in order.
+
+    Args:
+        sizes: bytes of each tensor.
+        dtypes: of each tensor.
+    """
     files: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -166,13 +170,13 @@ def _pieces(tensors: TensorFolder, names: list[str], dtypes: dict[str, torch.dty
     def read(piece: tuple[str, int, int], buffer: Buffer) -> Tensor:
         name, start, stop = piece
         target = buffer.tensor((stop - start, *tensors.shapes[name][1:]), dtypes[name])
-        _read_cast(tensors, name, start, target)
+        read_cast(tensors, name, start, target)
         return target
 
     return read_ahead(read, ((name, *window) for name in names for window in windows(tensors.shapes[name], dtypes[name])))
 
 
-def _read_cast(tensors: TensorFolder, name: str, start: int, target: Tensor) -> None:
+def read_cast(tensors: TensorFolder, name: str, start: int, target: Tensor) -> None:
     """Fill ``target``, of any dtype, with rows of a tensor."""
     stored = tensors.dtypes[name]
     if stored == target.dtype:
@@ -183,13 +187,41 @@ def _read_cast(tensors: TensorFolder, name: str, start: int, target: Tensor) -> 
         target.copy_(values)
 
 
-def _told(piece: Tensor, progress: Progress, total: int) -> Tensor:
-    progress(piece.nbytes, total)
-    return piece
+def write_file(
+    partial: PartialFolder,
+    file: str,
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    pieces: Iterator[Tensor],
+    progress: Callable[[int], None],
+) -> None:
+    """Write one safetensors file, unless an earlier try finished it.
+
+    Args:
+        file: its name.
+        tensors: name to shape and dtype.
+        pieces: as ``write_safetensors`` takes them; not asked for when the file is finished.
+        progress: told the bytes just done.
+    """
+    if partial.finished(file):
+        progress(sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values()))
+        return
+
+    def told(piece: Tensor) -> Tensor:
+        progress(piece.nbytes)
+        return piece
+
+    with partial.write(file, {}) as stream:
+        write_safetensors(stream, tensors, map(told, pieces))
 
 
-def _purpose(conversion: str, source: Path, config: Path, options: Options) -> dict[str, Any]:
-    """What must be the same for an unfinished conversion to be continued."""
+def purpose(conversion: str, source: Path, config: Path, options: Options) -> dict[str, Any]:
+    """What must be the same for an unfinished conversion to be continued.
+
+    Args:
+        conversion: what kind.
+        source: folder of the weights.
+        config: folder of config.json.
+    """
     files = {path for folder in (source, config) for path in folder.iterdir() if path.is_file()}
     return {
         "conversion": conversion,
@@ -204,7 +236,7 @@ def _purpose(conversion: str, source: Path, config: Path, options: Options) -> d
     }
 
 
-def _set_dtype(folder: Path, dtype: torch.dtype | None) -> None:
+def set_dtype(folder: Path, dtype: torch.dtype | None) -> None:
     """Have config.json name the dtype of the weights."""
     path = folder / "config.json"
     config = json.loads(path.read_text())

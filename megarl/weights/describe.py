@@ -13,8 +13,9 @@ import torch
 from megarl.errors import CheckpointError
 from megarl.weights.checkpoint import MANIFEST, POLICY
 from megarl.weights.distributed_checkpoint import CheckpointTensor, DistributedCheckpoint
-from megarl.weights.model_folder import is_megatron
+from megarl.weights.model_folder import FolderKind, folder_kind
 from megarl.weights.safetensors_files import SafetensorsFolder
+from megarl.weights.shard_folder import ShardFolder
 
 OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # keys of its state begin so; several optimizers when there are experts
 
@@ -59,9 +60,17 @@ def describe(path: Path) -> Description:
     Raises:
         MegaRLError: it is no model, or an unfinished or damaged one.
     """
-    in_megatron = is_megatron(path)
+    kind = folder_kind(path)
     files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
-    if not in_megatron:
+    if kind is FolderKind.ENGINE_SHARDS:
+        shards = ShardFolder(path)
+        lines = [
+            TensorLine(f"rank {rank} {name}", tensor.shape, tensor.dtype, 1)
+            for rank, stored in enumerate(shards.ranks)
+            for name, tensor in stored.items()
+        ]
+        return Description(shards.shard_map.layout, _config_facts(path), files, lines, [])
+    if kind is FolderKind.HUGGING_FACE:
         folder = SafetensorsFolder(path)
         weights = [TensorLine(name, folder.shapes[name], folder.dtypes[name], 1) for name in folder.shapes]
         return Description("Hugging Face safetensors", _config_facts(path), files, weights, [])

@@ -13,10 +13,11 @@ from torch import Tensor
 from megarl.errors import WeightsError
 from megarl.weights.distributed_checkpoint import MEGATRON_MARKER
 from megarl.weights.safetensors_files import INDEX
+from megarl.weights.shard_folder import SHARD_MAP
 
 SHARD_BYTES = 4 * 2**30
 CARRIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # config, generation config, tokenizer files, chat template
-LEFT_BEHIND = (INDEX, MEGATRON_MARKER)
+LEFT_BEHIND = (INDEX, MEGATRON_MARKER, SHARD_MAP)
 
 
 def write_hugging_face_folder(tensors: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path, output: Path) -> None:

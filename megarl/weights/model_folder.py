@@ -1,6 +1,7 @@
-"""Opening a model however it lies on disk: Hugging Face safetensors, a Megatron checkpoint, or a run's checkpoint."""
+"""Opening a model however it lies on disk: Hugging Face safetensors, a Megatron checkpoint, a run's, or an engine's shards."""
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from megarl.config.load import load_config
@@ -12,12 +13,21 @@ from megarl.parallel.launch import single_rank_world
 from megarl.weights.checkpoint import POLICY, read_run_state
 from megarl.weights.checkpoint_map import CheckpointMap, MegatronFolder
 from megarl.weights.distributed_checkpoint import DistributedCheckpoint, is_distributed_checkpoint
-from megarl.weights.mapping import WeightMap
+from megarl.weights.mapping import WeightMap, build_weight_map
 from megarl.weights.partial_folder import JOURNAL
 from megarl.weights.safetensors_files import SafetensorsFolder
+from megarl.weights.shard_folder import SHARD_MAP, ShardFolder
 from megarl.weights.stored_tensors import TensorFolder
 
 PAD_MULTIPLE = ModelConfig.model_fields["vocabulary_pad_multiple"].default
+
+
+class FolderKind(Enum):
+    """What a folder can hold, in words."""
+
+    HUGGING_FACE = "a Hugging Face model"
+    MEGATRON = "a Megatron checkpoint"
+    ENGINE_SHARDS = "an engine's shards"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +39,7 @@ class ModelFolder:
         tensors: as Hugging Face tensors.
         config: folder with its config.json; None where that was not needed.
         tokenizer: folder with its tokenizer files.
-        weight_map: of a Megatron checkpoint.
+        weight_map: of the model; None where that was not needed.
     """
 
     layout: str
@@ -49,13 +59,16 @@ def open_model(path: Path, config: Path | None = None) -> ModelFolder:
     Raises:
         MegaRLError: it is no model, an unfinished or damaged one, or its config.json is wrong.
     """
-    if not is_megatron(path):
-        return ModelFolder("Hugging Face safetensors", SafetensorsFolder(path), path, path, None)
-    return open_megatron(path, config)
+    match folder_kind(path):
+        case FolderKind.MEGATRON:
+            return open_megatron(path, config)
+        case FolderKind.ENGINE_SHARDS:
+            return _open_shards(path)
+    return ModelFolder("Hugging Face safetensors", SafetensorsFolder(path), path, path, None)
 
 
-def is_megatron(path: Path) -> bool:
-    """Whether a folder holds a Megatron checkpoint, a run's or another.
+def folder_kind(path: Path) -> FolderKind:
+    """What a folder holds, by the files that are in it.
 
     Raises:
         WeightsError: it is no folder of a model at all, or an unfinished one.
@@ -65,19 +78,27 @@ def is_megatron(path: Path) -> bool:
     if (path / JOURNAL).exists():
         raise WeightsError(f"{path} is an unfinished conversion; repeat the command that made it to finish it")
     if is_distributed_checkpoint(path) or (path / POLICY).is_dir():
-        return True
+        return FolderKind.MEGATRON
+    if (path / SHARD_MAP).exists():
+        return FolderKind.ENGINE_SHARDS
     if any(path.glob("*.safetensors*")):
-        return False
+        return FolderKind.HUGGING_FACE
     raise WeightsError(
         f"{path} holds no *.safetensors and no finished Megatron checkpoint; "
         "give the folder of a model, or checkpoints/step_… of a run"
     )
 
 
+def _open_shards(path: Path) -> ModelFolder:
+    tensors = ShardFolder(path)
+    weight_map = build_weight_map(readable_architecture(path), PAD_MULTIPLE, with_transformer_engine=False)
+    return ModelFolder(tensors.shard_map.layout, tensors, path, path, weight_map)
+
+
 def open_megatron(path: Path, config: Path | None = None) -> ModelFolder:
     """Open a Megatron checkpoint; raises like ``open_model``."""
-    if not is_megatron(path):
-        raise CheckpointError(f"{path} holds a Hugging Face model; give a Megatron checkpoint")
+    if (kind := folder_kind(path)) is not FolderKind.MEGATRON:
+        raise CheckpointError(f"{path} holds {kind.value}; give a Megatron checkpoint")
     tokenizer, pad_multiple = config or path, PAD_MULTIPLE
     in_run = (path / POLICY).is_dir()
     if in_run and config is None:

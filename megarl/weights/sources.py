@@ -13,7 +13,7 @@ from megarl.errors import WeightsError, listed
 from megarl.weights.mapping import WeightMap
 from megarl.weights.rules import Slice, Start
 from megarl.weights.safetensors_files import SafetensorsFolder
-from megarl.weights.stored_tensors import read_columns, read_rows
+from megarl.weights.stored_tensors import TensorFolder, read_columns, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class SafetensorsSource:
         return rows
 
 
-def check_tensors(tensors: SafetensorsFolder, weight_map: WeightMap) -> None:
+def check_tensors(tensors: TensorFolder, weight_map: WeightMap) -> None:
     """Refuse a folder whose tensors are not those of the model.
 
     Raises:

@@ -13,7 +13,13 @@ import pytest
 from megarl.weights import partial_folder, stored_tensors
 from tools import SMALL_FILES, assert_same, make_model, refusal, tensors_of, tool
 
-CONVERSIONS = [("hf_to_megatron", "model", "__0_2.distcp"), ("megatron_to_hf", "megatron", "model-00002-of-00002.safetensors")]
+CONVERSIONS = [
+    ("hf_to_megatron", "model", "__0_2.distcp"),
+    ("megatron_to_hf", "megatron", "model-00002-of-00002.safetensors"),
+    ("to_engine_shards", "megatron", "model-rank-1-part-0.safetensors"),
+]
+OPTIONS: dict[str, tuple[object, ...]] = {name: SMALL_FILES for name, *_ in CONVERSIONS}
+OPTIONS["to_engine_shards"] += ("--engine", "vllm", "--tp", 2)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def convert_and_die(name: str, source: Path, output: Path, last: str) -> None:
         replace(start, end)
 
     with mock.patch.object(partial_folder.os, "replace", die):
-        tool(name, source, output, *SMALL_FILES)
+        tool(name, source, output, *OPTIONS[name])
 
 
 @pytest.mark.parametrize(("name", "source", "last"), CONVERSIONS)
@@ -54,9 +60,9 @@ def test_killed_and_continued(
     finished.pop("__0_0.distcp", None)  # a few objects, written each time
     assert len(finished) == 1 and last not in finished
 
-    error = refusal(capfd, name, good / source, output, *SMALL_FILES, "--dtype", "bfloat16")
+    error = refusal(capfd, name, good / source, output, *OPTIONS[name], "--dtype", "bfloat16")
     assert error == f"error: {partial} holds an unfinished conversion with another dtype; remove it, or repeat that conversion"
-    assert tool(name, good / source, output, *SMALL_FILES) == 0
+    assert tool(name, good / source, output, *OPTIONS[name]) == 0
     assert not partial.exists()
     for file, modified in finished.items():
         assert (output / file).stat().st_mtime_ns == modified
@@ -89,25 +95,25 @@ def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 def test_disk_that_fills_up(
     good: Path, disk: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, source: str, last: str
 ) -> None:
-    error = refusal(capfd, name, good / source, disk / "out", *SMALL_FILES)
+    error = refusal(capfd, name, good / source, disk / "out", *OPTIONS[name])
     assert error.startswith(f"error: cannot write {disk / 'out'}: it needs 0.00 GB and {disk} has 0.00 GB free; free some space")
     # and when something else takes the space that was there at the start
     usage = partial_folder.shutil.disk_usage(disk)
     with monkeypatch.context() as patch:
         patch.setattr(partial_folder.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
-        error = refusal(capfd, name, good / source, disk / "out", *SMALL_FILES)
+        error = refusal(capfd, name, good / source, disk / "out", *OPTIONS[name])
     assert error.startswith(f"error: cannot write {disk / 'out'}: ") and "No space left on device" in error
     assert error.endswith(f"what is finished stays in {disk / 'out.partial'}, the same command continues it")
     assert not (disk / "out").exists()
     subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
-    assert tool(name, good / source, disk / "out", *SMALL_FILES) == 0
+    assert tool(name, good / source, disk / "out", *OPTIONS[name]) == 0
     assert tool("verify", good / "model", disk / "out") == 0
 
 
 @pytest.mark.parametrize("disk", ["ro"], indirect=True)
 def test_read_only_output(good: Path, disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name, source, _ in CONVERSIONS:
-        error = refusal(capfd, name, good / source, disk / "out")
+        error = refusal(capfd, name, good / source, disk / "out", *OPTIONS[name])
         assert error.startswith(f"error: cannot write {disk / 'out'}: ") and "Read-only file system" in error
 
 
@@ -142,7 +148,7 @@ def peak_bytes(name: str, *arguments: object) -> int:
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_tensors, "WINDOW_BYTES", 2**20)  # as the models are small
-    peaks: dict[str, list[int]] = {name: [] for name in ("hf_to_megatron", "megatron_to_hf", "verify")}
+    peaks: dict[str, list[int]] = {name: [] for name in ("hf_to_megatron", "megatron_to_hf", "to_engine_shards", "verify")}
     num_bytes = []
     for layers in (2, 8):
         folder = tmp_path / str(layers)
@@ -151,7 +157,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
         num_bytes.append((folder / "model" / "model.safetensors").stat().st_size)
         peaks["hf_to_megatron"].append(peak_bytes("hf_to_megatron", folder / "model", folder / "megatron"))
         peaks["megatron_to_hf"].append(peak_bytes("megatron_to_hf", folder / "megatron", folder / "again"))
-        peaks["verify"].append(peak_bytes("verify", folder / "model", folder / "again"))
+        to_shards = (folder / "megatron", folder / "shards", "--engine", "vllm", "--tp", 2)
+        peaks["to_engine_shards"].append(peak_bytes("to_engine_shards", *to_shards))
+        peaks["verify"].append(peak_bytes("verify", folder / "again", folder / "shards"))
         assert_same(tensors_of(folder / "again"), tensors_of(folder / "model"))
     assert num_bytes[1] > 3.5 * num_bytes[0]
     for name, (small, large) in peaks.items():

@@ -1,6 +1,6 @@
 """Runs in vLLM's environment: loads checkpoints into vLLM's own model classes and saves one rank's parameters.
 
-    python vllm_parameters.py RANK SIZE PORT EXPERT_PARALLEL(0 or 1) FOLDER ...
+    python vllm_parameters.py RANK PORT SIZE EXPERT_PARALLEL(0 or 1) FOLDER ...
 
 Writes ``rank_RANK.safetensors`` into every folder. The first model has experts, or vLLM makes no group for them.
 """
@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 
 def main() -> None:
     """Load each folder."""
-    rank, size, port, expert_parallel = map(int, sys.argv[1:5])
+    rank, port, size, expert_parallel = map(int, sys.argv[1:5])
     torch.set_default_dtype(torch.float32)
     for number, folder in enumerate(map(Path, sys.argv[5:])):
         arguments = EngineArgs(

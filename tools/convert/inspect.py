@@ -17,7 +17,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def main(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A Hugging Face folder or Megatron checkpoint.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A Hugging Face folder, Megatron checkpoint or engine's shards.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
     """Show layout, family, sizes, dtypes and files of PATH, reading headers and metadata only.

@@ -20,7 +20,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def main(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A Hugging Face folder or Megatron checkpoint.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="A Hugging Face folder, Megatron checkpoint or engine's shards.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
     config: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder with config.json, for Megatron checkpoints without one.")
