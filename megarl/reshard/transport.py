@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from uuid import uuid4
 
@@ -12,10 +11,9 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from megarl.errors import TransferError
+from megarl.reshard.meeting import PROBLEMS_SHOWN, Meetings, first_line
 from megarl.reshard.parcels import BucketWork, FlatPart, Parcel, bucket_work, digest
 from megarl.reshard.plan import Copy, Plan
-
-PROBLEMS_SHOWN = 3
 
 
 class PointToPoint:
@@ -57,7 +55,7 @@ class PointToPoint:
         self._rank = dist.get_rank()
         self._device = device
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
-        self._token, self._meetings = self._agree_on(plan, source_ranks, destination_ranks), 0
+        self._meetings = Meetings(self._agree_on(plan, source_ranks, destination_ranks), self._group, device, timeout_seconds)
         self._buckets = bucket_work(plan, list(source_ranks), list(destination_ranks), self._rank)
         self._incoming = [parcel for bucket in self._buckets for parcel in bucket.incoming]
         self._send_buffer, self._receive_buffer = (
@@ -86,7 +84,7 @@ class PointToPoint:
         Raises:
             TransferError: a rank is missing, died, was too slow or holds other tensors than planned, or bytes arrived changed.
         """
-        self._meet("start", self._misfit(source, destination))
+        self._meetings.hold("start of a transfer", self._misfit(source, destination))
         wrong = torch.zeros(len(self._incoming), dtype=torch.bool, device=self._device)
         arrived = 0
         for bucket in self._buckets:
@@ -103,7 +101,7 @@ class PointToPoint:
                 arrived += 1
         changed = [parcel for parcel, is_wrong in zip(self._incoming, wrong.tolist(), strict=True) if is_wrong]
         problems = [f"what rank {parcel.peer} sent to rank {self._rank} in {parcel} arrived changed" for parcel in changed]
-        self._meet("end", "; ".join(problems[:PROBLEMS_SHOWN]))
+        self._meetings.hold("end of a transfer", "; ".join(problems[:PROBLEMS_SHOWN]))
 
     def _agree_on(self, plan: Plan, source_ranks: Sequence[int], destination_ranks: Sequence[int]) -> str:
         """Check that all ranks have the same plan; returns a name for this transfer that no other has."""
@@ -179,43 +177,9 @@ class PointToPoint:
     def _failure(self, parcels: list[tuple[str, Parcel]], error: RuntimeError) -> TransferError:
         moves = ", ".join(f"{verb} rank {parcel.peer} {parcel}" for verb, parcel in parcels[:PROBLEMS_SHOWN])
         return TransferError(
-            f"rank {self._rank} could not {moves} within {self._timeout.total_seconds():g} s: {_first_line(error)}; "
+            f"rank {self._rank} could not {moves} within {self._timeout.total_seconds():g} s: {first_line(error)}; "
             "see whether that rank has died, or allow more time"
         )
-
-    def _meet(self, where: str, problem: str) -> None:
-        """Wait for all ranks, then raise on every rank what any of them has to report."""
-        self._meetings += 1
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        store = dist.PrefixStore(f"{self._token}/{self._meetings}", distributed_c10d._get_process_group_store(self._group))
-        found = torch.tensor(int(bool(problem)), device=self._device)
-        try:
-            store.set(str(self._rank), "here")
-            work = dist.all_reduce(found, dist.ReduceOp.MAX, self._group, async_op=True)
-            work.wait(self._timeout)
-        except RuntimeError as error:
-            raise TransferError(
-                f"rank {self._rank} did not meet {self._absent(store, deadline)} at the {where} of a transfer within "
-                f"{self._timeout.total_seconds():g} s: {_first_line(error)}; see whether it has died, or allow more time"
-            ) from error
-        if not found:
-            return
-        problems: list[str] = [""] * len(self._ranks)
-        dist.all_gather_object(problems, problem, self._group)
-        raise TransferError("; ".join([text for text in problems if text][:PROBLEMS_SHOWN]))
-
-    def _absent(self, store: dist.Store, deadline: float) -> str:
-        """The ranks that do not come to a meeting until the deadline: one that is dead breaks connections at once."""
-        others = [rank for rank in self._ranks if rank != self._rank]
-        left = datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.01))
-        try:
-            store.wait([str(rank) for rank in others], left)
-        except RuntimeError:
-            try:
-                return "ranks " + ", ".join(str(rank) for rank in others if not store.check([str(rank)]))
-            except RuntimeError:
-                pass
-        return "some rank"
 
 
 def _misfit(copy: Copy, side: str, parts: Mapping[str, FlatPart]) -> str:
@@ -229,7 +193,3 @@ def _misfit(copy: Copy, side: str, parts: Mapping[str, FlatPart]) -> str:
     if first < 0 or last > part.values.numel() or part.values.element_size() * elements != copy.num_bytes:
         return f"has {name} on the {side} side as {part.values.numel()} numbers of {part.values.dtype}, which the plan does not fit"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -3,9 +3,11 @@
 import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from torch import Tensor
 from transformers import AutoConfig
@@ -23,6 +25,38 @@ T = TypeVar("T")
 
 HEALTH_TIMEOUT = 10.0  # seconds
 POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSizes:
+    """How a server divides the model: ``tp`` ranks cut attention, ``ep`` ranks share the experts (1: each is cut instead)."""
+
+    tp: int
+    ep: int
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that hold a part of the weights."""
+        return max(self.tp, self.ep)
+
+
+class SliceSender(Protocol):
+    """Rank 0's part in sending every worker its own slices of the weights. Its calls block."""
+
+    host: str
+    port: int
+    world_size: int
+    first_worker: int  # workers come last in the group
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the group stands."""
+
+    def join(self) -> None:
+        """Wait until all of the group are there."""
+
+    def send(self) -> None:
+        """Send what this rank has to."""
 
 
 class ServerEngine(ABC):
@@ -45,6 +79,7 @@ class ServerEngine(ABC):
         self._server: ServerConnection | None = None
         self._vocabulary_size: int = AutoConfig.from_pretrained(config.model.path).vocab_size
         self._sender: WeightSender | None = None
+        self._starts = 0
         self._version: int | None = None
         self._unusable = "it has no weights yet; call update_weights first"
 
@@ -61,18 +96,30 @@ class ServerEngine(ABC):
         """Let the requests in flight finish and start no others."""
 
     @abstractmethod
-    async def num_workers(self) -> int:
-        """How many processes hold a part of the weights."""
+    async def sizes(self) -> EngineSizes:
+        """How the server divides the model.
+
+        Raises:
+            RolloutError: in a way that weight updates do not know.
+        """
 
     @abstractmethod
     async def join(self, sender: WeightSender) -> None:
-        """Let every worker join the sender's group."""
+        """Let every worker join the sender's group for whole tensors."""
+
+    @abstractmethod
+    async def join_slices(self, sender: SliceSender) -> None:
+        """Let every worker join the sender's group for slices."""
 
     @abstractmethod
     async def transfer(
         self, sender: WeightSender, messages: Iterable[list[tuple[str, Tensor]]], finish: Callable[[], None]
     ) -> None:
         """Send and load all messages; ``finish`` raises WeightsError when they were not a whole set."""
+
+    @abstractmethod
+    async def receive_slices(self) -> None:
+        """Let every worker receive and load one whole set of slices."""
 
     @abstractmethod
     async def reset_prefix_cache(self) -> None:
@@ -84,14 +131,17 @@ class ServerEngine(ABC):
 
     async def start(self) -> None:
         """Start the server, or find the one at the section's ``url``, and wait until it is healthy."""
+        self._starts += 1
+        # the log of a server that died is kept
+        log_path = self._log_path if self._starts == 1 else self._log_path.with_suffix(f".{self._starts}.log")
         process = None
         url = (self.settings.url or "").rstrip("/")
         if not url:
             port = free_port(HOST, self.settings.port, f"rollout.{self.section}.port")
             url = f"http://{HOST}:{port}"
-            process = ServerProcess(self.name, *self.command(port), self._log_path)
+            process = ServerProcess(self.name, *self.command(port), log_path)
             await process.start()
-        self._server = ServerConnection(self.name, url, process, self._log_path, self.hint)
+        self._server = ServerConnection(self.name, url, process, log_path, self.hint)
         try:
             key = f"rollout.{self.section}.start_timeout"
             await self._server.watch(self._until_healthy(), "start", self.settings.start_timeout, key)
@@ -128,16 +178,38 @@ class ServerEngine(ABC):
             WeightsError: a parameter is missing, unknown or mis-shaped.
             RolloutError: the server died, refused, or took longer than the section's ``update_timeout``.
         """
-        self._version, self._unusable = None, f"its update to weight version {version} did not complete"
         try:
-            await self._update(weights, version)
-        except BaseException:
+            async with self._updating(version):
+                sender = self._sender or await self._open_group()
+                checklist = WeightChecklist(self._weight_shapes)
+                accepted = ((name, tensor) for name, tensor in weights if checklist.accepts(name, tensor))
+                await self.transfer(sender, buckets(accepted), lambda: checklist.finish(self.name))
+        finally:
             for _ in weights:  # read to its end: making it is a collective of all trainer ranks
                 pass
-            if self._server is not None:
-                await self._server.end_process()
-            raise
-        self._version = version
+
+    async def update_slices(self, sender: SliceSender, version: int) -> None:
+        """Let every worker take its slices of a whole new set of weights from all trainer ranks, which send at the same time.
+
+        Raises:
+            RolloutError: the server died, refused, or took longer than the section's ``update_timeout``.
+        """
+        async with self._updating(version):
+            if not sender.is_joined:
+                await self._together(self.join_slices(sender), sender.join, "join the weight-transfer group")
+            await self._together(self.receive_slices(), sender.send, "receive and load the new weights")
+
+    async def restart(self) -> None:
+        """Start a new server in place of one that died.
+
+        Raises:
+            RolloutError: it cannot be started, or the dead one was given by URL.
+        """
+        if self.settings.url:
+            raise RolloutError(f"{self.name} at {self.settings.url} is not this run's to restart; do so and resume the run")
+        await self.close()
+        self._sender = None
+        await self.start()
 
     async def close(self) -> None:
         """End the server and all its processes; a server given by URL is left alone."""
@@ -160,26 +232,37 @@ class ServerEngine(ABC):
         """One blocking step of the sender, in a thread, while ``partner`` receives."""
         await self.limited(self._in_thread(send, *arguments), task, partner)
 
-    async def _update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        await self.pause()
-        sender = self._sender or await self._open_group()
-        checklist = WeightChecklist(self._weight_shapes)
-        accepted = ((name, tensor) for name, tensor in weights if checklist.accepts(name, tensor))
-        await self.transfer(sender, buckets(accepted), lambda: checklist.finish(self.name))
-        await self.reset_prefix_cache()
-        setting = self.server.call("POST", "/update_weight_version", {"new_version": str(version)})
-        await self.limited(setting, "set the weight version")
-        await self.resume()
+    @asynccontextmanager
+    async def _updating(self, version: int) -> AsyncIterator[None]:
+        """All of an update but the transfer. If anything fails, the server is ended."""
+        self._version, self._unusable = None, f"its update to weight version {version} did not complete"
+        try:
+            await self.pause()
+            yield
+            await self.reset_prefix_cache()
+            setting = self.server.call("POST", "/update_weight_version", {"new_version": str(version)})
+            await self.limited(setting, "set the weight version")
+            await self.resume()
+        except BaseException:
+            if self._server is not None:
+                await self._server.end_process()
+            raise
+        self._version = version
+
+    async def _together(self, work: Coroutine[Any, Any, None], send: Callable[[], None], task: str) -> None:
+        """What the workers do while the sender, in a thread, does its part."""
+        working = asyncio.ensure_future(work)
+        try:
+            await self.sent(send, task=task, partner=working)
+            await self.limited(working, task)
+        finally:
+            abandon(working)
 
     async def _open_group(self) -> WeightSender:
         """Make the group of this process and the server's workers."""
-        sender = WeightSender(self.server.own_address(), await self.num_workers(), self.settings.update_timeout)
-        joining = asyncio.ensure_future(self.join(sender))
-        try:
-            await self.sent(sender.join, task="join the weight-transfer group", partner=joining)
-            await self.limited(joining, "join the weight-transfer group")
-        finally:
-            abandon(joining)
+        num_workers = (await self.sizes()).num_workers
+        sender = WeightSender(self.server.own_address(), num_workers, self.settings.update_timeout)
+        await self._together(self.join(sender), sender.join, "join the weight-transfer group")
         self._sender = sender
         return sender
 

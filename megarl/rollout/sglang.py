@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarl.errors import RolloutError
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.server_connection import abandon
-from megarl.rollout.server_engine import ServerEngine, one_version
+from megarl.rollout.server_engine import EngineSizes, ServerEngine, SliceSender, one_version
 from megarl.rollout.server_launch import HOST, PLUGIN_FOLDER, cores_of_ranks, flags, inherited_environment, server_python
 from megarl.rollout.weight_sender import WeightSender
 from megarl.types import FinishReason
 
 CPU_FOLDER = Path(__file__).with_name("sglang_cpu")  # stand-ins for packages and kernels that exist only for GPUs
 CPU_RUNNING_REQUESTS = 32
-GROUP = "megarl"  # of the weight transfer; also the word by which engine_plugin/megarl_sglang.py knows its requests
+# of the weight transfer; also the words by which engine_plugin/megarl_sglang.py knows its requests
+GROUP, SLICE_GROUP = "megarl", "megarl-slices"
 
 
 class SGLangEngine(ServerEngine):
@@ -51,6 +53,7 @@ class SGLangEngine(ServerEngine):
             "grammar_backend": "none",
             "enable_deterministic_inference": True,  # without it a request's seed is ignored
             "random_seed": self.config.seed,
+            "disable_shared_experts_fusion": True,  # else its GPU kernels have them among the experts, where no plan puts them
             "log_level": "warning",
         }
         needed = {"PYTHONPATH": str(PLUGIN_FOLDER), "HF_HUB_OFFLINE": "1"}
@@ -87,16 +90,35 @@ class SGLangEngine(ServerEngine):
         await self.limited(self.server.call("POST", "/begin_weight_update", {}), "finish its requests before the weight update")
         await self.limited(self.server.call("POST", "/pause_generation", {"mode": "in_place"}), "pause for the weight update")
 
-    async def num_workers(self) -> int:
-        """How many processes hold a part of the weights."""
-        information = await self.limited(self.server.call("GET", "/server_info"), "tell its tensor parallel size")
-        return int(information["tp_size"])
+    async def sizes(self) -> EngineSizes:
+        """How the server divides the model: over tensor parallel ranks, over which it may distribute the experts."""
+        information = await self.limited(self.server.call("GET", "/server_info"), "tell how it divides the model")
+        for kind in ("pp", "dp"):
+            if information[f"{kind}_size"] > 1:
+                raise RolloutError(
+                    f"SGLang runs with --{kind}-size {information[f'{kind}_size']}, over which weights cannot be updated; "
+                    "use rollout.sglang.tensor_parallel_size alone"
+                )
+        return EngineSizes(tp=int(information["tp_size"]), ep=int(information["ep_size"]))
 
     async def join(self, sender: WeightSender) -> None:
-        """Let every worker join the sender's group."""
+        """Let every worker join the sender's group for whole tensors."""
+        await self._join(GROUP, sender, 1)
+
+    async def join_slices(self, sender: SliceSender) -> None:
+        """Let every worker join the sender's group for slices."""
+        await self._join(SLICE_GROUP, sender, sender.first_worker)
+
+    async def _join(self, group: str, sender: WeightSender | SliceSender, first_worker: int) -> None:
         address = {"master_address": sender.host, "master_port": sender.port}
-        place = {"rank_offset": 1, "world_size": sender.world_size, "group_name": GROUP, "backend": GROUP}
+        place = {"rank_offset": first_worker, "world_size": sender.world_size, "group_name": group, "backend": group}
         await self.server.call("POST", "/init_weights_update_group", address | place)
+
+    async def receive_slices(self) -> None:
+        """Let every worker receive and load one whole set of slices."""
+        body = {"names": [], "dtypes": [], "shapes": [], "group_name": SLICE_GROUP, "flush_cache": False}
+        await self.server.call("POST", "/update_weights_from_distributed", body)
+        await self._end_update()
 
     async def transfer(
         self, sender: WeightSender, messages: Iterable[list[tuple[str, Tensor]]], finish: Callable[[], None]
@@ -116,6 +138,9 @@ class SGLangEngine(ServerEngine):
             finally:
                 abandon(loading)
         finish()
+        await self._end_update()
+
+    async def _end_update(self) -> None:
         await self.limited(self.server.call("POST", "/end_weight_update", {}), "finish loading the new weights")
 
     async def reset_prefix_cache(self) -> None:

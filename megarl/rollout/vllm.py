@@ -1,6 +1,7 @@
 """The real vLLM as a rollout engine."""
 
 import asyncio
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from megarl.errors import MegaRLError, RolloutError
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.server_connection import DEATH_NOTICE, abandon
-from megarl.rollout.server_engine import ServerEngine, one_version
+from megarl.rollout.server_engine import EngineSizes, ServerEngine, SliceSender, one_version
 from megarl.rollout.server_launch import HOST, PLUGIN_FOLDER, cores_of_ranks, flags, inherited_environment, server_python
 from megarl.rollout.weight_sender import WeightSender
 from megarl.types import FinishReason
@@ -81,14 +82,30 @@ class VllmEngine(ServerEngine):
         """Let the requests in flight finish and start no others."""
         await self.limited(self.server.call("POST", "/pause?mode=wait"), "finish its requests before the weight update")
 
-    async def num_workers(self) -> int:
-        """How many processes hold a part of the weights."""
-        return len(await self.limited(self._rpc("megarl_rank"), "name its workers"))
+    async def sizes(self) -> EngineSizes:
+        """How the server divides the model: over tensor parallel ranks, with its experts whole where it has expert parallelism."""
+        place = json.loads((await self.limited(self._rpc("megarl_place"), "tell how it divides the model"))[0])
+        for kind in ("pipeline", "data"):
+            if place[kind] > 1:
+                raise RolloutError(
+                    f"vLLM runs with {kind}_parallel_size {place[kind]}, over which weights cannot be updated; "
+                    "use rollout.vllm.tensor_parallel_size alone"
+                )
+        return EngineSizes(tp=place["tensor"], ep=place["tensor"] if place["experts"] else 1)
 
     async def join(self, sender: WeightSender) -> None:
-        """Let every worker join the sender's group."""
+        """Let every worker join the sender's group for whole tensors."""
         address = {"host": sender.host, "port": sender.port}
         await self._rpc("megarl_join", address | {"world_size": sender.world_size, "timeout": self.settings.update_timeout})
+
+    async def join_slices(self, sender: SliceSender) -> None:
+        """Let every worker join the sender's group for slices."""
+        address = {"host": sender.host, "port": sender.port, "first_rank": sender.first_worker}
+        await self._rpc("megarl_join_slices", address | {"world_size": sender.world_size, "timeout": self.settings.update_timeout})
+
+    async def receive_slices(self) -> None:
+        """Let every worker receive and load one whole set of slices."""
+        await self._rpc("megarl_receive_slices")
 
     async def transfer(
         self, sender: WeightSender, messages: Iterable[list[tuple[str, Tensor]]], finish: Callable[[], None]

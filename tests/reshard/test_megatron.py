@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.algorithms.batches import build_policy_batch
-from megarl.algorithms.objectives import policy_objective
+from megarl.algorithms.algorithm import Algorithm
 from megarl.config.schema import Config
 from megarl.loop.parity import parse_layout, synthetic_batch, with_layout
 from megarl.models.architecture import read_architecture
@@ -87,9 +86,10 @@ def update(policy: Policy, config: Config) -> tuple[dict[str, Tensor], float]:
     """One update; how much each Hugging Face tensor changed (rank 0), and the gradient norm."""
     packed = synthetic_batch(PROMPTS, config)
     before = {name: tensor.clone() for name, tensor in policy.hugging_face_tensors()}
-    old, _ = policy.engine.logprobs(packed)
-    scores = TokenScores(old=old + 0.1, reference=old - 0.2)
-    result = policy.update(build_policy_batch(packed, scores, config.algorithm)[0], policy_objective(config.algorithm))
+    algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
+    old, entropies = policy.engine.logprobs(packed)
+    scores = TokenScores(old=old + 0.1, entropies=entropies, reference=old - 0.2)
+    result = policy.update(algorithm.prepare(packed, scores, step=0).batches[0], algorithm.objective)
     return {name: tensor - before[name] for name, tensor in policy.hugging_face_tensors()}, result.gradient_norm
 
 

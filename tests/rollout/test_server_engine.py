@@ -60,7 +60,7 @@ class FakeSGLang:
         elif request.path == "/generate":
             self.generate_body = body
             return web.json_response([self.generation(params) for params in body["sampling_params"]])
-        return web.json_response({"success": True, "message": "", "tp_size": 1})
+        return web.json_response({"success": True, "message": "", "tp_size": 1, "pp_size": 1, "dp_size": 1, "ep_size": 1})
 
     def generation(self, params: dict[str, Any]) -> dict[str, Any]:
         about = {

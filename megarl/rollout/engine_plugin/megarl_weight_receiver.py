@@ -22,6 +22,7 @@ class WeightReceiver:
         limit = timedelta(seconds=timeout)
         store = TCPStore(host, port, world_size, is_master=False, timeout=limit)
         self._group: Any = ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, limit)
+        self.held: dict[str, Tensor] = {}  # tensors that the engine can load only together with one of a later message
 
     def receive(self) -> list[tuple[str, Tensor]] | None:
         """The next tensors, on CPU; None when the set is whole.
