@@ -103,6 +103,7 @@ class PackedBatch:
         sampler_logprobs: float32 [num_tokens], nats; 0 where ``loss_mask`` is False.
         group_ids: int64 [num_sequences], sequences with equal id answer the same prompt.
         rewards: float32 [num_sequences].
+        truncated: bool [num_sequences], True where sampling was ended by the length limit.
     """
 
     token_ids: Tensor
@@ -111,6 +112,7 @@ class PackedBatch:
     sampler_logprobs: Tensor
     group_ids: Tensor
     rewards: Tensor
+    truncated: Tensor
 
     @property
     def num_sequences(self) -> int:
@@ -125,14 +127,16 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScores:
-    """Log-probabilities (nats) that frozen models give to the tokens of a PackedBatch; 0 where its loss_mask is False.
+    """What frozen models say of the tokens of a PackedBatch (nats); 0 where its loss_mask is False.
 
     Attributes:
-        old: float32 [num_tokens], the policy before this step's updates, by the trainer.
-        reference: float32 [num_tokens], the reference model; None when the algorithm has no KL term.
+        old: float32 [num_tokens], log-probabilities under the policy before this step's updates, by the trainer.
+        entropies: float32 [num_tokens], of the same policy at each token.
+        reference: float32 [num_tokens], log-probabilities under the reference model; None when the algorithm has no KL term.
     """
 
     old: Tensor
+    entropies: Tensor
     reference: Tensor | None
 
 
@@ -146,12 +150,15 @@ class TrainBatch:
         advantages: float32 [num_tokens]; None for supervised training.
         token_weights: float32 [num_tokens], weight of each token's loss term with the global normaliser already in it: the
             loss is a plain sum over tokens, micro-batches and ranks of ``token_weights * term``.
+        sampler_weights: float32 [num_tokens], importance weights of the policy loss for sampling by another policy than the
+            trainer's; None without such a correction.
     """
 
     packed: PackedBatch
     scores: TokenScores | None
     advantages: Tensor | None
     token_weights: Tensor
+    sampler_weights: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

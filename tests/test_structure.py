@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "megarl"
 ALLOWED = {
     "config": {"errors"},
-    "algorithms": {"types", "config"},
+    "algorithms": {"types", "config", "errors"},
     "parallel": {"types", "config", "errors", "death_signal"},
     "models": {"parallel", "config", "errors"},
     "weights": {"models", "parallel", "config", "errors", "death_signal"},

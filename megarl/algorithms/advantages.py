@@ -1,43 +1,203 @@
-"""From rewards to advantages: the baseline axis."""
+"""From rewards to advantages: the baseline axis.
+
+A function of this axis takes an AdvantageInput and returns float [num_tokens], one advantage for each trained token. All of
+them see the whole step's batch, so every mean and standard deviation is over all ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-EPSILON = 1e-6  # keeps a group of equal rewards at advantage 0
+from megarl.algorithms.sequences import spread_over_tokens, suffix_sums, sums_per_sequence
+
+EPSILON = 1e-6  # keeps rewards that are all equal at advantage 0
+WHITENING_EPSILON = 1e-8
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, *, divide_by_std: bool) -> Tensor:
-    """Reward minus its group's mean, optionally divided by the group's standard deviation (GRPO, arXiv 2402.03300, section 4.1.2).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantageInput:
+    """What is known of the step's responses when advantages are made.
 
-    The standard deviation is the sample one (n - 1), as in the published implementations; a group of one gives 0.
+    Attributes:
+        rewards: float32 [num_sequences], shaped.
+        token_rewards: float32 [num_tokens], added to the reward at that token (the KL penalty in the reward); 0 elsewhere.
+        group_ids: int64 [num_sequences], sequences with equal id answer the same prompt.
+        cu_seqlens: int64 [num_sequences + 1].
+        loss_mask: bool [num_tokens].
+        values: float32 [num_tokens], what the critic expects before each token; None without a critic.
+    """
+
+    rewards: Tensor
+    token_rewards: Tensor
+    group_ids: Tensor
+    cu_seqlens: Tensor
+    loss_mask: Tensor
+    values: Tensor | None
+
+    def returns(self) -> Tensor:
+        """Reward and token rewards of each sequence together; float64 [num_sequences]."""
+        return self.rewards.double() + sums_per_sequence(self.token_rewards * self.loss_mask, self.cu_seqlens)
+
+    def per_token(self, per_sequence: Tensor) -> Tensor:
+        """One advantage for each sequence, given to its trained tokens: float64 [num_sequences] to [num_tokens] as rewards are."""
+        return spread_over_tokens(per_sequence.to(self.rewards.dtype), self.cu_seqlens, self.loss_mask)
+
+
+AdvantageFunction = Callable[[AdvantageInput], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advantage:
+    """One choice of the axis.
+
+    Attributes:
+        function: the advantages.
+        formula: what it computes, with the paper.
+    """
+
+    function: AdvantageFunction
+    formula: str
+
+
+def mean_std_count(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, sample standard deviation (n - 1) and size of each member's group; a group of one has standard deviation 0.
 
     Args:
-        rewards: float [num_sequences].
-        group_ids: int64 [num_sequences].
+        values: float64 [n].
+        ids: int64 [n], equal for members of one group.
 
     Returns:
-        float32 [num_sequences].
+        Three float64 [n].
     """
-    advantages = torch.zeros_like(rewards, dtype=torch.float32)
-    for group in group_ids.unique():
-        members = group_ids == group
-        values = rewards[members].double()
-        centred = values - values.mean()
-        if divide_by_std and values.numel() > 1:
-            centred = centred / (values.std() + EPSILON)
-        advantages[members] = centred.float()
-    return advantages
+    _, members, counts = ids.unique(return_inverse=True, return_counts=True)
+    counts = counts.double()
+    means = torch.zeros_like(counts).index_add_(0, members, values) / counts
+    squares = torch.zeros_like(counts).index_add_(0, members, (values - means[members]).square())
+    deviations = (squares / (counts - 1).clamp(min=1)).sqrt()
+    return means[members], deviations[members], counts[members]
 
 
-def spread_over_tokens(per_sequence: Tensor, cu_seqlens: Tensor, loss_mask: Tensor) -> Tensor:
-    """Give every trained token its sequence's value, and 0 to the others.
+def group_mean(inputs: AdvantageInput) -> Tensor:
+    """R - mean of the group (Dr. GRPO, arXiv 2503.20783, section 3.2)."""
+    returns = inputs.returns()
+    mean, _, _ = mean_std_count(returns, inputs.group_ids)
+    return inputs.per_token(returns - mean)
+
+
+def group_mean_std(inputs: AdvantageInput) -> Tensor:
+    """(R - mean of the group) / (standard deviation of the group + 1e-6) (GRPO, arXiv 2402.03300, section 4.1.2)."""
+    returns = inputs.returns()
+    mean, std, _ = mean_std_count(returns, inputs.group_ids)
+    return inputs.per_token((returns - mean) / (std + EPSILON))
+
+
+def leave_one_out(inputs: AdvantageInput) -> Tensor:
+    """R - mean of the group's others (RLOO, arXiv 2402.14740, equation 8); 0 where there are no others."""
+    returns = inputs.returns()
+    mean, _, count = mean_std_count(returns, inputs.group_ids)
+    return inputs.per_token((returns - mean) * count / (count - 1).clamp(min=1))
+
+
+def batch_mean_std(inputs: AdvantageInput) -> Tensor:
+    """(R - mean of the batch) / (standard deviation of the batch + 1e-6), over responses."""
+    returns = inputs.returns()
+    mean, std, _ = mean_std_count(returns, torch.zeros_like(inputs.group_ids))
+    return inputs.per_token((returns - mean) / (std + EPSILON))
+
+
+def group_mean_batch_std(inputs: AdvantageInput) -> Tensor:
+    """(R - mean of the group) / (standard deviation of all R of the batch + 1e-6) (Lite PPO, arXiv 2508.08221, section 4)."""
+    returns = inputs.returns()
+    mean, _, _ = mean_std_count(returns, inputs.group_ids)
+    _, std, _ = mean_std_count(returns, torch.zeros_like(inputs.group_ids))
+    return inputs.per_token((returns - mean) / (std + EPSILON))
+
+
+def reward_to_go(inputs: AdvantageInput) -> Tensor:
+    """R plus the token rewards from the token onward, no baseline (Williams 1992; REINFORCE++, arXiv 2501.03262, equation 8)."""
+    onward = suffix_sums(inputs.token_rewards * inputs.loss_mask, inputs.cu_seqlens)
+    outcome = inputs.rewards.double().repeat_interleave(inputs.cu_seqlens.diff())
+    return ((outcome + onward) * inputs.loss_mask).to(inputs.rewards.dtype)
+
+
+def reward_to_go_batch_mean(inputs: AdvantageInput) -> Tensor:
+    """Reward-to-go minus the mean return of the batch's responses (Williams 1992, reinforcement baseline)."""
+    return reward_to_go(inputs) - inputs.returns().mean().to(inputs.rewards.dtype) * inputs.loss_mask
+
+
+ADVANTAGES = {
+    "group_mean_std": Advantage(function=group_mean_std, formula="(R − mean_group R) / (std_group R + ε) (2402.03300)"),
+    "group_mean": Advantage(function=group_mean, formula="R − mean_group R (2503.20783)"),
+    "leave_one_out": Advantage(function=leave_one_out, formula="R − mean of the group's other R (2402.14740)"),
+    "group_mean_batch_std": Advantage(function=group_mean_batch_std, formula="(R − mean_group R) / (std_batch R + ε) (2508.08221)"),
+    "batch_mean_std": Advantage(function=batch_mean_std, formula="(R − mean_batch R) / (std_batch R + ε)"),
+    "reward_to_go": Advantage(function=reward_to_go, formula="R + Σ_{u≥t} token rewards (Williams 1992)"),
+    "reward_to_go_batch_mean": Advantage(
+        function=reward_to_go_batch_mean, formula="R + Σ_{u≥t} token rewards − mean_batch R (Williams 1992)"
+    ),
+}
+
+
+def whiten(advantages: Tensor, loss_mask: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over all trained tokens of the batch (arXiv 1909.08593's code; REINFORCE++, 2501.03262, equation 10).
 
     Args:
-        per_sequence: float [num_sequences].
+        advantages: float [num_tokens].
+        loss_mask: bool [num_tokens].
+
+    Returns:
+        float [num_tokens], 0 where the mask is False.
+    """
+    values = advantages[loss_mask].double()
+    if values.numel() == 0:
+        return advantages
+    whitened = (advantages - values.mean()) * (values.var(correction=0) + WHITENING_EPSILON).rsqrt()
+    return (whitened * loss_mask).to(advantages.dtype)
+
+
+def greedy_baseline(returns: Tensor, greedy_returns: Tensor) -> Tensor:
+    """Advantage of each response against its prompt's greedy response: R - R_greedy (ReMax, arXiv 2310.10505, equation 5).
+
+    Args:
+        returns: float [num_sequences].
+        greedy_returns: float [num_sequences], of the greedy response to the same prompt.
+    """
+    return returns - greedy_returns
+
+
+def group_mean_task_std(returns: Tensor, group_ids: Tensor, task_ids: Tensor) -> Tensor:
+    """(R - mean of the group) / (standard deviation of the task's R in the batch + 1e-6) (QwenLong-L1.5, arXiv 2512.12967).
+
+    Args:
+        returns: float [num_sequences].
+        group_ids, task_ids: int64 [num_sequences].
+    """
+    values = returns.double()
+    mean, _, _ = mean_std_count(values, group_ids)
+    _, std, _ = mean_std_count(values, task_ids)
+    return ((values - mean) / (std + EPSILON)).to(returns.dtype)
+
+
+def process_rewards(step_rewards: Tensor, step_ends: Tensor, step_groups: Tensor, cu_seqlens: Tensor, loss_mask: Tensor) -> Tensor:
+    """Process supervision: the group's normalised step rewards, each added to the tokens up to its step's end.
+
+    GRPO, arXiv 2402.03300, section 4.1.3: r̃_j = (r_j - mean) / std over all steps of all responses of the group, and the advantage
+    of token t is the sum of r̃_j over the steps of its response that end at t or later.
+
+    Args:
+        step_rewards: float [num_steps].
+        step_ends: int64 [num_steps], the step's last token, into the packed batch.
+        step_groups: int64 [num_steps], group of the step's response.
         cu_seqlens: int64 [num_sequences + 1].
         loss_mask: bool [num_tokens].
 
     Returns:
         float [num_tokens].
     """
-    return per_sequence.repeat_interleave(cu_seqlens.diff()) * loss_mask
+    rewards = step_rewards.double()
+    mean, std, _ = mean_std_count(rewards, step_groups)
+    at_ends = torch.zeros(loss_mask.numel(), dtype=torch.float64, device=rewards.device)
+    at_ends.index_add_(0, step_ends, (rewards - mean) / (std + EPSILON))
+    return (suffix_sums(at_ends, cu_seqlens) * loss_mask).to(step_rewards.dtype)

@@ -1,54 +1,66 @@
-"""From a step's sequences to what each optimizer step learns from: advantages and token weights with their normaliser."""
+"""Cutting a step's sequences into the batches of optimizer steps."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
-from megarl.algorithms.advantages import group_advantages, spread_over_tokens
+from torch import Tensor
+
 from megarl.algorithms.aggregation import token_weights
-from megarl.config.schema import AlgorithmConfig
 from megarl.types import PackedBatch, TokenScores, TrainBatch
 
 
-def build_policy_batch(packed: PackedBatch, scores: TokenScores, config: AlgorithmConfig) -> list[TrainBatch]:
-    """Advantages over whole groups, then the step's mini-batches, each with its own normaliser.
+def build_supervised_batch(packed: PackedBatch) -> TrainBatch:
+    """Token-mean cross-entropy over the batch."""
+    weights = token_weights(packed.loss_mask, packed.cu_seqlens, "token_mean", max_new_tokens=0)
+    return TrainBatch(packed=packed, scores=None, advantages=None, token_weights=weights, sampler_weights=None)
 
-    Returns:
-        ``config.updates_per_step`` batches of equally many consecutive sequences.
+
+def split_into_updates(
+    packed: PackedBatch,
+    scores: TokenScores,
+    advantages: Tensor,
+    sampler_weights: Tensor | None,
+    *,
+    num_updates: int,
+    aggregation: str,
+    max_new_tokens: int,
+) -> list[TrainBatch]:
+    """``num_updates`` batches of equally many consecutive sequences, each with its own normaliser.
+
+    Args:
+        advantages, sampler_weights: float32 [num_tokens] of the whole step.
+        aggregation: a key of aggregation.AGGREGATIONS.
+        max_new_tokens: longest response allowed.
     """
-    per_sequence = group_advantages(packed.rewards, packed.group_ids, divide_by_std=config.advantage == "group_mean_std")
-    advantages = spread_over_tokens(per_sequence, packed.cu_seqlens, packed.loss_mask)
-    size = packed.num_sequences // config.updates_per_step
+    size = packed.num_sequences // num_updates
     batches = []
-    for first in range(0, size * config.updates_per_step, size):
+    for first in range(0, size * num_updates, size):
         part = slice_sequences(packed, first, first + size)
         tokens = slice(int(packed.cu_seqlens[first]), int(packed.cu_seqlens[first + size]))
         batches.append(
             TrainBatch(
                 packed=part,
                 scores=TokenScores(
-                    old=scores.old[tokens], reference=None if scores.reference is None else scores.reference[tokens]
+                    old=scores.old[tokens],
+                    entropies=scores.entropies[tokens],
+                    reference=None if scores.reference is None else scores.reference[tokens],
                 ),
                 advantages=advantages[tokens],
-                token_weights=token_weights(part.loss_mask, part.cu_seqlens, config.aggregation),
+                token_weights=token_weights(part.loss_mask, part.cu_seqlens, aggregation, max_new_tokens),
+                sampler_weights=None if sampler_weights is None else sampler_weights[tokens],
             )
         )
     return batches
 
 
-def build_supervised_batch(packed: PackedBatch) -> TrainBatch:
-    """Token-mean cross-entropy over the batch."""
-    weights = token_weights(packed.loss_mask, packed.cu_seqlens, "token_mean")
-    return TrainBatch(packed=packed, scores=None, advantages=None, token_weights=weights)
+PER_SEQUENCE = ("group_ids", "rewards", "truncated")
 
 
 def slice_sequences(packed: PackedBatch, first: int, last: int) -> PackedBatch:
     """Sequences ``first:last`` as a batch of their own."""
     tokens = slice(int(packed.cu_seqlens[first]), int(packed.cu_seqlens[last]))
-    return replace(
-        packed,
-        token_ids=packed.token_ids[tokens],
-        cu_seqlens=packed.cu_seqlens[first : last + 1] - packed.cu_seqlens[first],
-        loss_mask=packed.loss_mask[tokens],
-        sampler_logprobs=packed.sampler_logprobs[tokens],
-        group_ids=packed.group_ids[first:last],
-        rewards=packed.rewards[first:last],
-    )
+    parts = {
+        field.name: getattr(packed, field.name)[first:last] if field.name in PER_SEQUENCE else getattr(packed, field.name)[tokens]
+        for field in fields(packed)
+        if field.name != "cu_seqlens"
+    }
+    return replace(packed, **parts, cu_seqlens=packed.cu_seqlens[first : last + 1] - packed.cu_seqlens[first])

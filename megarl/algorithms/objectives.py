@@ -7,19 +7,27 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.kl import kl_estimate
-from megarl.algorithms.policy_loss import clipped_policy_loss
+from megarl.algorithms.ratios import RATIOS
+from megarl.algorithms.sequences import SequenceTokens
+from megarl.algorithms.surrogates import SurrogateFunction, SurrogateInput
 from megarl.config.schema import AlgorithmConfig
 from megarl.types import TrainBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenData:
-    """The rows of a TrainBatch that one micro-batch trains on, each [tokens]; None where the TrainBatch has none."""
+    """The rows of a TrainBatch that one micro-batch trains on, each [tokens]; None where the TrainBatch has none.
+
+    Attributes:
+        sequences: which sequence each token is of.
+    """
 
     weights: Tensor
     advantages: Tensor | None
     old_logprobs: Tensor | None
     reference_logprobs: Tensor | None
+    sampler_weights: Tensor | None
+    sequences: SequenceTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +49,8 @@ ObjectiveFunction = Callable[[Tensor, Tensor, TokenData], Objective]
 PER_TOKEN = "per_token/"  # prefix of sums that are reported as means over the batch's tokens
 
 
-def select_tokens(batch: TrainBatch, index: Tensor, device: torch.device) -> TokenData:
-    """The data of tokens ``index`` (int64 [tokens], into the packed batch), moved to ``device``."""
+def select_tokens(batch: TrainBatch, index: Tensor, device: torch.device, sequences: SequenceTokens) -> TokenData:
+    """The data of tokens ``index`` (int64 [tokens], into the packed batch), moved to ``device``; ``sequences`` is there already."""
 
     def rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[index].to(device)
@@ -53,6 +61,8 @@ def select_tokens(batch: TrainBatch, index: Tensor, device: torch.device) -> Tok
         advantages=rows(batch.advantages),
         old_logprobs=None if scores is None else scores.old[index].to(device),
         reference_logprobs=None if scores is None else rows(scores.reference),
+        sampler_weights=rows(batch.sampler_weights),
+        sequences=sequences,
     )
 
 
@@ -62,34 +72,50 @@ def supervised_objective(logprobs: Tensor, entropies: Tensor, data: TokenData) -
     return Objective(loss, {"loss": loss.detach(), PER_TOKEN + "entropy": entropies.detach().sum()}, {})
 
 
-def policy_objective(config: AlgorithmConfig) -> ObjectiveFunction:
-    """Clipped surrogate, plus KL penalty and entropy bonus as configured."""
+def policy_objective(
+    logprobs: Tensor,
+    entropies: Tensor,
+    data: TokenData,
+    *,
+    config: AlgorithmConfig,
+    surrogate: SurrogateFunction,
+    kl_coefficient: float,
+) -> Objective:
+    """The surrogate, plus KL penalty and entropy bonus as configured.
 
-    def objective(logprobs: Tensor, entropies: Tensor, data: TokenData) -> Objective:
-        assert data.advantages is not None and data.old_logprobs is not None
-        policy = clipped_policy_loss(logprobs, data.old_logprobs, data.advantages, config.clip.low, config.clip.high)
-        policy_loss = (policy.loss * data.weights).sum()
-        loss = policy_loss
-        detached = logprobs.detach()
-        sums = {
-            "policy_loss": policy_loss.detach(),
-            PER_TOKEN + "entropy": entropies.detach().sum(),
-            PER_TOKEN + "kl_old": kl_estimate(detached, data.old_logprobs, "k3").sum(),
-            PER_TOKEN + "clip_fraction_low": policy.clipped_low.float().sum(),
-            PER_TOKEN + "clip_fraction_high": policy.clipped_high.float().sum(),
-        }
+    Args:
+        logprobs, entropies: float [tokens], differentiable.
+        data: of the same tokens.
+        config: the algorithm's choices.
+        surrogate: of config.surrogate.
+        kl_coefficient: β of this step.
+    """
+    assert data.advantages is not None and data.old_logprobs is not None
+    log_ratio = RATIOS[config.ratio].function(logprobs, data.old_logprobs, data.sequences)
+    policy = surrogate(
+        SurrogateInput(logprobs=logprobs, log_ratio=log_ratio, advantages=data.advantages, sequences=data.sequences), config
+    )
+    policy_terms = policy.loss if data.sampler_weights is None else policy.loss * data.sampler_weights
+    policy_loss = (policy_terms * data.weights).sum()
+    loss = policy_loss
+    detached = logprobs.detach()
+    sums = {
+        "policy_loss": policy_loss.detach(),
+        PER_TOKEN + "entropy": entropies.detach().sum(),
+        PER_TOKEN + "kl_old": kl_estimate(detached, data.old_logprobs, "k3").sum(),
+        PER_TOKEN + "clip_fraction_low": policy.clipped_low.float().sum(),
+        PER_TOKEN + "clip_fraction_high": policy.clipped_high.float().sum(),
+    }
+    if data.reference_logprobs is not None:
+        kl = kl_estimate(logprobs, data.reference_logprobs, config.kl.estimator)
+        sums[PER_TOKEN + "kl_reference"] = kl.detach().sum()
         if config.kl.place == "loss":
-            assert data.reference_logprobs is not None
-            kl = kl_estimate(logprobs, data.reference_logprobs, config.kl.estimator)
-            loss = loss + config.kl.coefficient * (kl * data.weights).sum()
-            sums[PER_TOKEN + "kl_reference"] = kl.detach().sum()
-        if config.entropy_coefficient > 0:
-            loss = loss - config.entropy_coefficient * (entropies * data.weights).sum()
-        sums["loss"] = loss.detach()
-        ratio_max = policy.ratio.detach().amax() if policy.ratio.numel() else logprobs.new_zeros(())
-        return Objective(loss, sums, {"ratio_max": ratio_max})
-
-    return objective
+            loss = loss + kl_coefficient * (kl * data.weights).sum()
+    if config.entropy_coefficient > 0:
+        loss = loss - config.entropy_coefficient * (entropies * data.weights).sum()
+    sums["loss"] = loss.detach()
+    ratio_max = log_ratio.detach().amax().exp() if log_ratio.numel() else logprobs.new_zeros(())
+    return Objective(loss, sums, {"ratio_max": ratio_max})
 
 
 def finish_metrics(sums: dict[str, float], maxima: dict[str, float], num_tokens: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ Each check yields one line for each mistake: the values, the reason and the fix.
 from collections.abc import Iterator
 from pathlib import Path
 
+from megarl.config.engine_checks import check_engine
 from megarl.config.model_facts import ModelFacts, read_model_facts
 from megarl.config.role_checks import Role, check_role
 from megarl.config.run_checks import check_run
@@ -39,13 +40,7 @@ def _check_policy(config: Config, facts: ModelFacts, world_size: int) -> Iterato
     yield from check_role(Role(name="policy", path_key="model.path", config=config.policy, facts=facts), config, world_size)
     if config.model.init == "pretrained" and not _has_weights(facts.path):
         yield f"model.path: {facts.path} has no *.safetensors file; give a folder with weights or set model.init to random"
-    samples = config.kind == "rl" or config.evaluation.data is not None
-    num_moe_layers = facts.experts.num_moe_layers if facts.experts is not None else 0
-    if samples and config.rollout.engine == "sglang" and facts.model_type == "qwen3_moe" and num_moe_layers < facts.num_layers:
-        yield (
-            f"rollout.engine: sglang gives every layer of qwen3_moe experts, and only {num_moe_layers} of the {facts.num_layers} "
-            f"layers of {facts.path} have them (decoder_sparse_step, mlp_only_layers); use vllm or embedded"
-        )
+    yield from check_engine(config, facts)
     for token_id in config.rollout.stop_token_ids:
         if not 0 <= token_id < facts.vocab_size:
             yield (

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from megarl.config.names import Name
 from megarl.config.schema import Config, Section
 
 PLAIN_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path", NoneType: "null"}
@@ -110,7 +111,8 @@ def type_in_words(field: FieldInfo) -> str:
         for name, sign in BOUND_SIGNS.items()
         if (value := getattr(item, name, None)) is not None
     ]
-    words = _annotation_in_words(field.annotation)
+    names = [item for item in field.metadata if isinstance(item, Name)]
+    words = names[0].in_words() if names else _annotation_in_words(field.annotation)
     if not bounds:
         return words
     base, separator, null = words.partition(" or null")
@@ -121,7 +123,8 @@ def _annotation_in_words(annotation: Any) -> str:
     """See ``type_in_words``."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _annotation_in_words(arguments[0])
+        names = [item for item in arguments[1:] if isinstance(item, Name)]
+        return names[0].in_words() if names else _annotation_in_words(arguments[0])
     if origin is Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, UnionType):

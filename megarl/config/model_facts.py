@@ -17,6 +17,7 @@ NUM_EXPERTS_KEYS = {
     "qwen3_moe": ("num_experts", "num_local_experts"),
     "deepseek_v3": ("n_routed_experts", "num_local_experts"),
 }
+LATENT_NORM_EPSILON = 1e-6  # DeepSeek's modeling code leaves it at the default of its RMSNorm, whatever rms_norm_eps says
 DEFAULT_SLIDING_WINDOW = 4096  # tokens, of transformers where a config leaves the key out
 
 
@@ -33,6 +34,7 @@ class ExpertFacts:
         is_normalised: the chosen experts' scores are divided by their sum.
         is_sigmoid: scores are sigmoids of the router's logits, not their softmax.
         num_groups, top_k_groups: groups of experts, and how many of them one token visits; 1 and 1 without groups.
+        topk_method, scoring_func, moe_layer_freq: DeepSeek's keys, which transformers ignores; None when left out.
     """
 
     num_experts: int
@@ -44,6 +46,9 @@ class ExpertFacts:
     is_sigmoid: bool
     num_groups: int
     top_k_groups: int
+    topk_method: str | None
+    scoring_func: str | None
+    moe_layer_freq: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +72,8 @@ class ModelFacts:
         experts: None in dense models.
         has_latent_attention: queries, keys and values are projected through latents (MLA).
         rotates_halves: RoPE rotates the two halves of a head against each other, not neighbouring pairs.
+        has_tied_embeddings: the output layer is the embedding.
+        norm_epsilon: of the RMS norms.
         quantization: method of quantized weights; None for plain weights.
     """
 
@@ -86,6 +93,8 @@ class ModelFacts:
     experts: ExpertFacts | None
     has_latent_attention: bool
     rotates_halves: bool
+    has_tied_embeddings: bool
+    norm_epsilon: float
     quantization: str | None
 
 
@@ -127,6 +136,8 @@ def read_model_facts(path: Path) -> ModelFacts:
         experts=_experts(raw, file),
         has_latent_attention=has_latent_attention,
         rotates_halves=not has_latent_attention or raw.get("rope_interleave") is False,
+        has_tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)),
         quantization=_quantization(raw),
     )
 
@@ -177,6 +188,9 @@ def _experts(raw: Mapping[str, Any], file: Path) -> ExpertFacts | None:
         is_sigmoid=model_type == "deepseek_v3",
         num_groups=groups[0],
         top_k_groups=groups[1],
+        topk_method=raw.get("topk_method"),
+        scoring_func=raw.get("scoring_func"),
+        moe_layer_freq=raw.get("moe_layer_freq"),
     )
 
 

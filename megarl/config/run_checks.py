@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable, Iterator
 
+from megarl.config.algorithm_checks import check_algorithm
+from megarl.config.names import FUNCTION_PATTERN
 from megarl.config.schema import Config, DataSource, EngineServerConfig, JsonlSource, ReasoningGymSource, ScorerConfig
-
-FUNCTION_PATTERN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def check_run(config: Config) -> Iterator[str]:
@@ -38,15 +38,10 @@ def check_optimizer(config: Config) -> Iterator[str]:
 
 
 def check_batch(config: Config) -> Iterator[str]:
-    """Groups can be compared and split into mini-batches."""
+    """A step can be split into mini-batches of whole groups."""
     if config.kind != "rl":
         return
     rollout, algorithm, train = config.rollout, config.algorithm, config.data.train
-    if rollout.samples_per_prompt < 2:
-        yield (
-            f"rollout.samples_per_prompt: {rollout.samples_per_prompt} response per prompt makes every advantage 0 with "
-            f"algorithm.advantage {algorithm.advantage}; use 2 or more"
-        )
     if rollout.prompts_per_step % algorithm.updates_per_step:
         yield (
             f"algorithm.updates_per_step: rollout.prompts_per_step {rollout.prompts_per_step} does not divide into "
@@ -56,21 +51,6 @@ def check_batch(config: Config) -> Iterator[str]:
         yield (
             f"data.train.size: {train.size} prompts are fewer than rollout.prompts_per_step {rollout.prompts_per_step}, so one "
             "step would hold a prompt twice; raise size"
-        )
-
-
-def check_kl(config: Config) -> Iterator[str]:
-    """Place and coefficient of the KL penalty agree."""
-    kl = config.algorithm.kl
-    if kl.place != "none" and kl.coefficient == 0:
-        yield (
-            f"algorithm.kl.coefficient: is 0 with kl.place {kl.place}, so the reference model has no effect; "
-            "set a coefficient, or kl.place: none"
-        )
-    if kl.place == "none" and kl.coefficient > 0:
-        yield (
-            f"algorithm.kl.coefficient: is {kl.coefficient:g} but kl.place is none, so it has no effect; "
-            "set kl.place: loss, or the coefficient to 0"
         )
 
 
@@ -190,7 +170,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_tokenizer,
     check_optimizer,
     check_batch,
-    check_kl,
+    check_algorithm,
     check_sampling,
     check_engine_server,
     check_data,

@@ -3,7 +3,25 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megarl.config.names import Name
+from megarl.config.presets import PRESETS, with_preset
+
+ADVANTAGES = (
+    "group_mean_std",
+    "group_mean",
+    "leave_one_out",
+    "group_mean_batch_std",
+    "batch_mean_std",
+    "reward_to_go",
+    "reward_to_go_batch_mean",
+    "gae",
+    "greedy_baseline",
+    "process_rewards",
+    "group_mean_task_std",
+)
+SURROGATES = ("ppo_clip", "gmpo", "cispo", "policy_gradient", "mirror_descent")
 
 
 def key(default: Any, unit: str, sentence: str, **constraints: Any) -> Any:
@@ -105,33 +123,93 @@ class OptimizerConfig(Section):
     )
 
 
+class ClipConfig(Section):
+    """The clip range of the importance ratio; policy_gradient and mirror_descent do not clip."""
+
+    low: float = key(0.2, "-", "The ratio is clipped below at 1 - low (gmpo: at e^-low).", ge=0, le=1)
+    high: float = key(0.2, "-", "The ratio is clipped above at 1 + high (gmpo: at e^high).", ge=0)
+    dual: float | None = key(
+        None, "-", "For ppo_clip: the loss of a token with a negative advantage stays below dual times its size.", gt=1
+    )
+
+
 class KLConfig(Section):
     """The KL penalty against the reference model."""
 
-    place: Literal["none", "loss"] = key("none", "-", "No penalty and no reference model, or a term of the loss.")
+    place: Literal["none", "reward", "loss"] = key(
+        "none", "-", "No penalty and no reference model, a part of each token's reward, or a term of the loss."
+    )
     estimator: Literal["k1", "k2", "k3"] = key("k3", "-", "Schulman's estimator of KL(policy || reference) per token.")
-    coefficient: float = key(0.0, "-", "Weight of the penalty (beta).", ge=0)
+    coefficient: float = key(0.0, "-", "Weight of the penalty (beta); with a target, its value at the first step.", ge=0)
+    target: float | None = key(
+        None, "nats per response", "The coefficient is adapted after each step to hold this KL; fixed when not given.", gt=0
+    )
+    adaptation_rate: float = key(0.1, "-", "With a target: K of the adaptation, beta times (1 + K error) after each step.", gt=0)
 
 
-class ClipConfig(Section):
-    """The clip range of the importance ratio."""
+class SamplerCorrectionConfig(Section):
+    """Importance weights for the gap between the sampler's log-probabilities and the trainer's."""
 
-    low: float = key(0.2, "-", "The ratio is clipped below at 1 - low.", ge=0, le=1)
-    high: float = key(0.2, "-", "The ratio is clipped above at 1 + high.", ge=0)
+    method: Literal["none", "tis", "mis"] = key(
+        "none", "-", "No correction; tis: ratios above the cap count as the cap; mis: tokens above the cap are left out."
+    )
+    level: Literal["token", "sequence"] = key("token", "-", "One ratio for each token, or the product over the response.")
+    cap: float = key(2.0, "-", "Largest trainer / sampler probability ratio.", gt=0)
+
+
+class EntropyControlConfig(Section):
+    """AEPO (arXiv 2512.12967): responses with negative advantages are left out while the entropy is too high."""
+
+    low: float = key(..., "nats", "They are taken back in once the mean token entropy is below this.", ge=0)
+    high: float = key(..., "nats", "They are left out once the mean token entropy is above this.", gt=0)
+
+
+class RewardShapingConfig(Section):
+    """What is added to each response's reward before advantages are made."""
+
+    overlong_buffer: float = key(
+        0.0,
+        "share of rollout.max_new_tokens",
+        "Soft overlong punishment: over this last share of the longest response the reward falls by up to 1; 0 means none.",
+        ge=0,
+        le=1,
+    )
+    length_weight: float = key(
+        0.0,
+        "-",
+        "Weight of Kimi k1.5's length reward, which prefers the shorter of a group's correct responses; 0 means none.",
+        ge=0,
+    )
+    length_start: int = key(0, "steps", "The length reward counts after this many steps.", ge=0)
+    correct_reward: float = key(1.0, "reward", "For the length reward: a response with at least this reward is correct.")
 
 
 class AlgorithmConfig(Section):
     """A policy-gradient method as one choice per axis; the defaults are GRPO (arXiv 2402.03300)."""
 
-    advantage: Literal["group_mean_std", "group_mean"] = key(
-        "group_mean_std", "-", "Baseline and scale of the reward within its group."
+    preset: Annotated[str, Name(PRESETS)] | None = key(
+        None, "-", "A method's choices (megarl/config/presets); keys given beside it go before the preset's."
     )
-    clip: ClipConfig = key(ClipConfig, "-", "PPO clipping.")
-    aggregation: Literal["sequence_mean", "token_mean"] = key(
-        "sequence_mean", "-", "Mean of each sequence's token mean, or mean over all response tokens; both over the global batch."
+    advantage: Annotated[str, Name(ADVANTAGES, or_function=True)] = key("group_mean_std", "-", "Baseline and scale of the reward.")
+    whiten: bool = key(False, "-", "Shift and scale advantages to mean 0 and variance 1 over all response tokens of the step.")
+    ratio: Literal["token", "sequence", "sequence_token"] = key(
+        "token", "-", "Importance ratio of each token, of the whole response (geometric mean), or the latter with token gradients."
+    )
+    surrogate: Annotated[str, Name(SURROGATES, or_function=True)] = key("ppo_clip", "-", "Policy loss of each token.")
+    clip: ClipConfig = key(ClipConfig, "-", "Clipping of the ratio.")
+    mirror_descent_tau: float = key(0.1, "-", "For mirror_descent: weight of the squared log-ratio of a response.", gt=0)
+    aggregation: Literal["sequence_mean", "token_mean", "token_sum_over_constant", "sequence_sum"] = key(
+        "sequence_mean",
+        "-",
+        "Over the global batch: mean of each response's token mean, mean over all tokens, token sum / (responses times "
+        "rollout.max_new_tokens), or mean of each response's token sum.",
     )
     kl: KLConfig = key(KLConfig, "-", "KL penalty.")
     entropy_coefficient: float = key(0.0, "-", "Weight of the entropy bonus.", ge=0)
+    entropy_control: EntropyControlConfig | None = key(None, "-", "Negative samples by entropy; all are used when not given.")
+    sampler_correction: SamplerCorrectionConfig = key(SamplerCorrectionConfig, "-", "Weights for sampler and trainer that differ.")
+    reward_shaping: RewardShapingConfig = key(RewardShapingConfig, "-", "Rewards for length.")
+    mask_truncated: bool = key(False, "-", "Leave responses cut at rollout.max_new_tokens out of the loss (overlong filtering).")
     dynamic_sampling: bool = key(
         False, "-", "Drop groups whose rewards are all equal and sample others in their place (DAPO, arXiv 2503.14476)."
     )
@@ -139,6 +217,11 @@ class AlgorithmConfig(Section):
         10, "waves", "Dynamic sampling gives up with an error after this many waves of prompts for one step.", ge=1
     )
     updates_per_step: int = key(1, "optimizer steps", "Mini-batches that the rollouts of one step are split into, in order.", ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_preset(cls, section: Any) -> Any:
+        return with_preset(section)
 
 
 class EmbeddedEngineConfig(Section):
@@ -154,7 +237,8 @@ class EngineServerConfig(Section):
     python: Path | None = key(
         None,
         "file",
-        "Python of the environment that has the engine; the one built by make engine-vllm or engine-sglang when not given.",
+        "Python of the environment that has the engine; when not given, the trainer's own if it has it, else the one built by "
+        "make engine-vllm or engine-sglang.",
     )
     url: str | None = key(None, "URL", "Use this running server instead of starting one.")
     port: int = key(0, "port", "Port of the started server; 0 takes a free one.", ge=0, le=65535)
@@ -163,6 +247,21 @@ class EngineServerConfig(Section):
     start_timeout: float = key(600.0, "seconds", "Time the server has to become healthy.", gt=0)
     update_timeout: float = key(300.0, "seconds", "Time each step of a weight update may take.", gt=0)
     arguments: dict[str, Any] = key(dict, "-", "More engine arguments under the engine's own names, e.g. vLLM's max_num_seqs: 64.")
+
+
+class WeightTransferConfig(Section):
+    """How new weights get into an engine server; the embedded engine takes them from rank 0's memory."""
+
+    method: Literal["slices", "broadcast"] = key(
+        "slices",
+        "-",
+        "slices: all ranks send each worker of the engine what it holds, and no more; broadcast: rank 0 gathers whole tensors and "
+        "sends all of them to every worker.",
+    )
+    bucket_mib: int = key(64, "MiB", "Most that a rank sends, or a worker receives, at a time.", ge=1)
+    max_restarts: int = key(
+        1, "restarts", "How often an engine is started again when a weight update fails, before the run ends with the error.", ge=0
+    )
 
 
 class RolloutConfig(Section):
@@ -182,6 +281,7 @@ class RolloutConfig(Section):
     )
     max_retries: int = key(2, "retries", "How often a failed or timed-out request is sent again.", ge=0)
     concurrency: int = key(256, "prompts", "Most prompts in flight at the same time.", ge=1)
+    weight_transfer: WeightTransferConfig = key(WeightTransferConfig, "-", "Updates of a server's weights.")
     embedded: EmbeddedEngineConfig = key(EmbeddedEngineConfig, "-", "Settings of engine: embedded.")
     sglang: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: sglang.")
     vllm: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: vllm.")

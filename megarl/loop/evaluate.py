@@ -24,7 +24,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path) -> None:
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     rollout = Rollout(config, tokenizer, policy, print)
     try:
-        rollout.push_weights(policy, version)
+        rollout.push_weights(version)
         metrics, _ = rollout.evaluate()
     finally:
         rollout.close()

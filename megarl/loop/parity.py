@@ -1,13 +1,13 @@
 """``megarl parity``: one batch, many layouts, the same gradients.
 
 The batch is made once from the config's own prompts (so lengths are the user's) with responses of unequal lengths, random
-rewards, and old and reference log-probabilities near the model's own, so that ratios, clipping and KL all matter. Every
+rewards, and old, reference and sampler's log-probabilities near the model's own, so that ratios, clipping and KL all matter. Every
 layout then computes loss and gradients of that batch in a world of its own, and each gradient, put together under its
 Hugging Face name, is compared with one rank's.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
-from megarl.algorithms.batches import build_policy_batch, build_supervised_batch
-from megarl.algorithms.objectives import ObjectiveFunction, policy_objective, supervised_objective
+from megarl.algorithms.algorithm import Algorithm
+from megarl.algorithms.batches import build_supervised_batch
+from megarl.algorithms.objectives import ObjectiveFunction, supervised_objective
 from megarl.config.schema import Config, ParallelConfig, RoleConfig
 from megarl.errors import ConfigError
 from megarl.models.architecture import read_architecture
@@ -33,6 +34,7 @@ class LayoutResult:
     """What one layout computed.
 
     Attributes:
+        loss_scale: sum of weight times |advantage| (or of the weights, supervised): the loss's size before terms cancel.
         gradients: by Hugging Face name.
         parameters: Megatron parameter to the Hugging Face tensors in it.
     """
@@ -40,6 +42,7 @@ class LayoutResult:
     layout: str
     num_ranks: int
     loss: float
+    loss_scale: float
     gradient_norm: float
     gradients: dict[str, Tensor]
     parameters: dict[str, tuple[str, ...]]
@@ -50,8 +53,8 @@ class ParityRow:
     """One layout against one rank.
 
     Attributes:
-        loss_gap: |loss - reference| / |reference|.
-        norm_gap: likewise of the global gradient norm.
+        loss_gap: |loss - reference| / max(|reference|, loss_scale): whitened advantages leave little of the loss but its rounding.
+        norm_gap: |norm - reference| / reference of the global gradient norm.
         worst_gap: largest over Megatron parameters of ‖gradient - reference‖ / ‖reference‖. Query, key and value are one
             parameter there: the key bias's own gradient nearly cancels (softmax ignores a shift), which leaves rounding.
         worst_parameter: where.
@@ -74,16 +77,17 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
     """
     generator = torch.Generator().manual_seed(config.seed)
     vocabulary_size = read_architecture(config.model.path).vocabulary_size
-    tokens, masks, lengths, groups = [], [], [], []
+    limit = config.rollout.max_new_tokens
+    tokens, masks, lengths, groups, truncated = [], [], [], [], []
     for group, prompt in enumerate(prompts):
         for sample in range(config.rollout.samples_per_prompt):
-            limit = config.rollout.max_new_tokens
             length = 0 if group == 0 and sample == 0 else int(torch.randint(1, limit + 1, (), generator=generator))
             response = torch.randint(0, vocabulary_size, (length,), generator=generator)
             tokens.append(torch.cat([torch.tensor(prompt), response]))
             masks.append(torch.arange(len(tokens[-1])) >= len(prompt))
             lengths.append(len(tokens[-1]))
             groups.append(group)
+            truncated.append(length == limit)
     loss_mask = torch.cat(masks)
     return PackedBatch(
         token_ids=torch.cat(tokens),
@@ -92,6 +96,7 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
         sampler_logprobs=torch.zeros(len(loss_mask)),
         group_ids=torch.tensor(groups),
         rewards=torch.rand(len(lengths), generator=generator),
+        truncated=torch.tensor(truncated),
     )
 
 
@@ -108,40 +113,56 @@ def gather_sharded_gradients(engine: TrainingEngine) -> None:
 
 
 def _add_model_scores(config: Config, batch_file: Path) -> None:
-    """On one rank: log-probabilities near the model's own, as old and reference scores of the batch."""
+    """On one rank: log-probabilities near the model's own, as old, reference and sampler's scores of the batch."""
     packed: PackedBatch = torch.load(batch_file, weights_only=False)
-    logprobs, _ = Policy(config, total_updates=1).engine.logprobs(packed)
+    logprobs, entropies = Policy(config, total_updates=1).engine.logprobs(packed)
     generator = torch.Generator().manual_seed(config.seed + 1)
-    old, reference = (logprobs + 0.3 * torch.randn(logprobs.shape, generator=generator) for _ in range(2))
-    torch.save((packed, TokenScores(old=old, reference=reference)), batch_file)
+    old, reference, sampler = (logprobs + 0.3 * torch.randn(logprobs.shape, generator=generator) for _ in range(3))
+    packed = replace(packed, sampler_logprobs=sampler * packed.loss_mask)
+    torch.save((packed, TokenScores(old=old, entropies=entropies, reference=reference)), batch_file)
+
+
+def compute_gradients(
+    policy: Policy, config: Config, packed: PackedBatch, scores: TokenScores
+) -> tuple[float, float, dict[str, Tensor]]:
+    """Loss, loss_scale (see LayoutResult) and, on rank 0, gradients by Hugging Face name of one update; collective."""
+    objective: ObjectiveFunction
+    if config.kind == "sft":
+        batch, objective = build_supervised_batch(packed), supervised_objective
+    else:
+        algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
+        (batch,), objective = algorithm.prepare(packed, scores, step=0).batches, algorithm.objective
+    metrics = policy.engine.forward_backward(batch, objective)
+    gather_sharded_gradients(policy.engine)
+    sizes = batch.token_weights if batch.advantages is None else batch.token_weights * batch.advantages.abs()
+    gradients = dict(hugging_face_gradients(policy.engine.chunks, policy.weight_map, policy.engine.layout))
+    return metrics["loss"], float(sizes.sum()), gradients
+
+
+def megatron_parameters(policy: Policy) -> dict[str, tuple[str, ...]]:
+    """Each trained Megatron parameter and the Hugging Face tensors in it."""
+    return {
+        name: parameter.hugging_face
+        for name, parameter in policy.weight_map.parameters.items()
+        if not (parameter.is_copy or parameter.is_buffer)
+    }
 
 
 def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> None:
     """One rank of one layout."""
     packed, scores = torch.load(batch_file, weights_only=False)
     policy = Policy(config, total_updates=1)
-    objective: ObjectiveFunction
-    if config.kind == "sft":
-        batch, objective = build_supervised_batch(packed), supervised_objective
-    else:
-        batch, objective = build_policy_batch(packed, scores, config.algorithm)[0], policy_objective(config.algorithm)
-    metrics = policy.engine.forward_backward(batch, objective)
-    gather_sharded_gradients(policy.engine)
-    gradients = dict(hugging_face_gradients(policy.engine.chunks, policy.weight_map, policy.engine.layout))
+    loss, loss_scale, gradients = compute_gradients(policy, config, packed, scores)
     norm, _, _ = policy.optimizer.step()
     if is_main_rank():
-        parameters = {
-            name: parameter.hugging_face
-            for name, parameter in policy.weight_map.parameters.items()
-            if not (parameter.is_copy or parameter.is_buffer)
-        }
         result = LayoutResult(
             layout=name,
             num_ranks=dist.get_world_size(),
-            loss=metrics["loss"],
+            loss=loss,
+            loss_scale=loss_scale,
             gradient_norm=norm,
             gradients=gradients,
-            parameters=parameters,
+            parameters=megatron_parameters(policy),
         )
         torch.save(result, result_file)
 
@@ -199,7 +220,7 @@ def compare(reference: LayoutResult, result: LayoutResult) -> ParityRow:
         layout=result.layout,
         num_ranks=result.num_ranks,
         loss=result.loss,
-        loss_gap=abs(result.loss - reference.loss) / abs(reference.loss),
+        loss_gap=abs(result.loss - reference.loss) / max(abs(reference.loss), reference.loss_scale),
         norm_gap=abs(result.gradient_norm - reference.gradient_norm) / reference.gradient_norm,
         worst_gap=gaps[worst],
         worst_parameter=worst,

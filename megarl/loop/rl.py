@@ -1,7 +1,6 @@
 """The reinforcement learning loop."""
 
-from megarl.algorithms.batches import build_policy_batch
-from megarl.algorithms.objectives import policy_objective
+from megarl.algorithms.algorithm import Algorithm
 from megarl.config.schema import Config
 from megarl.loop.run import Run
 from megarl.train.roles import Policy, Reference, score
@@ -9,11 +8,11 @@ from megarl.train.roles import Policy, Reference, score
 
 def run_rl(config: Config, resume: bool) -> None:
     """Train by RL; every rank of the world runs this."""
+    algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     policy = Policy(config, total_updates=config.steps * config.algorithm.updates_per_step)
-    reference = Reference(config) if config.algorithm.kl.place == "loss" else None
-    objective = policy_objective(config.algorithm)
-    with Run(config, policy, resume=resume) as run:
-        run.rollout.push_weights(policy, run.weight_version)  # fails at the start, not after an hour
+    reference = Reference(config) if config.algorithm.kl.place != "none" else None
+    with Run(config, policy, algorithm, resume=resume) as run:
+        run.rollout.push_weights(run.weight_version)  # fails at the start, not after an hour
         run.evaluate_if_due()
         while run.step < config.steps:
             with run.timer.phase("generate"):
@@ -21,10 +20,11 @@ def run_rl(config: Config, resume: bool) -> None:
             with run.timer.phase("log-probs"):
                 scores = score(policy, reference, collected.packed)
             with run.timer.phase("pack"):
-                batches = build_policy_batch(collected.packed, scores, config.algorithm)
+                prepared = algorithm.prepare(collected.packed, scores, run.step)
             with run.timer.phase("update"):
-                results = [policy.update(batch, objective) for batch in batches]
+                results = [policy.update(batch, algorithm.objective) for batch in prepared.batches]
+            algorithm.finish_step(collected.packed, scores)
             with run.timer.phase("sync"):
-                run.rollout.push_weights(policy, run.weight_version + 1)
-            run.finish_step(results, collected, scores)
+                run.rollout.push_weights(run.weight_version + 1)
+            run.finish_step(results, collected, scores, prepared.metrics)
         run.export()

@@ -11,6 +11,7 @@ from megarl.config.schema import Config
 from megarl.data.packing import pack_groups
 from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_prompt_source
 from megarl.loop.broadcast import broadcast_batch, broadcast_metrics
+from megarl.loop.weight_sync import MainRankEngine, WeightSync
 from megarl.observe.metrics import pass_at_k, rollout_metrics
 from megarl.rewards.combine import RewardScorer
 from megarl.rollout.build import build_engine
@@ -82,16 +83,12 @@ class Rollout:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, policy: Policy, warn: Callable[[str], None]) -> None:
         shapes = policy.weight_map.hugging_face_shapes()
-        self._main = MainRankRollout(config, tokenizer, shapes, warn) if is_main_rank() else None
+        self._main = main = MainRankRollout(config, tokenizer, shapes, warn) if is_main_rank() else None
+        self._weight_sync = WeightSync(config, policy, MainRankEngine(main.engine, main.runner.run, warn) if main else None)
 
-    def push_weights(self, policy: Policy, version: int) -> None:
+    def push_weights(self, version: int) -> None:
         """Give the policy's weights to the engine; afterwards every response reports ``version``."""
-        tensors = policy.hugging_face_tensors()
-        if self._main is None:
-            for _ in tensors:
-                pass
-        else:
-            self._main.runner.run(self._main.engine.update_weights(tensors, version))
+        self._weight_sync.push(version)
 
     def collect(self, step: int) -> Collected:
         """Sample and score the groups of one step."""

@@ -1,9 +1,10 @@
 """What every training run has around its loop: position, sampling, checkpoints, and what people watch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.objectives import masked_mean_gap
 from megarl.config.schema import Config
 from megarl.data.packing import pack_examples
@@ -44,15 +45,22 @@ class Examples:
 class Run:
     """One run, from restore to export; a context manager that ends engines and closes files.
 
+    Args:
+        config: the run.
+        policy: its model; restored here when the run resumes.
+        algorithm: its RL method, restored likewise; None for supervised runs.
+        resume: go on from the newest checkpoint.
+
     Attributes:
         step: steps done.
         weight_version: version of the policy's weights, equal to the steps done.
         timer: seconds by phase.
     """
 
-    def __init__(self, config: Config, policy: Policy, *, resume: bool) -> None:
+    def __init__(self, config: Config, policy: Policy, algorithm: Algorithm | None = None, *, resume: bool) -> None:
         self._config = config
         self._policy = policy
+        self._algorithm = algorithm
         self.timer = PhaseTimer()
         folder = config.run_dir / "checkpoints"
         self._checkpoints = CheckpointWriter(folder, policy.weight_map, config.checkpoint.keep, config.checkpoint.asynchronous)
@@ -89,6 +97,8 @@ class Run:
         checkpoint = whole_checkpoints(self._config.run_dir / "checkpoints")[-1]
         state = read_run_state(checkpoint, self._policy.weight_map)
         self._policy.load_state(load_policy(checkpoint, self._policy.sharded_state(is_loading=True)))
+        if self._algorithm is not None:
+            self._algorithm.restore(state.algorithm)
         return state
 
     def _open_displays(self, *, resume: bool) -> None:
@@ -118,7 +128,7 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         if self._config.kind == "sft":
-            self.rollout.push_weights(self._policy, self.weight_version)
+            self.rollout.push_weights(self.weight_version)
         metrics, groups = self.rollout.evaluate()
         if self._rollouts is not None:
             self._rollouts.write(self.step, groups, kind="evaluation")
@@ -126,12 +136,16 @@ class Run:
         return metrics
 
     def finish_step(
-        self, results: Sequence[UpdateResult], collected: Collected | None = None, scores: TokenScores | None = None
+        self,
+        results: Sequence[UpdateResult],
+        collected: Collected | None = None,
+        scores: TokenScores | None = None,
+        algorithm_metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Count the step, watch it, and evaluate, save and log as due."""
         self.step += 1
         self.weight_version += 1
-        metrics = _step_metrics(results)
+        metrics = _step_metrics(results) | dict(algorithm_metrics or {})
         groups: tuple[RolloutGroup, ...] = ()
         if collected is not None and scores is not None:
             groups = collected.groups
@@ -165,7 +179,12 @@ class Run:
         return {"logprob_gap_mean": mean_gap, "logprob_gap_max": max_gap}
 
     def _save(self) -> None:
-        state = RunState(step=self.step, weight_version=self.weight_version, data=self._data.data_state())
+        state = RunState(
+            step=self.step,
+            weight_version=self.weight_version,
+            data=self._data.data_state(),
+            algorithm={} if self._algorithm is None else self._algorithm.state(),
+        )
         self._checkpoints.save(self._policy.sharded_state(), state)
 
     def export(self) -> None:

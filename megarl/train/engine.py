@@ -13,9 +13,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megarl.algorithms.objectives import Objective, ObjectiveFunction, finish_metrics, select_tokens
+from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
 from megarl.config.schema import RoleConfig
 from megarl.data.packing import plan_micro_batches
 from megarl.models.build import CausalLM
+from megarl.parallel.differentiable import sum_over_group
 from megarl.parallel.layout import Layout
 from megarl.parallel.logprobs import vocab_parallel_logprobs
 from megarl.parallel.pipeline import PipelineCommunicator
@@ -94,15 +96,23 @@ class TrainingEngine:
         Returns:
             The objective's metrics, reduced over the batch; equal on all ranks.
         """
+        packed = batch.packed
+        numbers = sequence_numbers(packed.cu_seqlens)
+        lengths = trained_lengths(packed.loss_mask, packed.cu_seqlens).to(self.device)
 
         def collect(micro_batch: MicroBatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Any]:
-            result = objective(logprobs, entropies, select_tokens(batch, micro_batch.index, self.device))
+            sequences = SequenceTokens(
+                numbers=numbers[micro_batch.index].to(self.device),
+                lengths=lengths,
+                sum_over_ranks=partial(sum_over_group, group=self.layout.groups.cp),
+            )
+            result = objective(logprobs, entropies, select_tokens(batch, micro_batch.index, self.device, sequences))
             return result.loss, result
 
         for chunk in self.ddp_chunks:
             chunk.zero_grad_buffer()
-        results: list[Objective] = self._run(batch.packed, self.ddp_chunks, collect, forward_only=False)
-        return self._reduce_metrics(results, int(batch.packed.loss_mask.sum()))
+        results: list[Objective] = self._run(packed, self.ddp_chunks, collect, forward_only=False)
+        return self._reduce_metrics(results, int(packed.loss_mask.sum()))
 
     def _run(
         self,

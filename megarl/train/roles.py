@@ -122,8 +122,9 @@ class Policy:
 
 def score(policy: Policy, reference: Reference | None, packed: PackedBatch) -> TokenScores:
     """Log-probabilities of the batch under the policy before its updates and under the reference."""
-    old, _ = policy.engine.logprobs(packed)
-    return TokenScores(old=old, reference=None if reference is None else reference.engine.logprobs(packed)[0])
+    old, entropies = policy.engine.logprobs(packed)
+    frozen = None if reference is None else reference.engine.logprobs(packed)[0]
+    return TokenScores(old=old, entropies=entropies, reference=frozen)
 
 
 def is_main_rank() -> bool:

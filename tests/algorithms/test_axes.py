@@ -1,140 +1,256 @@
-"""Each axis of the objective against loops in Python floats (64 bit)."""
+"""Each small function against loops over Python floats (64 bit) or worked numbers, and what an algorithm keeps between steps."""
 
 import math
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from megarl.algorithms.advantages import group_advantages, spread_over_tokens
-from megarl.algorithms.aggregation import token_weights
-from megarl.algorithms.batches import build_policy_batch
-from megarl.algorithms.kl import kl_estimate
-from megarl.algorithms.objectives import policy_objective, select_tokens
-from megarl.algorithms.policy_loss import clipped_policy_loss
+import references
+from megarl.algorithms.advantages import ADVANTAGES
+from megarl.algorithms.aggregation import AGGREGATIONS, token_weights
+from megarl.algorithms.algorithm import Algorithm
+from megarl.algorithms.entropy_control import masks_negative
+from megarl.algorithms.kl import ESTIMATORS, adapted_coefficient, kl_estimate
+from megarl.algorithms.off_policy import CORRECTIONS, sampler_weights
+from megarl.algorithms.ratios import RATIOS
+from megarl.algorithms.shaping import length_rewards, soft_overlong_penalties
+from megarl.algorithms.surrogates import SURROGATES
+from megarl.algorithms.values import clipped_value_loss, explained_variance
+from megarl.config.algorithm_checks import NOT_RUNNABLE
 from megarl.config.schema import AlgorithmConfig
-from megarl.types import PackedBatch, TokenScores
+from megarl.errors import ConfigError, TrainingError
+from methods import objective_of
+from ragged import GROUPS, LONGEST, SEQUENCES, ragged
 
-RAGGED = [5, 1, 8, 3, 2, 6]  # sequence lengths
-PROMPTS = [2, 1, 3, 3, 1, 2]  # of which prompt: the second and fourth have an empty response
-GROUPS = [0, 0, 1, 1, 1, 2]
-
-
-def ragged_batch(seed: int, rewards: list[float] | None = None) -> PackedBatch:
-    generator = torch.Generator().manual_seed(seed)
-    mask = [position >= prompt for length, prompt in zip(RAGGED, PROMPTS, strict=True) for position in range(length)]
-    return PackedBatch(
-        token_ids=torch.randint(0, 50, (sum(RAGGED),), generator=generator),
-        cu_seqlens=torch.tensor([0, *RAGGED]).cumsum(0),
-        loss_mask=torch.tensor(mask),
-        sampler_logprobs=torch.zeros(sum(RAGGED)),
-        group_ids=torch.tensor(GROUPS),
-        rewards=torch.tensor(rewards or torch.randn(len(RAGGED), generator=generator).tolist()),
-    )
+ALL = list(range(len(SEQUENCES)))
 
 
-@pytest.mark.parametrize("divide", [True, False])
-@pytest.mark.parametrize("rewards", [[1.0, 0.0, 0.5, 0.25, 1.0, 3.0], [1.0, 1.0, 2.0, 2.0, 2.0, -1.0]])
-def test_group_advantages(divide: bool, rewards: list[float]) -> None:
-    actual = group_advantages(torch.tensor(rewards), torch.tensor(GROUPS), divide_by_std=divide)
-    for i, group in enumerate(GROUPS):
-        members = [rewards[j] for j in range(len(rewards)) if GROUPS[j] == group]
-        mean = sum(members) / len(members)
-        expected = rewards[i] - mean
-        if divide and len(members) > 1:
-            expected /= math.sqrt(sum((r - mean) ** 2 for r in members) / (len(members) - 1)) + 1e-6
-        assert actual[i].item() == pytest.approx(expected, abs=1e-6)
-    if rewards[0] == rewards[1]:
-        assert actual[:2].tolist() == [0.0, 0.0], "a group of equal rewards teaches nothing"
+def test_the_schema_offers_what_the_registries_have() -> None:
+    properties = AlgorithmConfig.model_json_schema()
+    fields = AlgorithmConfig.model_fields
+
+    def choices(name: str) -> set[str]:
+        return set(fields[name].metadata[0].choices)
+
+    definitions = properties["$defs"]
+    assert choices("advantage") == set(ADVANTAGES) | set(NOT_RUNNABLE) and not set(ADVANTAGES) & set(NOT_RUNNABLE)
+    assert choices("surrogate") == set(SURROGATES)
+    assert set(properties["properties"]["ratio"]["enum"]) == set(RATIOS)
+    assert set(properties["properties"]["aggregation"]["enum"]) == set(AGGREGATIONS)
+    assert set(definitions["KLConfig"]["properties"]["estimator"]["enum"]) == set(ESTIMATORS)
+    assert set(definitions["SamplerCorrectionConfig"]["properties"]["method"]["enum"]) == set(CORRECTIONS) | {"none"}
 
 
-def test_advantages_reach_only_trained_tokens() -> None:
-    batch = ragged_batch(0)
-    values = spread_over_tokens(torch.arange(1.0, 7.0), batch.cu_seqlens, batch.loss_mask).tolist()
-    expected = [float(i + 1) if p >= PROMPTS[i] else 0.0 for i, length in enumerate(RAGGED) for p in range(length)]
-    assert values == expected
-
-
-@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("aggregation", sorted(AGGREGATIONS))
 def test_aggregation(aggregation: str) -> None:
-    batch = ragged_batch(1)
-    terms = torch.randn(sum(RAGGED), dtype=torch.float64, generator=torch.Generator().manual_seed(2)).tolist()
-    weights = token_weights(batch.loss_mask, batch.cu_seqlens, aggregation).double()
-    actual = sum(w * t for w, t in zip(weights.tolist(), terms, strict=True))
-    per_sequence = []
-    start = 0
-    for length, prompt in zip(RAGGED, PROMPTS, strict=True):
-        per_sequence.append(terms[start + prompt : start + length])
-        start += length
-    if aggregation == "token_mean":
-        everything = [t for sequence in per_sequence for t in sequence]
-        expected = sum(everything) / len(everything)
-    else:
-        expected = sum(sum(s) / len(s) if s else 0.0 for s in per_sequence) / len(per_sequence)
-    assert actual == pytest.approx(expected, rel=1e-6)
+    batch = ragged(1)
+    terms = torch.randn(batch.packed.loss_mask.numel(), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    weights = token_weights(batch.packed.loss_mask, batch.packed.cu_seqlens, aggregation, LONGEST).double()
+    expected = references.aggregated(aggregation, [[float(terms[p]) for p in one] for one in batch.trained], LONGEST)
+    assert float((weights * terms).sum()) == pytest.approx(expected, rel=1e-6)
+    assert not weights[~batch.packed.loss_mask].any()
 
 
 def test_kl_estimators() -> None:
     rng = random.Random(0)
     for _ in range(50):
         logp, reference = rng.uniform(-5, 0), rng.uniform(-5, 0)
-        r = math.exp(reference - logp)
         pair = torch.tensor([logp], dtype=torch.float64), torch.tensor([reference], dtype=torch.float64)
-        assert kl_estimate(*pair, "k1").item() == pytest.approx(-math.log(r))
-        assert kl_estimate(*pair, "k2").item() == pytest.approx(math.log(r) ** 2 / 2)
-        assert kl_estimate(*pair, "k3").item() == pytest.approx(r - 1 - math.log(r))
+        for estimator in ESTIMATORS:
+            assert kl_estimate(*pair, estimator).item() == pytest.approx(references.kl(logp, reference, estimator))
 
 
-def test_clipped_loss_values_gradients_and_counts() -> None:
-    rng = random.Random(1)
-    low_count = high_count = 0
-    for _ in range(200):
-        logp, old, advantage = rng.uniform(-1, 0), rng.uniform(-1, 0), rng.uniform(-2, 2)
-        ratio = math.exp(logp - old)
-        bounded = min(max(ratio, 0.8), 1.28)
-        expected = -min(ratio * advantage, bounded * advantage)
-        stopped = (ratio > 1.28 and advantage > 0) or (ratio < 0.8 and advantage < 0)
-        x = torch.tensor([logp], dtype=torch.float64, requires_grad=True)
-        result = clipped_policy_loss(
-            x, torch.tensor([old], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), 0.2, 0.28
-        )
-        result.loss.sum().backward()
-        assert result.loss.item() == pytest.approx(expected)
-        assert x.grad is not None
-        assert x.grad.item() == pytest.approx(0.0 if stopped else -ratio * advantage)
-        assert result.clipped_high.item() == (ratio > 1.28 and advantage > 0)
-        assert result.clipped_low.item() == (ratio < 0.8 and advantage < 0)
-        low_count, high_count = low_count + result.clipped_low.item(), high_count + result.clipped_high.item()
-    assert low_count > 10 and high_count > 10
+@pytest.mark.parametrize(
+    ("kl", "factor"), [(6.0, 1.0), (6.6, 1.01), (5.4, 0.99), (7.2, 1.02), (60.0, 1.02), (0.0, 0.98), (-3.0, 0.98)]
+)
+def test_adapted_coefficient(kl: float, factor: float) -> None:
+    assert adapted_coefficient(0.5, kl, target=6.0, rate=0.1) == pytest.approx(0.5 * factor)
 
 
-def test_objective_is_differentiable_numerically() -> None:
-    config = AlgorithmConfig.model_validate(
-        {"kl": {"place": "loss", "coefficient": 0.3, "estimator": "k2"}, "entropy_coefficient": 0.1}
+@pytest.mark.parametrize("method", ["tis", "mis"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sampler_weights(method: str, level: str, dtype: torch.dtype) -> None:
+    batch = ragged(3, dtype)
+    packed, old = batch.packed, batch.scores.old
+    weights = sampler_weights(
+        old, packed.sampler_logprobs, packed.cu_seqlens, packed.loss_mask, method=method, level=level, cap=1.2
     )
-    packed = ragged_batch(3)
-    generator = torch.Generator().manual_seed(4)
-    old = torch.randn(sum(RAGGED), generator=generator, dtype=torch.float64) * 0.05
-    reference = torch.randn(sum(RAGGED), generator=generator, dtype=torch.float64) * 0.5
-    batch = build_policy_batch(packed, TokenScores(old=old, reference=reference), config)[0]
-    index = packed.loss_mask.nonzero()[:, 0]
-    data = select_tokens(batch, index, torch.device("cpu"))
-    objective = policy_objective(config)
-    logprobs = (old[index] + 0.01).requires_grad_()
-    entropies = torch.rand(len(index), dtype=torch.float64, generator=generator).requires_grad_()
-    assert torch.autograd.gradcheck(lambda lp, e: objective(lp, e, data).loss, (logprobs, entropies))
+    expected = [0.0] * old.numel()
+    for positions in batch.trained:
+        trainer, sampler = ([float(values[p]) for p in positions] for values in (old, packed.sampler_logprobs))
+        if positions:
+            for p, weight in zip(positions, references.sampler_weight(trainer, sampler, method, level, 1.2), strict=True):
+                expected[p] = weight
+    assert weights.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert sum(weight == pytest.approx(1.2 if method == "tis" else 0.0) for weight in weights[packed.loss_mask].tolist()) > 0
+
+
+def test_soft_overlong_punishment() -> None:
+    """DAPO's own numbers: 20,480 tokens at most, of which 4,096 are the buffer."""
+    lengths = [0, 1, 16384, 16385, 18432, 20480, 20481, 30000]
+    actual = soft_overlong_penalties(torch.tensor(lengths), 20480, 4096).tolist()
+    assert actual == pytest.approx([references.soft_overlong(length, 20480, 4096) for length in lengths])
+    assert actual[4] == pytest.approx(-0.5) and actual[2] == 0.0 and actual[-1] == -1.0
+
+
+def test_kimi_length_reward() -> None:
+    rng = random.Random(1)
+    for _ in range(20):
+        lengths = [rng.choice([0, 3, 7, 100, 101]) for _ in GROUPS]
+        correct = [rng.random() < 0.5 for _ in GROUPS]
+        actual = length_rewards(torch.tensor(lengths), torch.tensor(correct), torch.tensor(GROUPS)).tolist()
+        expected = [references.kimi_length_reward(i, lengths, correct, GROUPS) for i in range(len(GROUPS))]
+        assert actual == pytest.approx(expected, abs=1e-6)
+
+
+def test_entropy_control_has_hysteresis() -> None:
+    masking, answers = False, []
+    for entropy in (0.3, 0.5, 0.51, 0.4, 0.2, 0.19, 0.3, 0.6):
+        masking = masks_negative(entropy, masking, low=0.2, high=0.5)
+        answers.append(masking)
+    assert answers == [False, False, True, True, True, False, False, True]
+
+
+def test_value_loss_and_explained_variance() -> None:
+    generator = torch.Generator().manual_seed(2)
+    values, old, returns = torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    loss = clipped_value_loss(values, old, returns, 0.2)
+    for i in range(40):
+        v, v_old, target = float(values[i]), float(old[i]), float(returns[i])
+        bounded = min(max(v, v_old - 0.2), v_old + 0.2)
+        assert float(loss[i]) == pytest.approx(0.5 * max((v - target) ** 2, (bounded - target) ** 2))
+    assert torch.autograd.gradcheck(lambda x: clipped_value_loss(x, old, returns, 0.2), (values.clone().requires_grad_(),))
+    center = sum(returns.tolist()) / 40
+    residuals = [float(returns[i]) - float(values[i]) for i in range(40)]
+    unexplained = sum((x - sum(residuals) / 40) ** 2 for x in residuals) / sum((x - center) ** 2 for x in returns.tolist())
+    assert float(explained_variance(values, returns)) == pytest.approx(1 - unexplained)
+    assert float(explained_variance(returns, returns)) == 1.0
+    assert float(explained_variance(values, torch.ones(40))) == 0.0
+
+
+def algorithm_of(**settings: Any) -> Algorithm:
+    return Algorithm(AlgorithmConfig.model_validate(settings), LONGEST)
 
 
 def test_mini_batches_have_their_own_normaliser_and_share_the_advantages() -> None:
-    packed = ragged_batch(5)
-    scores = TokenScores(old=torch.arange(float(sum(RAGGED))), reference=None)
-    config = AlgorithmConfig.model_validate({"updates_per_step": 3, "aggregation": "token_mean"})
-    whole = build_policy_batch(packed, scores, config.model_copy(update={"updates_per_step": 1}))[0]
-    parts = build_policy_batch(packed, scores, config)
-    assert [part.packed.num_sequences for part in parts] == [2, 2, 2]
-    assert whole.advantages is not None
-    assert torch.equal(torch.cat([part.advantages for part in parts if part.advantages is not None]), whole.advantages)
-    assert torch.equal(torch.cat([part.scores.old for part in parts if part.scores]), scores.old)
+    batch = ragged(5)
+    choices = {"aggregation": "token_mean", "sampler_correction": {"method": "tis"}}
+    (whole,) = algorithm_of(**choices).prepare(batch.packed, batch.scores, 0).batches
+    parts = algorithm_of(**choices, updates_per_step=5).prepare(batch.packed, batch.scores, 0).batches
+    assert [part.packed.num_sequences for part in parts] == [2] * 5
+    for name in ("advantages", "sampler_weights"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert torch.equal(torch.cat([part.packed.truncated for part in parts]), batch.packed.truncated)
+    for name in ("old", "entropies", "reference"):
+        assert torch.equal(torch.cat([getattr(part.scores, name) for part in parts]), getattr(batch.scores, name))
     for part in parts:
         trained = int(part.packed.loss_mask.sum())
         assert part.token_weights.sum().item() == pytest.approx(1.0 if trained else 0.0)
+
+
+def test_clip_fractions() -> None:
+    batch = ragged(6)
+    algorithm = algorithm_of(clip={"low": 0.1, "high": 0.3})
+    prepared = algorithm.prepare(batch.packed, batch.scores, 0).batches[0]
+    logprobs = batch.scores.old + 0.4 * torch.randn(batch.scores.old.shape, generator=torch.Generator().manual_seed(0))
+    sums = objective_of(algorithm, prepared, logprobs, batch.scores.entropies, ALL).sums
+    advantages = prepared.advantages
+    assert advantages is not None
+    low = high = 0
+    for p in (p for one in batch.trained for p in one):
+        ratio = math.exp(float(logprobs[p]) - float(batch.scores.old[p]))
+        low += ratio < 0.9 and float(advantages[p]) < 0
+        high += ratio > 1.3 and float(advantages[p]) > 0
+    assert low > 0 and high > 0
+    assert float(sums["per_token/clip_fraction_low"]) == low and float(sums["per_token/clip_fraction_high"]) == high
+
+
+def test_length_reward_waits_for_its_first_step() -> None:
+    batch = ragged(7)
+    algorithm = algorithm_of(preset="kimi_k1_5", reward_shaping={"length_start": 3})
+    early, late = (algorithm.prepare(batch.packed, batch.scores, step) for step in (2, 3))
+    plain = algorithm_of(advantage="group_mean").prepare(batch.packed, batch.scores, 2)
+    assert torch.equal(early.batches[0].advantages, plain.batches[0].advantages)  # type: ignore[arg-type]
+    assert not torch.equal(late.batches[0].advantages, plain.batches[0].advantages)  # type: ignore[arg-type]
+    assert "length_reward_mean" in late.metrics and "length_reward_mean" not in early.metrics
+
+
+@pytest.mark.parametrize("place", ["loss", "reward"])
+def test_adaptive_kl_follows_the_measured_kl_and_is_restored(place: str) -> None:
+    batch = ragged(8)
+    kl = {"place": place, "estimator": "k1", "coefficient": 0.2, "target": 0.01}
+    algorithm = algorithm_of(kl=kl)
+    responses = [sum(float(batch.scores.old[p] - batch.scores.reference[p]) for p in one) for one in batch.trained]
+    error = min(max((sum(responses) / len(responses) - 0.01) / 0.01, -0.2), 0.2)
+    assert algorithm.prepare(batch.packed, batch.scores, 0).metrics["kl_coefficient"] == 0.2
+    algorithm.finish_step(batch.packed, batch.scores)
+    assert algorithm.kl_coefficient == pytest.approx(0.2 * (1 + 0.1 * error)) != 0.2
+    restored = algorithm_of(kl=kl)
+    restored.restore(algorithm.state())
+    assert restored.kl_coefficient == algorithm.kl_coefficient
+    fixed = algorithm_of(kl=kl | {"target": None, "coefficient": 0.7})
+    fixed.restore(algorithm.state())
+    assert fixed.kl_coefficient == 0.7, "a coefficient changed in the config of a resumed run counts"
+    fixed.finish_step(batch.packed, batch.scores)
+    assert fixed.kl_coefficient == 0.7
+
+
+def test_entropy_control_takes_negatives_out_and_is_restored() -> None:
+    batch = ragged(9)
+    settings = {"preset": "aepo", "entropy_control": {"low": 0.1, "high": 0.2}}
+    algorithm = algorithm_of(**settings)
+    plain = algorithm_of(aggregation="token_mean").prepare(batch.packed, batch.scores, 0).batches[0]
+    masked = algorithm.prepare(batch.packed, batch.scores, 0)
+    assert plain.advantages is not None and masked.batches[0].advantages is not None
+    assert masked.metrics["negatives_masked"] == 1.0 and (plain.advantages < 0).any()
+    assert torch.equal(masked.batches[0].advantages, plain.advantages.clamp(min=0))
+    assert torch.equal(masked.batches[0].token_weights, plain.token_weights)
+    restored = algorithm_of(**settings)
+    restored.restore(algorithm.state())
+    between = replace(batch.scores, entropies=torch.full_like(batch.scores.entropies, 0.15))
+    assert restored.prepare(batch.packed, between, 0).metrics["negatives_masked"] == 1.0
+    assert algorithm_of(**settings).prepare(batch.packed, between, 0).metrics["negatives_masked"] == 0.0
+
+
+def test_truncated_responses_leave_the_loss_but_not_the_group() -> None:
+    batch = ragged(10)
+    kept = algorithm_of().prepare(batch.packed, batch.scores, 0).batches[0]
+    masked = algorithm_of(mask_truncated=True).prepare(batch.packed, batch.scores, 0).batches[0]
+    cut = {p for i, one in enumerate(batch.trained) if batch.packed.truncated[i] for p in one}
+    assert cut and kept.advantages is not None and masked.advantages is not None
+    for p in range(kept.advantages.numel()):
+        assert float(masked.advantages[p]) == (0.0 if p in cut else float(kept.advantages[p]))
+        assert (float(masked.token_weights[p]) == 0.0) == (p in cut or not batch.packed.loss_mask[p])
+
+
+def test_functions_of_the_users_own() -> None:
+    batch = ragged(11)
+    algorithm = algorithm_of(advantage="own_functions:batch_median", surrogate="own_functions:unclipped")
+    prepared = algorithm.prepare(batch.packed, batch.scores, 0).batches[0]
+    rewards = batch.packed.rewards
+    expected = (rewards - rewards.median()).repeat_interleave(batch.packed.sequence_lengths) * batch.packed.loss_mask
+    torch.testing.assert_close(prepared.advantages, expected)
+    loss = objective_of(algorithm, prepared, batch.scores.old, batch.scores.entropies, ALL).loss
+    assert float(loss) == pytest.approx(-float((expected * prepared.token_weights).sum()))
+
+
+def test_users_functions_that_cannot_be_used() -> None:
+    with pytest.raises(ConfigError, match=r"algorithm.advantage: cannot import own_functions:absent: AttributeError.*PYTHONPATH"):
+        algorithm_of(advantage="own_functions:absent")
+    with pytest.raises(ConfigError, match=r"algorithm.surrogate: cannot import no_such_module:f: ModuleNotFoundError"):
+        algorithm_of(surrogate="no_such_module:f")
+    with pytest.raises(ConfigError, match=r"algorithm.surrogate: own_functions:number is a int, not a function"):
+        algorithm_of(surrogate="own_functions:number")
+    batch = ragged(12)
+    with pytest.raises(
+        TrainingError, match=r"algorithm.advantage own_functions:infinite: gave a tensor of shape .* finite numbers"
+    ):
+        algorithm_of(advantage="own_functions:infinite").prepare(batch.packed, batch.scores, 0)
+    algorithm = algorithm_of(surrogate="own_functions:no_surrogate")
+    prepared = algorithm.prepare(batch.packed, batch.scores, 0).batches[0]
+    with pytest.raises(TrainingError, match=r"algorithm.surrogate own_functions:no_surrogate: gave Tensor; return .*Surrogate"):
+        objective_of(algorithm, prepared, batch.scores.old, batch.scores.entropies, ALL)

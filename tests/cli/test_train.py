@@ -97,13 +97,13 @@ def test_a_killed_parent_takes_its_ranks_along_and_asynchronous_checkpoints_resu
     assert_same_run(tmp_path / "killed", tmp_path / "run")
 
 
-def copy_of_interrupted(run: Path, copy: Path, step: int) -> None:
-    """The run as it stood when it had saved ``step``."""
+def copy_of_interrupted(run: Path, copy: Path, step: int, first_logged: int = 0) -> None:
+    """The run as it stood when it had saved ``step``; its log begins with step ``first_logged``."""
     copy.mkdir()
     (copy / "checkpoints").mkdir()
     (copy / "checkpoints" / f"step_{step:08d}").symlink_to(run / "checkpoints" / f"step_{step:08d}")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (copy / "metrics.jsonl").write_text("".join(lines[: step + 1]))
+    (copy / "metrics.jsonl").write_text("".join(lines[: step - first_logged + 1]))
 
 
 def test_rl_goes_on_in_another_layout(finished: Path, tmp_path: Path) -> None:
@@ -117,6 +117,19 @@ def test_rl_goes_on_in_another_layout(finished: Path, tmp_path: Path) -> None:
     assert (metrics["loss"], metrics["gradient_norm"]) == pytest.approx(
         tuple(logged(finished)[4][1][name] for name in ("loss", "gradient_norm")), rel=1e-3
     )
+
+
+def test_what_a_method_carries_from_step_to_step_is_resumed(workspace: Path, tmp_path: Path) -> None:
+    """The adapted KL coefficient, with mini-batches, KL in the reward and whitening."""
+    (tmp_path / "model").symlink_to(workspace / "model")
+    algorithm = {"preset": "reinforce_pp", "kl": {"target": 0.001}, "updates_per_step": 2}
+    path = write_config(tmp_path, algorithm=algorithm, checkpoint={"every": 1, "keep": 4}, evaluation={})
+    launch_training(load_config(path), num_ranks=2, resume=False)
+    copy_of_interrupted(tmp_path / "run", tmp_path / "resumed", 2, first_logged=1)
+    launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
+    assert_same_run(tmp_path / "resumed", tmp_path / "run")
+    coefficients = [metrics["kl_coefficient"] for _, metrics in logged(tmp_path / "run")]
+    assert coefficients[0] == 0.01 and len(set(coefficients)) == 4
 
 
 def test_sft_resumed_in_another_layout_gives_the_same_weights(workspace: Path, tmp_path: Path) -> None:

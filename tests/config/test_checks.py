@@ -296,6 +296,62 @@ def test_sglang_refuses_dense_layers_among_those_with_experts(tmp_path: Path, ch
     check(build(write_model(tmp_path / "all", **QWEN3_MOE), 'rollout.engine="sglang"'), 1)
 
 
+SERVED_DEEPSEEK = DEEPSEEK | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes", "expected"),
+    [
+        ("vllm", SERVED_DEEPSEEK | {"tie_word_embeddings": True}, "vllm gives deepseek_v3 an output layer of its own, and "),
+        ("sglang", QWEN3_MOE | {"tie_word_embeddings": True}, "sglang gives qwen3_moe an output layer of its own, and "),
+        ("sglang", MIXTRAL | {"tie_word_embeddings": True}, "sglang gives mixtral an output layer of its own, and "),
+        ("sglang", MIXTRAL | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "sglang does not scale mixtral's RoPE, and "),
+        ("vllm", SERVED_DEEPSEEK | {"rms_norm_eps": 1e-5}, "vllm gives the norms of deepseek_v3's latents rms_norm_eps 1e-05 of "),
+        (
+            "sglang",
+            SERVED_DEEPSEEK | {"rms_norm_eps": 1e-5},
+            "sglang gives the norms of deepseek_v3's latents rms_norm_eps 1e-05 of ",
+        ),
+        (
+            "vllm",
+            SERVED_DEEPSEEK | {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "vllm takes any scaling of deepseek_v3's RoPE",
+        ),
+        ("sglang", SERVED_DEEPSEEK | {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "sglang takes any scaling of"),
+        ("vllm", SERVED_DEEPSEEK | {"topk_method": None}, "vllm reads topk_method in "),
+        ("sglang", SERVED_DEEPSEEK | {"topk_method": "greedy"}, "sglang reads topk_method in "),
+        ("vllm", SERVED_DEEPSEEK | {"scoring_func": None}, "vllm reads scoring_func in "),
+        ("sglang", SERVED_DEEPSEEK | {"scoring_func": "softmax"}, "sglang reads scoring_func in "),
+        ("vllm", SERVED_DEEPSEEK | {"moe_layer_freq": 2}, "vllm reads moe_layer_freq in "),
+        ("sglang", SERVED_DEEPSEEK | {"moe_layer_freq": None}, "sglang reads moe_layer_freq in "),
+    ],
+)
+def test_models_that_an_engine_computes_otherwise(tmp_path: Path, engine: str, changes: dict[str, Any], expected: str) -> None:
+    model = write_model(tmp_path / "model", **changes)
+    (line,) = failures(build(model, f'rollout.engine="{engine}"'))
+    assert line.startswith(f"rollout.engine: {expected}")
+    assert str(model) in line
+    assert "use" in line
+    check(build(model, f'rollout.engine="{engine}"', 'kind="sft"'), 1)
+    check(build(model, 'rollout.engine="embedded"'), 1)
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes"),
+    [
+        ("vllm", SERVED_DEEPSEEK | {"rms_norm_eps": 1e-6, "rope_scaling": {"type": "yarn", "factor": 40}}),
+        ("vllm", SERVED_DEEPSEEK | {"moe_layer_freq": None}),
+        ("vllm", MIXTRAL | {"tie_word_embeddings": True, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("vllm", QWEN3_MOE | {"tie_word_embeddings": True}),
+        ("sglang", SERVED_DEEPSEEK | {"tie_word_embeddings": True}),
+        ("sglang", MIXTRAL | {"rms_norm_eps": 1e-5}),
+        ("sglang", {"tie_word_embeddings": True, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ],
+)
+def test_models_that_an_engine_computes_as_transformers(tmp_path: Path, engine: str, changes: dict[str, Any]) -> None:
+    check(build(write_model(tmp_path / "model", **changes), f'rollout.engine="{engine}"'), 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "window"),
     [

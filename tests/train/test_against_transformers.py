@@ -35,7 +35,6 @@ def compute_logprobs(config: Config, packed: PackedBatch, output: Path) -> None:
 
 
 ROPE = {
-    "default": {},
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
     "llama3": {
         "rope_parameters": {
@@ -51,19 +50,12 @@ ROPE = {
         "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
     },
 }
-CASES = [
-    ("llama", "default"),
-    ("qwen2", "default"),
-    ("qwen3", "default"),
-    ("llama", "llama3"),
-    ("qwen2", "yarn"),
-    ("llama", "linear"),
-]
+CASES = [("llama", "llama3"), ("qwen2", "yarn"), ("qwen3", "linear")]
 LAYOUTS = ["", "tp=2,pp=2,cp=2,sequence_parallel=true", "cp=4,context_parallel_method=all_to_all"]
 
 
 @pytest.mark.parametrize(("family", "rope"), CASES)
-def test_logprobs_and_entropy_equal_transformers(tmp_path: Path, family: str, rope: str) -> None:
+def test_logprobs_and_entropy_with_stretched_positions_and_temperature(tmp_path: Path, family: str, rope: str) -> None:
     model = write_tiny_model(tmp_path, family, **ROPE[rope])
     config = tiny_config(tmp_path, rollout={"temperature": 0.7, "samples_per_prompt": 3, "max_new_tokens": 17})
     packed = synthetic_batch(PROMPTS, config)

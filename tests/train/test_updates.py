@@ -22,7 +22,7 @@ from tiny import PROMPTS, tiny_config, write_tiny_model
 def supervised(config: Config) -> TrainBatch:
     packed = synthetic_batch(PROMPTS, config)
     weights = packed.loss_mask.float() / packed.loss_mask.sum()
-    return TrainBatch(packed=packed, scores=None, advantages=None, token_weights=weights)
+    return TrainBatch(packed=packed, scores=None, advantages=None, token_weights=weights, sampler_weights=None)
 
 
 def parameters(policy: Policy) -> list[torch.Tensor]:

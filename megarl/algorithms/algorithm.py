@@ -1,0 +1,196 @@
+"""A policy-gradient method at work: its choices resolved to functions, and what it carries from step to step."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarl.algorithms.advantages import ADVANTAGES, AdvantageFunction, AdvantageInput, whiten
+from megarl.algorithms.batches import split_into_updates
+from megarl.algorithms.entropy_control import masks_negative, without_negatives
+from megarl.algorithms.kl import adapted_coefficient, kl_estimate
+from megarl.algorithms.objectives import Objective, TokenData, policy_objective
+from megarl.algorithms.off_policy import sampler_weights
+from megarl.algorithms.sequences import sums_per_sequence, trained_lengths
+from megarl.algorithms.shaping import length_rewards, soft_overlong_penalties
+from megarl.algorithms.surrogates import SURROGATES, Surrogate, SurrogateFunction, SurrogateInput
+from megarl.algorithms.user_functions import import_function
+from megarl.config.schema import AlgorithmConfig
+from megarl.errors import TrainingError
+from megarl.types import PackedBatch, TokenScores, TrainBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedStep:
+    """What the optimizer steps of one step learn from, and what was seen on the way; equal on every rank."""
+
+    batches: list[TrainBatch]
+    metrics: dict[str, float]
+
+
+class Algorithm:
+    """One method. All its work is on tensors that every rank has whole, except ``objective``, which sees one micro-batch.
+
+    Args:
+        config: one choice per axis.
+        max_new_tokens: longest response allowed.
+
+    Attributes:
+        kl_coefficient: β of this step.
+
+    Raises:
+        ConfigError: a function of the user's own cannot be imported.
+    """
+
+    def __init__(self, config: AlgorithmConfig, max_new_tokens: int) -> None:
+        self._config = config
+        self._max_new_tokens = max_new_tokens
+        self._advantage = _advantage_function(config.advantage)
+        self._surrogate = _surrogate_function(config.surrogate)
+        self.kl_coefficient = config.kl.coefficient
+        self._masks_negative = False
+
+    def prepare(self, packed: PackedBatch, scores: TokenScores, step: int) -> PreparedStep:
+        """Shape rewards, make advantages over the whole step's batch, and cut it into mini-batches.
+
+        Args:
+            packed: all responses of the step, whole groups.
+            scores: of the same tokens.
+            step: steps done before this one.
+        """
+        config = self._config
+        metrics: dict[str, float] = {}
+        rewards = self._shaped_rewards(packed, step, metrics)
+        if config.mask_truncated:
+            metrics["masked_truncated_share"] = float(packed.truncated.double().mean())
+            kept = ~packed.truncated.repeat_interleave(packed.sequence_lengths)
+            packed = replace(packed, loss_mask=packed.loss_mask & kept)
+        advantages = self._advantages(packed, scores, rewards, metrics)
+        weights = self._sampler_weights(packed, scores, metrics)
+        batches = split_into_updates(
+            packed,
+            scores,
+            advantages,
+            weights,
+            num_updates=config.updates_per_step,
+            aggregation=config.aggregation,
+            max_new_tokens=self._max_new_tokens,
+        )
+        return PreparedStep(batches=batches, metrics=metrics)
+
+    def objective(self, logprobs: Tensor, entropies: Tensor, data: TokenData) -> Objective:
+        """The loss of some tokens of a prepared batch."""
+        return policy_objective(
+            logprobs, entropies, data, config=self._config, surrogate=self._surrogate, kl_coefficient=self.kl_coefficient
+        )
+
+    def finish_step(self, packed: PackedBatch, scores: TokenScores) -> None:
+        """After the updates of a step: adapt β to the KL that the step began with."""
+        kl = self._config.kl
+        if kl.target is not None and scores.reference is not None:
+            penalty = kl_estimate(scores.old, scores.reference, "k1") * packed.loss_mask
+            measured = float(sums_per_sequence(penalty, packed.cu_seqlens).mean())
+            self.kl_coefficient = adapted_coefficient(self.kl_coefficient, measured, kl.target, kl.adaptation_rate)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep."""
+        return {"kl_coefficient": self.kl_coefficient, "masks_negative": self._masks_negative}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from ``state()``; a coefficient that is not adapted stays the config's."""
+        if self._config.kl.target is not None:
+            self.kl_coefficient = state["kl_coefficient"]
+        self._masks_negative = state["masks_negative"]
+
+    def _shaped_rewards(self, packed: PackedBatch, step: int, metrics: dict[str, float]) -> Tensor:
+        shaping = self._config.reward_shaping
+        rewards = packed.rewards
+        lengths = trained_lengths(packed.loss_mask, packed.cu_seqlens)
+        if shaping.overlong_buffer > 0:
+            buffer = shaping.overlong_buffer * self._max_new_tokens
+            penalties = soft_overlong_penalties(lengths, self._max_new_tokens, buffer)
+            metrics["overlong_penalty_mean"] = float(penalties.mean())
+            rewards = rewards + penalties
+        if shaping.length_weight > 0 and step >= shaping.length_start:
+            is_correct = packed.rewards >= shaping.correct_reward
+            bonus = shaping.length_weight * length_rewards(lengths, is_correct, packed.group_ids)
+            metrics["length_reward_mean"] = float(bonus.mean())
+            rewards = rewards + bonus
+        return rewards
+
+    def _advantages(self, packed: PackedBatch, scores: TokenScores, rewards: Tensor, metrics: dict[str, float]) -> Tensor:
+        config = self._config
+        token_rewards = torch.zeros_like(scores.old)
+        if config.kl.place == "reward":
+            assert scores.reference is not None
+            token_rewards = -self.kl_coefficient * kl_estimate(scores.old, scores.reference, config.kl.estimator)
+        if config.kl.place != "none":
+            metrics["kl_coefficient"] = self.kl_coefficient
+        advantages = self._advantage(
+            AdvantageInput(
+                rewards=rewards,
+                token_rewards=token_rewards * packed.loss_mask,
+                group_ids=packed.group_ids,
+                cu_seqlens=packed.cu_seqlens,
+                loss_mask=packed.loss_mask,
+                values=None,
+            )
+        )
+        if not (advantages.shape == scores.old.shape and advantages.isfinite().all()):
+            raise TrainingError(
+                f"algorithm.advantage {config.advantage}: gave {_described(advantages)} and {scores.old.numel()} finite numbers, "
+                "one for each token, are needed; check the function and the rewards"
+            )
+        if config.whiten:
+            advantages = whiten(advantages, packed.loss_mask)
+        if config.entropy_control is not None:
+            entropy = float(scores.entropies[packed.loss_mask].double().mean()) if packed.loss_mask.any() else 0.0
+            control = config.entropy_control
+            self._masks_negative = masks_negative(entropy, self._masks_negative, control.low, control.high)
+            metrics["negatives_masked"] = float(self._masks_negative)
+            advantages = without_negatives(advantages) if self._masks_negative else advantages
+        return advantages
+
+    def _sampler_weights(self, packed: PackedBatch, scores: TokenScores, metrics: dict[str, float]) -> Tensor | None:
+        correction = self._config.sampler_correction
+        if correction.method == "none":
+            return None
+        weights = sampler_weights(
+            scores.old,
+            packed.sampler_logprobs,
+            packed.cu_seqlens,
+            packed.loss_mask,
+            method=correction.method,
+            level=correction.level,
+            cap=correction.cap,
+        )
+        trained = weights[packed.loss_mask]
+        metrics["sampler_weight_mean"] = float(trained.mean()) if trained.numel() else 0.0
+        return weights
+
+
+def _advantage_function(name: str) -> AdvantageFunction:
+    return ADVANTAGES[name].function if ":" not in name else import_function(name, "algorithm.advantage")
+
+
+def _surrogate_function(name: str) -> SurrogateFunction:
+    if ":" not in name:
+        return SURROGATES[name].function
+    function = import_function(name, "algorithm.surrogate")
+
+    def checked(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
+        surrogate = function(inputs, config)
+        if not (isinstance(surrogate, Surrogate) and surrogate.loss.shape == inputs.logprobs.shape):
+            given = _described(surrogate.loss) if isinstance(surrogate, Surrogate) else type(surrogate).__name__
+            raise TrainingError(
+                f"algorithm.surrogate {name}: gave {given}; return megarl.algorithms.surrogates.Surrogate with a loss for "
+                f"each of the {inputs.logprobs.numel()} tokens"
+            )
+        return surrogate
+
+    return checked
+
+
+def _described(values: Tensor) -> str:
+    return f"a tensor of shape {list(values.shape)} with {int(values.isfinite().sum())} finite numbers"

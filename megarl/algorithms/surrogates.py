@@ -1,0 +1,125 @@
+"""What each token adds to the policy loss: the surrogate axis.
+
+A function of this axis takes a SurrogateInput and the algorithm's settings and returns a Surrogate. The loss of the batch is the
+sum of its terms times the weights of the aggregation axis, over all micro-batches and ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarl.algorithms.sequences import SequenceTokens
+from megarl.config.schema import AlgorithmConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurrogateInput:
+    """The chosen tokens of one micro-batch.
+
+    Attributes:
+        logprobs: float [tokens], under the policy, differentiable.
+        log_ratio: float [tokens], log of the importance ratio at its level (see ratios.py), differentiable.
+        advantages: float [tokens].
+        sequences: sums and means over whole responses.
+    """
+
+    logprobs: Tensor
+    log_ratio: Tensor
+    advantages: Tensor
+    sequences: SequenceTokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surrogate:
+    """Per-token terms, each [tokens].
+
+    Attributes:
+        loss: to be minimised, differentiable.
+        clipped_low: True where the lower bound of the ratio is active.
+        clipped_high: likewise the upper bound.
+    """
+
+    loss: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+
+
+SurrogateFunction = Callable[[SurrogateInput, AlgorithmConfig], Surrogate]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurrogateChoice:
+    """One choice of the axis: the function, and its formula with the paper."""
+
+    function: SurrogateFunction
+    formula: str
+
+
+def ppo_clip(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
+    """-min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) (PPO, arXiv 1707.06347, equation 7; two ranges: DAPO, 2503.14476).
+
+    With ``clip.dual`` c, the loss of a negative advantage is at most -c A (dual clip, arXiv 1912.09729, equation 3).
+    """
+    advantages, clip = inputs.advantages, config.clip
+    ratio = inputs.log_ratio.exp()
+    clipped = ratio.clamp(1 - clip.low, 1 + clip.high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    clipped_high = (ratio > 1 + clip.high) & (advantages > 0)
+    if clip.dual is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -clip.dual * advantages), loss)
+        clipped_high |= (ratio > clip.dual) & (advantages < 0)
+    return Surrogate(loss=loss, clipped_low=(ratio < 1 - clip.low) & (advantages < 0), clipped_high=clipped_high)
+
+
+def gmpo(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
+    """-A · geometric mean over the response of its clipped token ratios (GMPO, arXiv 2507.20673, equation 4).
+
+    Each log-ratio is bounded on the side where it would gain: above by ``clip.high`` where A > 0, below by -``clip.low`` else.
+    """
+    log_ratio, gains, clip = inputs.log_ratio, inputs.advantages > 0, config.clip
+    bounded = torch.where(gains, log_ratio.clamp(max=clip.high), log_ratio.clamp(min=-clip.low))
+    return Surrogate(
+        loss=-inputs.advantages * inputs.sequences.means(bounded).exp(),
+        clipped_low=(log_ratio < -clip.low) & (inputs.advantages < 0),
+        clipped_high=(log_ratio > clip.high) & gains,
+    )
+
+
+def cispo(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
+    """-sg[clip(ρ, 1 - ε_low, 1 + ε_high)] A log π: no token loses its gradient (CISPO, arXiv 2506.13585, equations 4 and 5)."""
+    ratio, clip = inputs.log_ratio.detach().exp(), config.clip
+    return Surrogate(
+        loss=-ratio.clamp(1 - clip.low, 1 + clip.high) * inputs.advantages * inputs.logprobs,
+        clipped_low=ratio < 1 - clip.low,
+        clipped_high=ratio > 1 + clip.high,
+    )
+
+
+def policy_gradient(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
+    """-A log π (REINFORCE, Williams 1992)."""
+    never = torch.zeros_like(inputs.advantages, dtype=torch.bool)
+    return Surrogate(loss=-inputs.advantages * inputs.logprobs, clipped_low=never, clipped_high=never)
+
+
+def mirror_descent(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
+    """-A log π(o) + (τ/2) (log π(o) - log π_old(o))² for whole responses (Kimi k1.5, arXiv 2501.12599, equation 3).
+
+    The square of a response's log-ratio Δ is shared among its tokens as δ_t Δ, whose sum is Δ² and whose gradient is 2 Δ ∇Δ.
+    """
+    square = inputs.log_ratio * inputs.sequences.sums(inputs.log_ratio)
+    never = torch.zeros_like(inputs.advantages, dtype=torch.bool)
+    loss = -inputs.advantages * inputs.logprobs + config.mirror_descent_tau / 2 * square
+    return Surrogate(loss=loss, clipped_low=never, clipped_high=never)
+
+
+SURROGATES = {
+    "ppo_clip": SurrogateChoice(function=ppo_clip, formula="−min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A) (1707.06347)"),
+    "gmpo": SurrogateChoice(function=gmpo, formula="−A · (Π_t clip_A(ρ_t, e^−ε_low, e^ε_high))^(1/|o|) (2507.20673)"),
+    "cispo": SurrogateChoice(function=cispo, formula="−sg[clip(ρ, 1 − ε_low, 1 + ε_high)] A log π (2506.13585)"),
+    "policy_gradient": SurrogateChoice(function=policy_gradient, formula="−A log π (Williams 1992)"),
+    "mirror_descent": SurrogateChoice(
+        function=mirror_descent, formula="−A log π(o) + τ/2 · (log π(o) − log π_old(o))² (2501.12599)"
+    ),
+}

@@ -1,0 +1,135 @@
+"""Checks of the algorithm section: choices that clash, choices that cannot run yet, and what each asks of the rollout."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+
+from megarl.config.schema import AlgorithmConfig, Config, RolloutConfig
+
+GROUP_ADVANTAGES = ("group_mean_std", "group_mean", "leave_one_out", "group_mean_batch_std")
+TOKEN_ADVANTAGES = ("reward_to_go", "reward_to_go_batch_mean", "gae", "process_rewards")
+
+# advantage: what is missing
+NOT_RUNNABLE = {
+    "gae": "needs a critic, and none is trained yet; choose for example reward_to_go_batch_mean with whiten: true",
+    "greedy_baseline": "needs a greedy response to each prompt, and none is sampled yet; choose for example leave_one_out",
+    "process_rewards": "needs a reward for each step of a response, and no scorer gives one yet; choose for example group_mean_std",
+    "group_mean_task_std": "needs a mixture of several tasks, and data.train holds one; choose group_mean_batch_std",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clash:
+    """Two choices that cannot go together.
+
+    Attributes:
+        first, second: dotted key in the algorithm section, and its values that clash.
+        reason: why, and what to set.
+    """
+
+    first: tuple[str, tuple[object, ...]]
+    second: tuple[str, tuple[object, ...]]
+    reason: str
+
+
+CLASHES = (
+    Clash(
+        first=("ratio", ("sequence", "sequence_token")),
+        second=("surrogate", ("gmpo", "policy_gradient", "mirror_descent")),
+        reason="these surrogates use each token's own ratio or none; set ratio: token, or surrogate: ppo_clip or cispo",
+    ),
+    Clash(
+        first=("ratio", ("sequence",)),
+        second=("advantage", TOKEN_ADVANTAGES),
+        reason="one ratio and one clipping decision for a response cannot weigh advantages that differ by token; set ratio: "
+        "sequence_token, or an advantage of whole responses",
+    ),
+    Clash(
+        first=("surrogate", ("gmpo", "mirror_descent")),
+        second=("advantage", TOKEN_ADVANTAGES),
+        reason="the surrogate is of whole responses and the advantage differs by token; set an advantage of whole responses, for "
+        "example group_mean",
+    ),
+    Clash(
+        first=("surrogate", ("mirror_descent",)),
+        second=("aggregation", ("sequence_mean", "token_mean", "token_sum_over_constant")),
+        reason="the squared log-ratio is of a whole response; set aggregation: sequence_sum",
+    ),
+    Clash(
+        first=("kl.place", ("reward",)),
+        second=("kl.estimator", ("k2", "k3")),
+        reason="the penalty in the reward is the log-ratio itself, the only one whose policy gradient is the KL's; set "
+        "kl.estimator: k1",
+    ),
+)
+
+
+def check_algorithm(config: Config) -> Iterator[str]:
+    """All checks of this file; lines start with the key."""
+    if config.kind != "rl":
+        return
+    algorithm = config.algorithm
+    yield from check_clashes(algorithm)
+    if algorithm.advantage in NOT_RUNNABLE:
+        yield f"algorithm.advantage: {algorithm.advantage} {NOT_RUNNABLE[algorithm.advantage]}"
+    yield from check_kl(algorithm)
+    yield from check_settings(algorithm)
+    yield from check_groups(algorithm, config.rollout)
+
+
+def check_clashes(algorithm: AlgorithmConfig) -> Iterator[str]:
+    """No two choices clash."""
+    for clash in CLASHES:
+        (first, first_values), (second, second_values) = clash.first, clash.second
+        first_value, second_value = _value(algorithm, first), _value(algorithm, second)
+        if first_value in first_values and second_value in second_values:
+            yield f"algorithm.{first}: {first_value} and algorithm.{second} {second_value} do not go together: {clash.reason}"
+
+
+def _value(algorithm: AlgorithmConfig, path: str) -> object:
+    return reduce(getattr, path.split("."), algorithm)
+
+
+def check_kl(algorithm: AlgorithmConfig) -> Iterator[str]:
+    """Place, coefficient and target of the KL penalty agree."""
+    kl = algorithm.kl
+    if kl.place != "none" and kl.coefficient == 0:
+        yield (
+            f"algorithm.kl.coefficient: is 0 with kl.place {kl.place}, so the reference model has no effect; "
+            "set a coefficient, or kl.place: none"
+        )
+    if kl.place == "none" and kl.coefficient > 0:
+        yield (
+            f"algorithm.kl.coefficient: is {kl.coefficient:g} but kl.place is none, so it has no effect; "
+            "set kl.place: loss or reward, or the coefficient to 0"
+        )
+    if kl.place == "none" and kl.target is not None:
+        yield f"algorithm.kl.target: is {kl.target:g} but kl.place is none, so there is no KL to hold; set kl.place, or remove it"
+
+
+def check_settings(algorithm: AlgorithmConfig) -> Iterator[str]:
+    """Settings of one choice are given only with that choice, and their ranges make sense."""
+    control, clip = algorithm.entropy_control, algorithm.clip
+    if clip.dual is not None and algorithm.surrogate != "ppo_clip":
+        yield f"algorithm.clip.dual: is {clip.dual:g} and only surrogate ppo_clip uses it, not {algorithm.surrogate}; remove it"
+    elif clip.dual is not None and clip.dual <= 1 + clip.high:
+        yield f"algorithm.clip.dual: {clip.dual:g} is not above the clip range's 1 + {clip.high:g}; raise it, 3 is usual"
+    if control is not None and control.low >= control.high:
+        yield f"algorithm.entropy_control.low: {control.low:g} is not below high {control.high:g}; lower it"
+
+
+def check_groups(algorithm: AlgorithmConfig, rollout: RolloutConfig) -> Iterator[str]:
+    """Responses can be compared with others."""
+    if rollout.samples_per_prompt < 2 and algorithm.advantage in GROUP_ADVANTAGES:
+        yield (
+            f"rollout.samples_per_prompt: {rollout.samples_per_prompt} response per prompt makes every advantage 0 with "
+            f"algorithm.advantage {algorithm.advantage}; use 2 or more"
+        )
+    elif rollout.samples_per_prompt < 2 and algorithm.dynamic_sampling:
+        yield (
+            f"rollout.samples_per_prompt: {rollout.samples_per_prompt} response per prompt makes all rewards of a group equal, so "
+            "algorithm.dynamic_sampling would never fill a step; use 2 or more, or set it to false"
+        )
+    if rollout.samples_per_prompt * rollout.prompts_per_step < 2 and (algorithm.advantage == "batch_mean_std" or algorithm.whiten):
+        choice = "whiten true" if algorithm.whiten else "advantage batch_mean_std"
+        yield f"rollout.prompts_per_step: 1 response in a step leaves nothing to compare with algorithm.{choice}; raise it"

@@ -1,0 +1,31 @@
+"""Texts that name something: one of a list, or a user's own ``module:function``."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+FUNCTION_PATTERN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """Annotates a text that is one of ``choices`` or, with ``or_function``, a user's own ``module:function``."""
+
+    choices: tuple[str, ...]
+    or_function: bool = False
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._validated, handler(source))
+
+    def _validated(self, value: str) -> str:
+        if value in self.choices or (self.or_function and FUNCTION_PATTERN.fullmatch(value)):
+            return value
+        raise PydanticCustomError("literal_error", "is not one of the names")  # reported as Literal's own error is
+
+    def in_words(self) -> str:
+        """The names as a person reads them."""
+        function = ["a function of your own, `module:function`"] if self.or_function else []
+        return " or ".join([*(f"`{choice}`" for choice in self.choices), *function])

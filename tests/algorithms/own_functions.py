@@ -1,0 +1,27 @@
+"""What a user might plug in as ``module:function``."""
+
+import torch
+
+from megarl.algorithms.advantages import AdvantageInput
+from megarl.algorithms.surrogates import Surrogate, SurrogateInput
+from megarl.config.schema import AlgorithmConfig
+
+number = 3
+
+
+def batch_median(inputs: AdvantageInput) -> torch.Tensor:
+    returns = inputs.returns()
+    return inputs.per_token(returns - returns.median())
+
+
+def infinite(inputs: AdvantageInput) -> torch.Tensor:
+    return inputs.per_token(inputs.returns() * float("inf"))
+
+
+def unclipped(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
+    never = torch.zeros_like(inputs.advantages, dtype=torch.bool)
+    return Surrogate(loss=-inputs.log_ratio.exp() * inputs.advantages, clipped_low=never, clipped_high=never)
+
+
+def no_surrogate(inputs: SurrogateInput, config: AlgorithmConfig) -> torch.Tensor:
+    return inputs.advantages

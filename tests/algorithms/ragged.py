@@ -1,0 +1,67 @@
+"""Ragged batches with everything that goes wrong: empty responses, environment tokens, a group of one, equal rewards."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from megarl.types import PackedBatch, TokenScores
+
+# p: prompt, r: response token of the policy, e: token of the environment
+SEQUENCES = ("pprrr", "p", "ppprerrr", "ppp", "prreeer", "pprrrr", "prr", "ppprreerr", "pr", "prrrrrr")
+GROUPS = (0, 0, 1, 1, 1, 2, 2, 2, 3, 2)  # 3 is a group of one; 0 has an empty response
+EQUAL_REWARD_GROUP = 1
+LONGEST = 7  # trained tokens
+TASKS = (0, 0, 1, 1, 1, 0, 0, 0, 1, 0)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """One batch as tensors and, for loops, as one list of token positions for each sequence.
+
+    Attributes:
+        trained: for each sequence the positions of its trained tokens in the packed batch.
+    """
+
+    packed: PackedBatch
+    scores: TokenScores
+    trained: list[list[int]]
+
+
+def ragged(seed: int, dtype: torch.dtype = torch.float64, spread: float = 0.3) -> Ragged:
+    """Random rewards, and log-probabilities that differ by about ``spread``."""
+    generator = torch.Generator().manual_seed(seed)
+    text = "".join(SEQUENCES)
+    starts = [sum(len(sequence) for sequence in SEQUENCES[:i]) for i in range(len(SEQUENCES) + 1)]
+
+    def near(values: Tensor) -> Tensor:
+        return values + spread * torch.randn(len(text), generator=generator, dtype=torch.float64)
+
+    rewards = torch.randn(len(SEQUENCES), generator=generator, dtype=torch.float64)
+    rewards[torch.tensor(GROUPS) == EQUAL_REWARD_GROUP] = 0.7
+    mask = torch.tensor([letter == "r" for letter in text])
+    base = -3 * torch.rand(len(text), generator=generator, dtype=torch.float64) - 0.1
+    old, reference, sampler = (near(base) * mask for _ in range(3))
+    packed = PackedBatch(
+        token_ids=torch.randint(0, 50, (len(text),), generator=generator),
+        cu_seqlens=torch.tensor(starts),
+        loss_mask=mask,
+        sampler_logprobs=sampler.to(dtype),
+        group_ids=torch.tensor(GROUPS),
+        rewards=rewards.to(dtype),
+        truncated=torch.tensor([sequence.count("r") >= LONGEST - 1 for sequence in SEQUENCES]),
+    )
+    entropies = torch.rand(len(text), generator=generator, dtype=torch.float64) * mask
+    scores = TokenScores(old=old.to(dtype), entropies=entropies.to(dtype), reference=reference.to(dtype))
+    trained = [[p for p in range(starts[i], starts[i + 1]) if mask[p]] for i in range(len(SEQUENCES))]
+    return Ragged(packed=packed, scores=scores, trained=trained)
+
+
+def assert_tokens(actual: Tensor, expected: list[list[float]], batch: Ragged, tolerance: float) -> None:
+    """Trained tokens have the expected values, all others 0."""
+    everywhere = [0.0] * actual.numel()
+    for positions, values in zip(batch.trained, expected, strict=True):
+        for position, value in zip(positions, values, strict=True):
+            everywhere[position] = value
+    assert actual.tolist() == pytest.approx(everywhere, rel=tolerance, abs=tolerance)
