@@ -183,7 +183,7 @@ def _open(path: Path, num_bytes: int) -> dict[str, StoredTensor]:
 
 def _read(stored: StoredTensor, digest: str, what: str) -> Tensor:
     values = torch.empty(stored.shape, dtype=stored.dtype)
-    read_rows(stored, 0, values)
+    read_rows(stored, 0, values, keep_cached=True)
     if _digest(values) != digest:
         raise TransferError(f"{what} is not what was written; write the version again")
     return values

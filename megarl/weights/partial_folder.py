@@ -1,6 +1,7 @@
 """A folder that appears under its name only when it is whole, and whose making can be continued after it was interrupted."""
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from megarl.errors import WeightsError
+from megarl.weights.write_through import WriteThroughFile
 
 JOURNAL = "unfinished.jsonl"  # first line: what is being made; then one line per finished file
 
@@ -99,10 +101,8 @@ class PartialFolder:
         """
         temporary = self.path / (name + ".writing")
         with self.errors():
-            with temporary.open("wb") as stream:
+            with WriteThroughFile(temporary) as file, io.BufferedWriter(file) as stream:
                 yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
             size = temporary.stat().st_size
             os.replace(temporary, self.path / name)
             self._record({"file": name, "bytes": size} | facts)

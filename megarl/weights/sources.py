@@ -45,7 +45,7 @@ class SafetensorsSource:
         if piece.dim == 1:
             return read_columns(stored, piece.start, piece.stop)
         rows = torch.empty((piece.stop - piece.start, *stored.shape[1:]), dtype=stored.dtype)
-        read_rows(stored, piece.start, rows)
+        read_rows(stored, piece.start, rows, keep_cached=True)  # other ranks read the neighbouring rows
         return rows
 
 

@@ -1,7 +1,7 @@
 """Tensors that lie contiguously in files: where they are, and reading rows of them.
 
 Files are read by position, never mapped: pages of a mapping count as memory of the process, and a model has more of them than a
-machine has memory.
+machine has memory. For the same reason what was read does not stay in the page cache, unless the caller wants it to.
 """
 
 import math
@@ -77,17 +77,22 @@ def windows(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, i
         yield start, min(start + step, rows)
 
 
-def read_rows(stored: StoredTensor, start: int, target: Tensor) -> None:
-    """Fill a contiguous CPU tensor of the same dtype with as many rows as it has, from row ``start`` on."""
-    read_into(stored.path, stored.offset + start * math.prod(stored.shape[1:]) * stored.dtype.itemsize, target)
+def read_rows(stored: StoredTensor, start: int, target: Tensor, *, keep_cached: bool = False) -> None:
+    """Fill a contiguous CPU tensor of the same dtype with as many rows as it has, from row ``start`` on.
+
+    Args:
+        keep_cached: leave the pages in the operating system's cache, for other processes that read them too.
+    """
+    offset = stored.offset + start * math.prod(stored.shape[1:]) * stored.dtype.itemsize
+    read_into(stored.path, offset, target, keep_cached=keep_cached)
 
 
 def read_columns(stored: StoredTensor, start: int, stop: int) -> Tensor:
-    """Read columns ``start:stop`` of a matrix, and no other bytes."""
+    """Read columns ``start:stop`` of a matrix, and no other bytes; the pages, which hold other columns too, stay cached."""
     num_columns = stored.shape[1]
     columns = torch.empty((stored.shape[0], stop - start), dtype=stored.dtype)
     if (start, stop) == (0, num_columns):
-        read_rows(stored, 0, columns)
+        read_rows(stored, 0, columns, keep_cached=True)
         return columns
     with _opened(stored.path) as descriptor:
         for row, target in enumerate(columns):
@@ -95,7 +100,7 @@ def read_columns(stored: StoredTensor, start: int, stop: int) -> Tensor:
     return columns
 
 
-def read_into(path: Path, offset: int, target: Tensor) -> None:
+def read_into(path: Path, offset: int, target: Tensor, *, keep_cached: bool = False) -> None:
     """Fill a contiguous CPU tensor with the bytes at ``offset``.
 
     Raises:
@@ -103,6 +108,8 @@ def read_into(path: Path, offset: int, target: Tensor) -> None:
     """
     with _opened(path) as descriptor:
         _fill(path, descriptor, offset, target)
+        if not keep_cached:
+            os.posix_fadvise(descriptor, offset, target.nbytes, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

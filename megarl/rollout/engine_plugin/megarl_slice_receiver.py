@@ -55,13 +55,14 @@ class SliceReceiver:
                 does not hold what came.
         """
         update = _Update(self.parameters, parameters)
-        for number, bucket in enumerate(self._buckets):
-            for parcel, data in self._arriving(number, bucket):
-                words = data.view(torch.int64)
-                if int(words[:-1].sum()) != int(words[-1]):
-                    raise RuntimeError(f"{_described(parcel, number)} arrived changed")
-                for copy in parcel["copies"]:
-                    update.write(data, *copy)
+        with _one_thread():
+            for number, bucket in enumerate(self._buckets):
+                for parcel, data in self._arriving(number, bucket):
+                    words = data.view(torch.int64)
+                    if int(words[:-1].sum()) != int(words[-1]):
+                        raise RuntimeError(f"{_described(parcel, number)} arrived changed")
+                    for copy in parcel["copies"]:
+                        update.write(data, *copy)
         update.check_all_finished()
 
     def _arriving(self, number: int, bucket: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Tensor]]:
@@ -86,6 +87,17 @@ class SliceReceiver:
                 f"{_described(parcel, number)} did not come within {self._timeout.total_seconds():g} s: "
                 f"{str(error).splitlines()[0].split(' This is typically')[0]}"
             ) from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """More threads do not copy and sum faster, and those of all workers waiting for one another took three times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _described(parcel: dict[str, Any], number: int) -> str:
