@@ -9,6 +9,7 @@ import io
 import pickle
 import threading
 from dataclasses import dataclass
+from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,18 @@ class _RecordUnpickler(pickle.Unpickler):
     """Unpickles the records of checkpoint metadata and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if name not in RECORDS.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint metadata needs")
         return super().find_class(module, name)
+
+
+def _enum_member(enum: Any, name: str) -> Enum:
+    """All that metadata may use getattr for: Python 3.11.0 to 3.11.3 write members of enums with it."""
+    if not (isinstance(enum, EnumType) and name in enum.__members__):
+        raise pickle.UnpicklingError(f"it asks for the attribute {name} of {enum!r}, which no checkpoint metadata needs")
+    return enum.__members__[name]
 
 
 @dataclass(frozen=True, slots=True)

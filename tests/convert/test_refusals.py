@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,46 @@ def no_config(checkpoint: Path) -> str:
     return f"{checkpoint} has no config.json; give the folder of a Hugging Face model; name the folder of the model's"
 
 
-@pytest.mark.parametrize("damage", [shorten, lose_a_file, unfinished, hostile_metadata, hostile_tensors, another_config, no_config])
+def hostile_attribute(checkpoint: Path) -> str:
+    """The call that Python 3.11.0 to 3.11.3 write for members of enums, on something else."""
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Attribute(Path, "touch")))
+    return (
+        f"{checkpoint / '.metadata'} is not the metadata of a checkpoint (it asks for the attribute touch of <class 'pathlib.Path'>"
+    )
+
+
+class Attribute:
+    """Pickled as a call of getattr."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.arguments = (owner, name)
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return getattr, self.arguments
+
+
+class OldPickler(pickle.Pickler):
+    """Members of enums as Python 3.11.0 to 3.11.3 write them."""
+
+    def reducer_override(self, value: object) -> object:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_metadata_of_another_python(good: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "megatron"
+    shutil.copytree(good / "megatron", checkpoint)
+    with (checkpoint / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)  # our own
+    with (checkpoint / ".metadata").open("wb") as file:
+        OldPickler(file).dump(metadata)
+    assert b"getattr" in (checkpoint / ".metadata").read_bytes()
+    assert tool("verify", good / "model", checkpoint) == 0
+
+
+DAMAGES = [shorten, lose_a_file, unfinished, hostile_metadata, hostile_attribute, hostile_tensors, another_config, no_config]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_megatron_checkpoint(good: Path, tmp_path: Path, capfd: Capture, damage: Callable[[Path], str]) -> None:
     checkpoint = tmp_path / "megatron"
     shutil.copytree(good / "megatron", checkpoint)
