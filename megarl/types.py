@@ -127,17 +127,19 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScores:
-    """What frozen models say of the tokens of a PackedBatch (nats); 0 where its loss_mask is False.
+    """What the models say of the tokens of a PackedBatch before the step's updates (nats); 0 where its loss_mask is False.
 
     Attributes:
-        old: float32 [num_tokens], log-probabilities under the policy before this step's updates, by the trainer.
+        old: float32 [num_tokens], log-probabilities under the policy, by the trainer.
         entropies: float32 [num_tokens], of the same policy at each token.
         reference: float32 [num_tokens], log-probabilities under the reference model; None when the algorithm has no KL term.
+        values: float32 [num_tokens], reward that the critic expects from the token on; None when the algorithm has no critic.
     """
 
     old: Tensor
     entropies: Tensor
     reference: Tensor | None
+    values: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +154,7 @@ class TrainBatch:
             loss is a plain sum over tokens, micro-batches and ranks of ``token_weights * term``.
         sampler_weights: float32 [num_tokens], importance weights of the policy loss for sampling by another policy than the
             trainer's; None without such a correction.
+        returns: float32 [num_tokens], what the critic's values are to become; None without a critic.
     """
 
     packed: PackedBatch
@@ -159,6 +162,7 @@ class TrainBatch:
     advantages: Tensor | None
     token_weights: Tensor
     sampler_weights: Tensor | None
+    returns: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

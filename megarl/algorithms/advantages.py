@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megarl.algorithms.gae import generalised_advantages
 from megarl.algorithms.sequences import spread_over_tokens, suffix_sums, sums_per_sequence
 
 EPSILON = 1e-6  # keeps rewards that are all equal at advantage 0
@@ -27,6 +28,8 @@ class AdvantageInput:
         cu_seqlens: int64 [num_sequences + 1].
         loss_mask: bool [num_tokens].
         values: float32 [num_tokens], what the critic expects before each token; None without a critic.
+        discount: γ of GAE.
+        trace_decay: λ of GAE, one for all or float [num_sequences].
     """
 
     rewards: Tensor
@@ -35,6 +38,8 @@ class AdvantageInput:
     cu_seqlens: Tensor
     loss_mask: Tensor
     values: Tensor | None
+    discount: float
+    trace_decay: float | Tensor
 
     def returns(self) -> Tensor:
         """Reward and token rewards of each sequence together; float64 [num_sequences]."""
@@ -127,6 +132,22 @@ def reward_to_go_batch_mean(inputs: AdvantageInput) -> Tensor:
     return reward_to_go(inputs) - inputs.returns().mean().to(inputs.rewards.dtype) * inputs.loss_mask
 
 
+def gae(inputs: AdvantageInput) -> Tensor:
+    """Generalised advantages (arXiv 1506.02438); the reward is at the response's last trained token (arXiv 1909.08593)."""
+    assert inputs.values is not None
+    rewards = inputs.token_rewards * inputs.loss_mask + outcome_at_last_token(inputs.rewards, inputs.cu_seqlens, inputs.loss_mask)
+    return generalised_advantages(
+        rewards, inputs.values, inputs.cu_seqlens, inputs.loss_mask, discount=inputs.discount, trace_decay=inputs.trace_decay
+    )
+
+
+def outcome_at_last_token(rewards: Tensor, cu_seqlens: Tensor, loss_mask: Tensor) -> Tensor:
+    """Each sequence's reward at its last trained token, 0 elsewhere: float [num_sequences] to [num_tokens]."""
+    left = suffix_sums(loss_mask, cu_seqlens)  # trained tokens from here on
+    is_last = loss_mask & (left == 1)
+    return rewards.repeat_interleave(cu_seqlens.diff()) * is_last
+
+
 ADVANTAGES = {
     "group_mean_std": Advantage(function=group_mean_std, formula="(R − mean_group R) / (std_group R + ε) (2402.03300)"),
     "group_mean": Advantage(function=group_mean, formula="R − mean_group R (2503.20783)"),
@@ -137,6 +158,7 @@ ADVANTAGES = {
     "reward_to_go_batch_mean": Advantage(
         function=reward_to_go_batch_mean, formula="R + Σ_{u≥t} token rewards − mean_batch R (Williams 1992)"
     ),
+    "gae": Advantage(function=gae, formula="Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t (1506.02438)"),
 }
 
 

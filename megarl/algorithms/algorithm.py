@@ -6,16 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarl.algorithms.advantages import ADVANTAGES, AdvantageFunction, AdvantageInput, whiten
+from megarl.algorithms.advantages import ADVANTAGES, AdvantageFunction, AdvantageInput, gae, whiten
 from megarl.algorithms.batches import split_into_updates
 from megarl.algorithms.entropy_control import masks_negative, without_negatives
+from megarl.algorithms.gae import length_adaptive_trace_decay
 from megarl.algorithms.kl import adapted_coefficient, kl_estimate
-from megarl.algorithms.objectives import Objective, TokenData, policy_objective
+from megarl.algorithms.objectives import Objective, TokenData, policy_objective, value_objective
 from megarl.algorithms.off_policy import sampler_weights
 from megarl.algorithms.sequences import sums_per_sequence, trained_lengths
 from megarl.algorithms.shaping import length_rewards, soft_overlong_penalties
 from megarl.algorithms.surrogates import SURROGATES, Surrogate, SurrogateFunction, SurrogateInput
 from megarl.algorithms.user_functions import import_function
+from megarl.algorithms.values import explained_variance
 from megarl.config.schema import AlgorithmConfig
 from megarl.errors import TrainingError
 from megarl.types import PackedBatch, TokenScores, TrainBatch
@@ -66,13 +68,16 @@ class Algorithm:
             metrics["masked_truncated_share"] = float(packed.truncated.double().mean())
             kept = ~packed.truncated.repeat_interleave(packed.sequence_lengths)
             packed = replace(packed, loss_mask=packed.loss_mask & kept)
-        advantages = self._advantages(packed, scores, rewards, metrics)
+        inputs = self._advantage_input(packed, scores, rewards, metrics)
+        advantages = self._advantages(inputs, scores, metrics)
+        returns = self._returns(inputs, metrics)
         weights = self._sampler_weights(packed, scores, metrics)
         batches = split_into_updates(
             packed,
             scores,
             advantages,
             weights,
+            returns,
             num_updates=config.updates_per_step,
             aggregation=config.aggregation,
             max_new_tokens=self._max_new_tokens,
@@ -84,6 +89,10 @@ class Algorithm:
         return policy_objective(
             logprobs, entropies, data, config=self._config, surrogate=self._surrogate, kl_coefficient=self.kl_coefficient
         )
+
+    def value_objective(self, values: Tensor, data: TokenData) -> Objective:
+        """The critic's loss of the same tokens."""
+        return value_objective(values, data, clip_range=self._config.value_clip)
 
     def finish_step(self, packed: PackedBatch, scores: TokenScores) -> None:
         """After the updates of a step: adapt β to the KL that the step began with."""
@@ -119,7 +128,9 @@ class Algorithm:
             rewards = rewards + bonus
         return rewards
 
-    def _advantages(self, packed: PackedBatch, scores: TokenScores, rewards: Tensor, metrics: dict[str, float]) -> Tensor:
+    def _advantage_input(
+        self, packed: PackedBatch, scores: TokenScores, rewards: Tensor, metrics: dict[str, float]
+    ) -> AdvantageInput:
         config = self._config
         token_rewards = torch.zeros_like(scores.old)
         if config.kl.place == "reward":
@@ -127,25 +138,48 @@ class Algorithm:
             token_rewards = -self.kl_coefficient * kl_estimate(scores.old, scores.reference, config.kl.estimator)
         if config.kl.place != "none":
             metrics["kl_coefficient"] = self.kl_coefficient
-        advantages = self._advantage(
-            AdvantageInput(
-                rewards=rewards,
-                token_rewards=token_rewards * packed.loss_mask,
-                group_ids=packed.group_ids,
-                cu_seqlens=packed.cu_seqlens,
-                loss_mask=packed.loss_mask,
-                values=None,
-            )
+        return AdvantageInput(
+            rewards=rewards,
+            token_rewards=token_rewards * packed.loss_mask,
+            group_ids=packed.group_ids,
+            cu_seqlens=packed.cu_seqlens,
+            loss_mask=packed.loss_mask,
+            values=scores.values,
+            discount=config.gae.discount,
+            trace_decay=self._trace_decay(packed),
         )
+
+    def _trace_decay(self, packed: PackedBatch) -> float | Tensor:
+        settings = self._config.gae
+        if settings.length_adaptive_alpha is None:
+            return settings.trace_decay
+        lengths = trained_lengths(packed.loss_mask, packed.cu_seqlens)
+        return length_adaptive_trace_decay(lengths, settings.length_adaptive_alpha)
+
+    def _returns(self, inputs: AdvantageInput, metrics: dict[str, float]) -> Tensor | None:
+        """The critic's targets: V plus advantages with the critic's own λ."""
+        if inputs.values is None:
+            return None
+        value_decay = self._config.gae.value_trace_decay
+        decay = inputs.trace_decay if value_decay is None else value_decay
+        returns = gae(replace(inputs, trace_decay=decay)) + inputs.values
+        mask = inputs.loss_mask
+        metrics["explained_variance"] = float(explained_variance(inputs.values[mask], returns[mask])) if mask.any() else 0.0
+        metrics["return_mean"] = float(returns[mask].mean()) if mask.any() else 0.0
+        return returns
+
+    def _advantages(self, inputs: AdvantageInput, scores: TokenScores, metrics: dict[str, float]) -> Tensor:
+        config = self._config
+        advantages = self._advantage(inputs)
         if not (advantages.shape == scores.old.shape and advantages.isfinite().all()):
             raise TrainingError(
                 f"algorithm.advantage {config.advantage}: gave {_described(advantages)} and {scores.old.numel()} finite numbers, "
                 "one for each token, are needed; check the function and the rewards"
             )
         if config.whiten:
-            advantages = whiten(advantages, packed.loss_mask)
+            advantages = whiten(advantages, inputs.loss_mask)
         if config.entropy_control is not None:
-            entropy = float(scores.entropies[packed.loss_mask].double().mean()) if packed.loss_mask.any() else 0.0
+            entropy = float(scores.entropies[inputs.loss_mask].double().mean()) if inputs.loss_mask.any() else 0.0
             control = config.entropy_control
             self._masks_negative = masks_negative(entropy, self._masks_negative, control.low, control.high)
             metrics["negatives_masked"] = float(self._masks_negative)

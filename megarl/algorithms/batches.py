@@ -11,7 +11,7 @@ from megarl.types import PackedBatch, TokenScores, TrainBatch
 def build_supervised_batch(packed: PackedBatch) -> TrainBatch:
     """Token-mean cross-entropy over the batch."""
     weights = token_weights(packed.loss_mask, packed.cu_seqlens, "token_mean", max_new_tokens=0)
-    return TrainBatch(packed=packed, scores=None, advantages=None, token_weights=weights, sampler_weights=None)
+    return TrainBatch(packed=packed, scores=None, advantages=None, token_weights=weights, sampler_weights=None, returns=None)
 
 
 def split_into_updates(
@@ -19,6 +19,7 @@ def split_into_updates(
     scores: TokenScores,
     advantages: Tensor,
     sampler_weights: Tensor | None,
+    returns: Tensor | None,
     *,
     num_updates: int,
     aggregation: str,
@@ -27,7 +28,7 @@ def split_into_updates(
     """``num_updates`` batches of equally many consecutive sequences, each with its own normaliser.
 
     Args:
-        advantages, sampler_weights: float32 [num_tokens] of the whole step.
+        advantages, sampler_weights, returns: float32 [num_tokens] of the whole step.
         aggregation: a key of aggregation.AGGREGATIONS.
         max_new_tokens: longest response allowed.
     """
@@ -43,10 +44,12 @@ def split_into_updates(
                     old=scores.old[tokens],
                     entropies=scores.entropies[tokens],
                     reference=None if scores.reference is None else scores.reference[tokens],
+                    values=None if scores.values is None else scores.values[tokens],
                 ),
                 advantages=advantages[tokens],
                 token_weights=token_weights(part.loss_mask, part.cu_seqlens, aggregation, max_new_tokens),
                 sampler_weights=None if sampler_weights is None else sampler_weights[tokens],
+                returns=None if returns is None else returns[tokens],
             )
         )
     return batches

@@ -10,6 +10,7 @@ from megarl.algorithms.kl import kl_estimate
 from megarl.algorithms.ratios import RATIOS
 from megarl.algorithms.sequences import SequenceTokens
 from megarl.algorithms.surrogates import SurrogateFunction, SurrogateInput
+from megarl.algorithms.values import clipped_value_loss
 from megarl.config.schema import AlgorithmConfig
 from megarl.types import TrainBatch
 
@@ -27,6 +28,8 @@ class TokenData:
     old_logprobs: Tensor | None
     reference_logprobs: Tensor | None
     sampler_weights: Tensor | None
+    old_values: Tensor | None
+    returns: Tensor | None
     sequences: SequenceTokens
 
 
@@ -45,7 +48,7 @@ class Objective:
     maxima: dict[str, Tensor]
 
 
-ObjectiveFunction = Callable[[Tensor, Tensor, TokenData], Objective]
+ObjectiveFunction = Callable[..., Objective]  # called with the outputs of the engine's head, each [tokens], and TokenData
 PER_TOKEN = "per_token/"  # prefix of sums that are reported as means over the batch's tokens
 
 
@@ -62,6 +65,8 @@ def select_tokens(batch: TrainBatch, index: Tensor, device: torch.device, sequen
         old_logprobs=None if scores is None else scores.old[index].to(device),
         reference_logprobs=None if scores is None else rows(scores.reference),
         sampler_weights=rows(batch.sampler_weights),
+        old_values=None if scores is None else rows(scores.values),
+        returns=rows(batch.returns),
         sequences=sequences,
     )
 
@@ -116,6 +121,25 @@ def policy_objective(
     sums["loss"] = loss.detach()
     ratio_max = log_ratio.detach().amax().exp() if log_ratio.numel() else logprobs.new_zeros(())
     return Objective(loss, sums, {"ratio_max": ratio_max})
+
+
+def value_objective(values: Tensor, data: TokenData, *, clip_range: float) -> Objective:
+    """The critic's clipped value loss.
+
+    Args:
+        values: float [tokens], differentiable.
+        data: of the same tokens.
+        clip_range: how far values may move from those before the step's updates.
+    """
+    assert data.old_values is not None and data.returns is not None
+    loss = (clipped_value_loss(values, data.old_values, data.returns, clip_range) * data.weights).sum()
+    is_clipped = (values.detach() - data.old_values).abs() > clip_range
+    sums = {
+        "loss": loss.detach(),
+        PER_TOKEN + "value_mean": values.detach().sum(),
+        PER_TOKEN + "clip_fraction": is_clipped.float().sum(),
+    }
+    return Objective(loss, sums, {})
 
 
 def finish_metrics(sums: dict[str, float], maxima: dict[str, float], num_tokens: int) -> dict[str, float]:

@@ -11,7 +11,6 @@ TOKEN_ADVANTAGES = ("reward_to_go", "reward_to_go_batch_mean", "gae", "process_r
 
 # advantage: what is missing
 NOT_RUNNABLE = {
-    "gae": "needs a critic, and none is trained yet; choose for example reward_to_go_batch_mean with whiten: true",
     "greedy_baseline": "needs a greedy response to each prompt, and none is sampled yet; choose for example leave_one_out",
     "process_rewards": "needs a reward for each step of a response, and no scorer gives one yet; choose for example group_mean_std",
     "group_mean_task_std": "needs a mixture of several tasks, and data.train holds one; choose group_mean_batch_std",
@@ -74,6 +73,7 @@ def check_algorithm(config: Config) -> Iterator[str]:
         yield f"algorithm.advantage: {algorithm.advantage} {NOT_RUNNABLE[algorithm.advantage]}"
     yield from check_kl(algorithm)
     yield from check_settings(algorithm)
+    yield from check_critic(config)
     yield from check_groups(algorithm, config.rollout)
 
 
@@ -116,6 +116,23 @@ def check_settings(algorithm: AlgorithmConfig) -> Iterator[str]:
         yield f"algorithm.clip.dual: {clip.dual:g} is not above the clip range's 1 + {clip.high:g}; raise it, 3 is usual"
     if control is not None and control.low >= control.high:
         yield f"algorithm.entropy_control.low: {control.low:g} is not below high {control.high:g}; lower it"
+
+
+def check_critic(config: Config) -> Iterator[str]:
+    """A critic is configured where one learns, and the policy learns too."""
+    algorithm, critic = config.algorithm, config.critic
+    if algorithm.advantage != "gae":
+        if critic is not None:
+            yield (
+                f"critic: is given and algorithm.advantage {algorithm.advantage} has no critic; remove it, or set "
+                "algorithm.advantage: gae"
+            )
+        return
+    if critic is not None and critic.warmup_steps >= config.steps > 0:
+        yield (
+            f"critic.warmup_steps: {critic.warmup_steps} leaves none of the run's {config.steps} steps to the policy; lower it or "
+            "train longer"
+        )
 
 
 def check_groups(algorithm: AlgorithmConfig, rollout: RolloutConfig) -> Iterator[str]:

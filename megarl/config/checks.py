@@ -10,7 +10,7 @@ from megarl.config.engine_checks import check_engine
 from megarl.config.model_facts import ModelFacts, read_model_facts
 from megarl.config.role_checks import Role, check_role
 from megarl.config.run_checks import check_run
-from megarl.config.schema import Config
+from megarl.config.schema import Config, CriticConfig
 from megarl.errors import ConfigError
 
 
@@ -32,6 +32,7 @@ def check(config: Config, world_size: int) -> None:
     else:
         failures += _check_policy(config, facts, world_size)
         failures += _check_reference(config, facts, world_size)
+        failures += _check_critic(config, facts, world_size)
     if failures:
         raise ConfigError("\n".join(failures))
 
@@ -70,6 +71,34 @@ def _check_reference(config: Config, policy: ModelFacts, world_size: int) -> Ite
         )
     if not _has_weights(facts.path):
         yield f"reference.path: {facts.path} has no *.safetensors file; give a folder with weights"
+
+
+def _check_critic(config: Config, policy: ModelFacts, world_size: int) -> Iterator[str]:
+    """The critic's role, where one learns."""
+    critic = config.critic or CriticConfig.model_validate(config.policy.model_dump())
+    if config.kind != "rl" or config.algorithm.advantage != "gae":
+        return
+    path_key, facts = "model.path", policy
+    if critic.path is not None:
+        path_key = "critic.path"
+        try:
+            facts = read_model_facts(critic.path)
+        except ConfigError as error:
+            yield f"critic.path: {error}"
+            return
+        if facts.vocab_size != policy.vocab_size:
+            yield (
+                f"critic.path: vocab_size {facts.vocab_size} of {facts.path} differs from the policy's {policy.vocab_size}; the "
+                "critic reads the policy's tokens: give one with the policy's vocabulary"
+            )
+    if config.critic is not None:  # else the policy's layout, which is checked with the policy
+        yield from check_role(Role(name="critic", path_key=path_key, config=critic, facts=facts), config, world_size)
+    is_random = config.model.init == "random" and critic.path is None
+    if not is_random and not any(facts.path.glob("*.safetensors")):
+        yield (
+            f"critic.path: {facts.path} has no *.safetensors file, and a critic starts from those; give a Hugging Face folder "
+            "(tools/convert/megatron_to_hf.py makes one)"
+        )
 
 
 def _has_weights(folder: Path) -> bool:

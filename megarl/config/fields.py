@@ -90,7 +90,7 @@ def nearest_key(path: str, siblings: Sequence[str]) -> str:
     here = {key: f"{parent}.{key}".lstrip(".") for key in siblings}
     below: dict[str, str] = {}
     anywhere: dict[str, str] = {}
-    for prefix, section in walk():
+    for prefix, section in sorted(walk(), key=lambda item: item[0].count(".")):  # of several the least nested
         for key in section.model_fields:
             anywhere.setdefault(key, f"{prefix}.{key}".lstrip("."))
             if parent and prefix.startswith(f"{parent}."):

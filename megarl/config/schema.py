@@ -123,6 +123,19 @@ class OptimizerConfig(Section):
     )
 
 
+class CriticConfig(RoleConfig):
+    """The critic; built only when algorithm.advantage is gae."""
+
+    path: Path | None = key(
+        None,
+        "folder",
+        "Hugging Face folder that the critic starts from: a language model, whose output layer it replaces, or a "
+        "...ForSequenceClassification with one label, such as a reward model; the policy's starting weights when not given.",
+    )
+    optimizer: OptimizerConfig | None = key(None, "-", "The critic's optimizer; settings as the policy's when not given.")
+    warmup_steps: int = key(0, "steps", "In the first steps of the run the critic alone learns.", ge=0)
+
+
 class ClipConfig(Section):
     """The clip range of the importance ratio; policy_gradient and mirror_descent do not clip."""
 
@@ -184,6 +197,21 @@ class RewardShapingConfig(Section):
     correct_reward: float = key(1.0, "reward", "For the length reward: a response with at least this reward is correct.")
 
 
+class GAEConfig(Section):
+    """Generalised advantage estimation (arXiv 1506.02438), for advantage gae."""
+
+    discount: float = key(1.0, "-", "Gamma: what a reward one token later is worth.", gt=0, le=1)
+    trace_decay: float = key(
+        0.95, "-", "Lambda: 1 takes whole returns, 0 the error of one token; unused with length_adaptive_alpha.", ge=0, le=1
+    )
+    value_trace_decay: float | None = key(
+        None, "-", "Lambda of the critic's targets (VAPO, arXiv 2504.05118, uses 1); the advantages' when not given.", ge=0, le=1
+    )
+    length_adaptive_alpha: float | None = key(
+        None, "-", "Lambda of a response of l tokens is 1 - 1 / (alpha l) (VAPO uses 0.05); trace_decay when not given.", gt=0
+    )
+
+
 class AlgorithmConfig(Section):
     """A policy-gradient method as one choice per axis; the defaults are GRPO (arXiv 2402.03300)."""
 
@@ -198,6 +226,10 @@ class AlgorithmConfig(Section):
     surrogate: Annotated[str, Name(SURROGATES, or_function=True)] = key("ppo_clip", "-", "Policy loss of each token.")
     clip: ClipConfig = key(ClipConfig, "-", "Clipping of the ratio.")
     mirror_descent_tau: float = key(0.1, "-", "For mirror_descent: weight of the squared log-ratio of a response.", gt=0)
+    gae: GAEConfig = key(GAEConfig, "-", "Settings of advantage gae.")
+    value_clip: float = key(
+        0.2, "-", "For advantage gae: values that move further from those before the step have no gradient towards it.", gt=0
+    )
     aggregation: Literal["sequence_mean", "token_mean", "token_sum_over_constant", "sequence_sum"] = key(
         "sequence_mean",
         "-",
@@ -408,6 +440,7 @@ class Config(Section):
     model: ModelConfig = key(..., "-", "The model.")
     policy: RoleConfig = key(RoleConfig, "-", "The trained model's layout.")
     reference: ReferenceConfig | None = key(None, "-", "The reference model's layout; the policy's when not given.")
+    critic: CriticConfig | None = key(None, "-", "The critic's layout and optimizer; the policy's when not given.")
     optimizer: OptimizerConfig = key(OptimizerConfig, "-", "The policy's optimizer.")
     algorithm: AlgorithmConfig = key(AlgorithmConfig, "-", "The RL method.")
     sft: SFTConfig = key(SFTConfig, "-", "Settings of kind: sft.")

@@ -6,6 +6,7 @@ layout then computes loss and gradients of that batch in a world of its own, and
 Hugging Face name, is compared with one rank's.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +20,16 @@ from torch import Tensor
 from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.batches import build_supervised_batch
 from megarl.algorithms.objectives import ObjectiveFunction, supervised_objective
-from megarl.config.schema import Config, ParallelConfig, RoleConfig
+from megarl.config.schema import Config, CriticConfig, ParallelConfig, RoleConfig
 from megarl.errors import ConfigError
 from megarl.models.architecture import read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
-from megarl.train.roles import Policy, is_main_rank
-from megarl.types import PackedBatch, TokenScores
+from megarl.train.roles import Critic, Learner, Policy, is_main_rank
+from megarl.types import PackedBatch, TokenScores, TrainBatch
 from megarl.weights.transfer import hugging_face_gradients
+
+CRITIC = "critic."
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ class LayoutResult:
 
     Attributes:
         loss_scale: sum of weight times |advantage| (or of the weights, supervised): the loss's size before terms cancel.
-        gradients: by Hugging Face name.
+        loss: of the policy, and of the critic where there is one, added up.
+        gradients: by Hugging Face name; the critic's with ``critic.`` in front.
         parameters: Megatron parameter to the Hugging Face tensors in it.
     """
 
@@ -115,35 +119,57 @@ def gather_sharded_gradients(engine: TrainingEngine) -> None:
 def _add_model_scores(config: Config, batch_file: Path) -> None:
     """On one rank: log-probabilities near the model's own, as old, reference and sampler's scores of the batch."""
     packed: PackedBatch = torch.load(batch_file, weights_only=False)
-    logprobs, entropies = Policy(config, total_updates=1).engine.logprobs(packed)
+    logprobs, entropies = Policy(config, total_updates=1).engine.score(packed)
+    critic = build_critic(config)
     generator = torch.Generator().manual_seed(config.seed + 1)
-    old, reference, sampler = (logprobs + 0.3 * torch.randn(logprobs.shape, generator=generator) for _ in range(3))
-    packed = replace(packed, sampler_logprobs=sampler * packed.loss_mask)
-    torch.save((packed, TokenScores(old=old, entropies=entropies, reference=reference)), batch_file)
+
+    def near(scores: Tensor) -> Tensor:
+        return scores + 0.3 * torch.randn(scores.shape, generator=generator) * packed.loss_mask
+
+    old, reference, sampler = near(logprobs), near(logprobs), near(logprobs)
+    values = None if critic is None else near(critic.engine.score(packed)[0])
+    packed = replace(packed, sampler_logprobs=sampler)
+    torch.save((packed, TokenScores(old=old, entropies=entropies, reference=reference, values=values)), batch_file)
+
+
+def build_critic(config: Config) -> Critic | None:
+    """The critic of a method that has one; every rank must build it."""
+    return Critic(config, total_updates=1) if config.kind == "rl" and config.algorithm.advantage == "gae" else None
 
 
 def compute_gradients(
-    policy: Policy, config: Config, packed: PackedBatch, scores: TokenScores
+    policy: Policy, critic: Critic | None, config: Config, packed: PackedBatch, scores: TokenScores
 ) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss, loss_scale (see LayoutResult) and, on rank 0, gradients by Hugging Face name of one update; collective."""
+    """Loss, loss_scale and, on rank 0, gradients (see LayoutResult) of one update; collective."""
     objective: ObjectiveFunction
     if config.kind == "sft":
         batch, objective = build_supervised_batch(packed), supervised_objective
     else:
         algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
         (batch,), objective = algorithm.prepare(packed, scores, step=0).batches, algorithm.objective
-    metrics = policy.engine.forward_backward(batch, objective)
-    gather_sharded_gradients(policy.engine)
+    loss, gradients = _loss_and_gradients(policy, batch, objective)
     sizes = batch.token_weights if batch.advantages is None else batch.token_weights * batch.advantages.abs()
-    gradients = dict(hugging_face_gradients(policy.engine.chunks, policy.weight_map, policy.engine.layout))
-    return metrics["loss"], float(sizes.sum()), gradients
+    scale = float(sizes.sum())
+    if critic is not None:
+        critic_loss, critic_gradients = _loss_and_gradients(critic, batch, algorithm.value_objective)
+        loss, scale = loss + critic_loss, scale + critic_loss
+        gradients |= {CRITIC + name: gradient for name, gradient in critic_gradients.items()}
+    return loss, scale, gradients
 
 
-def megatron_parameters(policy: Policy) -> dict[str, tuple[str, ...]]:
+def _loss_and_gradients(model: Learner, batch: TrainBatch, objective: ObjectiveFunction) -> tuple[float, dict[str, Tensor]]:
+    metrics = model.engine.forward_backward(batch, objective)
+    gather_sharded_gradients(model.engine)
+    return metrics["loss"], dict(hugging_face_gradients(model.engine.chunks, model.weight_map, model.engine.layout))
+
+
+def megatron_parameters(policy: Policy, critic: Critic | None) -> dict[str, tuple[str, ...]]:
     """Each trained Megatron parameter and the Hugging Face tensors in it."""
     return {
-        name: parameter.hugging_face
-        for name, parameter in policy.weight_map.parameters.items()
+        prefix + name: tuple(prefix + tensor for tensor in parameter.hugging_face)
+        for prefix, model in (("", policy), (CRITIC, critic))
+        if model is not None
+        for name, parameter in model.weight_map.parameters.items()
         if not (parameter.is_copy or parameter.is_buffer)
     }
 
@@ -151,9 +177,9 @@ def megatron_parameters(policy: Policy) -> dict[str, tuple[str, ...]]:
 def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> None:
     """One rank of one layout."""
     packed, scores = torch.load(batch_file, weights_only=False)
-    policy = Policy(config, total_updates=1)
-    loss, loss_scale, gradients = compute_gradients(policy, config, packed, scores)
-    norm, _, _ = policy.optimizer.step()
+    policy, critic = Policy(config, total_updates=1), build_critic(config)
+    loss, loss_scale, gradients = compute_gradients(policy, critic, config, packed, scores)
+    norm = math.hypot(*(model.optimizer.step()[0] for model in (policy, critic) if model is not None))
     if is_main_rank():
         result = LayoutResult(
             layout=name,
@@ -162,7 +188,7 @@ def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> 
             loss_scale=loss_scale,
             gradient_norm=norm,
             gradients=gradients,
-            parameters=megatron_parameters(policy),
+            parameters=megatron_parameters(policy, critic),
         )
         torch.save(result, result_file)
 
@@ -186,7 +212,7 @@ def parse_layout(text: str) -> dict[str, object]:
 
 
 def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]:
-    """The config with its policy in another layout, and the ranks it needs.
+    """The config with its policy and critic in another layout, and the ranks it needs.
 
     Args:
         layout: keys of policy.parallel, plus ``dp`` and ``max_tokens_per_micro_batch``.
@@ -198,12 +224,16 @@ def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]
     }
     policy = config.policy.model_dump() | role | {"parallel": sizes}
     try:
-        changed = config.model_copy(update={"policy": RoleConfig.model_validate(policy)})
+        changed = config.model_copy(update={"policy": RoleConfig.model_validate(policy), "critic": _critic(config, role, sizes)})
     except ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(f"layout {layout}: {problem['loc'][-1]} = {problem['input']!r}: {problem['msg']}") from error
     parallel = changed.policy.parallel
     return changed, parallel.tp * parallel.pp * parallel.cp * dp
+
+
+def _critic(config: Config, role: dict[str, object], parallel: dict[str, object]) -> CriticConfig | None:
+    return config.critic and CriticConfig.model_validate(config.critic.model_dump() | role | {"parallel": parallel})
 
 
 def compare(reference: LayoutResult, result: LayoutResult) -> ParityRow:

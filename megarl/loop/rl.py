@@ -3,28 +3,33 @@
 from megarl.algorithms.algorithm import Algorithm
 from megarl.config.schema import Config
 from megarl.loop.run import Run
-from megarl.train.roles import Policy, Reference, score
+from megarl.train.roles import Critic, Policy, Reference, score
 
 
 def run_rl(config: Config, resume: bool) -> None:
     """Train by RL; every rank of the world runs this."""
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
-    policy = Policy(config, total_updates=config.steps * config.algorithm.updates_per_step)
+    updates_per_step = config.algorithm.updates_per_step
+    critic_warmup = config.critic.warmup_steps if config.critic else 0
+    policy = Policy(config, total_updates=(config.steps - critic_warmup) * updates_per_step)
     reference = Reference(config) if config.algorithm.kl.place != "none" else None
-    with Run(config, policy, algorithm, resume=resume) as run:
+    critic = Critic(config, total_updates=config.steps * updates_per_step) if config.algorithm.advantage == "gae" else None
+    with Run(config, policy, algorithm, critic, resume=resume) as run:
         run.rollout.push_weights(run.weight_version)  # fails at the start, not after an hour
         run.evaluate_if_due()
         while run.step < config.steps:
             with run.timer.phase("generate"):
                 collected = run.rollout.collect(run.step)
             with run.timer.phase("log-probs"):
-                scores = score(policy, reference, collected.packed)
+                scores = score(policy, reference, critic, collected.packed)
             with run.timer.phase("pack"):
                 prepared = algorithm.prepare(collected.packed, scores, run.step)
             with run.timer.phase("update"):
-                results = [policy.update(batch, algorithm.objective) for batch in prepared.batches]
+                learns = run.step >= critic_warmup
+                results = [policy.update(batch, algorithm.objective) for batch in prepared.batches if learns]
+                critic_results = [critic.update(batch, algorithm.value_objective) for batch in prepared.batches if critic]
             algorithm.finish_step(collected.packed, scores)
             with run.timer.phase("sync"):
                 run.rollout.push_weights(run.weight_version + 1)
-            run.finish_step(results, collected, scores, prepared.metrics)
+            run.finish_step(results, collected, scores, prepared.metrics, critic_results)
         run.export()

@@ -10,13 +10,14 @@ from megarl.config.schema import Config
 from megarl.data.packing import pack_examples
 from megarl.data.sampler import build_sft_source
 from megarl.data.template import load_tokenizer
+from megarl.errors import CheckpointError
 from megarl.loop.broadcast import broadcast_batch
 from megarl.loop.rollout import Collected, Rollout
 from megarl.observe.progress import RunProgress
 from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
 from megarl.observe.sinks import MetricsWriter, RolloutWriter
 from megarl.observe.timers import PhaseTimer
-from megarl.train.roles import Policy, is_main_rank
+from megarl.train.roles import Critic, Policy, is_main_rank
 from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
 from megarl.weights.checkpoint import CheckpointWriter, RunState, load_policy, read_run_state, whole_checkpoints
 from megarl.weights.export import write_hugging_face_folder
@@ -49,6 +50,7 @@ class Run:
         config: the run.
         policy: its model; restored here when the run resumes.
         algorithm: its RL method, restored likewise; None for supervised runs.
+        critic: restored likewise; None for methods without.
         resume: go on from the newest checkpoint.
 
     Attributes:
@@ -57,14 +59,23 @@ class Run:
         timer: seconds by phase.
     """
 
-    def __init__(self, config: Config, policy: Policy, algorithm: Algorithm | None = None, *, resume: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        algorithm: Algorithm | None = None,
+        critic: Critic | None = None,
+        *,
+        resume: bool,
+    ) -> None:
         self._config = config
         self._policy = policy
         self._algorithm = algorithm
+        self._critic = critic
         self.timer = PhaseTimer()
         folder = config.run_dir / "checkpoints"
         self._checkpoints = CheckpointWriter(folder, policy.weight_map, config.checkpoint.keep, config.checkpoint.asynchronous)
-        state = self._restore_policy() if resume else None
+        state = self._restore_models() if resume else None
         self.step = state.step if state else 0
         self.weight_version = state.weight_version if state else 0
         self._first_step = self.step + 1
@@ -93,10 +104,21 @@ class Run:
     def _data(self) -> Rollout | Examples:
         return self._examples or self.rollout
 
-    def _restore_policy(self) -> RunState:
+    def _sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
+        state = self._policy.sharded_state(is_loading=is_loading)
+        if self._critic is not None:
+            state["critic"] = self._critic.sharded_state(is_loading=is_loading)
+        return state
+
+    def _restore_models(self) -> RunState:
         checkpoint = whole_checkpoints(self._config.run_dir / "checkpoints")[-1]
         state = read_run_state(checkpoint, self._policy.weight_map)
-        self._policy.load_state(load_policy(checkpoint, self._policy.sharded_state(is_loading=True)))
+        if self._critic is not None and not state.has_critic:
+            raise CheckpointError(f"{checkpoint} has no critic; resume from a checkpoint of a run with one, or start a new run")
+        tensors = load_policy(checkpoint, self._sharded_state(is_loading=True))
+        self._policy.load_state(tensors)
+        if self._critic is not None:
+            self._critic.load_state(tensors["critic"])
         if self._algorithm is not None:
             self._algorithm.restore(state.algorithm)
         return state
@@ -141,15 +163,17 @@ class Run:
         collected: Collected | None = None,
         scores: TokenScores | None = None,
         algorithm_metrics: Mapping[str, float] | None = None,
+        critic_results: Sequence[UpdateResult] = (),
     ) -> None:
         """Count the step, watch it, and evaluate, save and log as due."""
         self.step += 1
         self.weight_version += 1
         metrics = _step_metrics(results) | dict(algorithm_metrics or {})
+        metrics |= {f"critic_{name}": value for name, value in _step_metrics(critic_results).items()}
         groups: tuple[RolloutGroup, ...] = ()
         if collected is not None and scores is not None:
             groups = collected.groups
-            metrics |= collected.metrics | self._watch(metrics, collected, scores)
+            metrics |= collected.metrics | self._watch(collected, scores)
             if is_main_rank():
                 self.timer.move("generate", "score", collected.score_seconds)
         every, last = self._config.evaluation.every, self.step == self._config.steps
@@ -167,13 +191,15 @@ class Run:
                 self._save()
         self._checkpoints.poll()
 
-    def _watch(self, metrics: dict[str, float], collected: Collected, scores: TokenScores) -> dict[str, float]:
+    def _watch(self, collected: Collected, scores: TokenScores) -> dict[str, float]:
         packed = collected.packed
+        num_trained = max(1, int(packed.loss_mask.sum()))
+        entropy = float(scores.entropies.double().sum()) / num_trained
         mean_gap, max_gap = masked_mean_gap(scores.old, packed.sampler_logprobs, packed.loss_mask)
         gap_warning = check_logprob_gap(
             mean_gap, self._config.observe.max_logprob_gap, self.step, first=self.step == self._first_step
         )
-        for warning in (gap_warning, self._entropy_floor.check(metrics["entropy"], self.step)):
+        for warning in (gap_warning, self._entropy_floor.check(entropy, self.step)):
             if warning:
                 self.message(f"warning: {warning}")
         return {"logprob_gap_mean": mean_gap, "logprob_gap_max": max_gap}
@@ -184,8 +210,9 @@ class Run:
             weight_version=self.weight_version,
             data=self._data.data_state(),
             algorithm={} if self._algorithm is None else self._algorithm.state(),
+            has_critic=self._critic is not None,
         )
-        self._checkpoints.save(self._policy.sharded_state(), state)
+        self._checkpoints.save(self._sharded_state(), state)
 
     def export(self) -> None:
         """Write the policy as the run's Hugging Face folder ``hf``; collective."""
@@ -215,7 +242,9 @@ class Run:
 
 
 def _step_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
-    """Means over the step's updates; maxima of ``ratio_max``."""
+    """Means over the step's updates; maxima of ``ratio_max``. Nothing while the model does not learn."""
+    if not results:
+        return {}
     metrics = {name: sum(result.metrics[name] for result in results) / len(results) for name in results[0].metrics}
     if "ratio_max" in metrics:
         metrics["ratio_max"] = max(result.metrics["ratio_max"] for result in results)

@@ -49,6 +49,16 @@ class CausalLM(GPTModel):
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
 
 
+class ValueModel(CausalLM):
+    """A GPTModel whose last stage has a value head in the place of the output layer: one number for each token."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        if self.post_process:
+            # under the output layer's name, which megatron-core looks for when it saves
+            self.output_layer = torch.nn.Linear(self.config.hidden_size, 1, bias=False, dtype=self.config.params_dtype)
+
+
 def use_transformer_engine(implementation: str) -> bool:
     """Resolve ``model.transformer_impl``.
 
@@ -62,7 +72,12 @@ def use_transformer_engine(implementation: str) -> bool:
 
 
 def build_model_chunks(
-    architecture: Architecture, model: ModelConfig, role: RoleConfig, layout: Layout, seed: int
+    architecture: Architecture,
+    model: ModelConfig,
+    role: RoleConfig,
+    layout: Layout,
+    seed: int,
+    model_class: type[CausalLM] = CausalLM,
 ) -> list[CausalLM]:
     """This rank's model chunks (one, or vpp of them), with weights still undefined."""
     groups = layout.groups
@@ -74,7 +89,7 @@ def build_model_chunks(
     config = transformer_config(architecture, model, role, attention_factor, with_transformer_engine)
     chunks = []
     for stage in range(role.parallel.vpp):
-        chunk = _build_chunk(architecture, config, model, role, layout, stage, with_transformer_engine)
+        chunk = _build_chunk(architecture, config, model, role, layout, stage, with_transformer_engine, model_class)
         _set_rotary_frequencies(chunk, frequencies, attention_factor)
         chunks.append(chunk.cuda())
     return chunks
@@ -98,10 +113,11 @@ def _build_chunk(
     layout: Layout,
     stage: int,
     with_transformer_engine: bool,
+    model_class: type[CausalLM] = CausalLM,
 ) -> CausalLM:
     vpp, last = role.parallel.vpp, role.parallel.pp - 1
     vp_stage = stage if vpp > 1 else None
-    chunk = CausalLM(
+    chunk = model_class(
         config=config,
         transformer_layer_spec=stage_spec(architecture, config, with_transformer_engine, layout.pp_rank, vp_stage),
         vocab_size=padded_vocabulary_size(architecture, model.vocabulary_pad_multiple, role.parallel.tp),

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,8 +18,8 @@ from megarl.data.packing import plan_micro_batches
 from megarl.models.build import CausalLM
 from megarl.parallel.differentiable import sum_over_group
 from megarl.parallel.layout import Layout
-from megarl.parallel.logprobs import vocab_parallel_logprobs
 from megarl.parallel.pipeline import PipelineCommunicator
+from megarl.train.heads import Head
 from megarl.train.micro_batch import MicroBatch, build_micro_batch
 from megarl.types import PackedBatch, TrainBatch
 
@@ -32,20 +31,16 @@ class TrainingEngine:
         chunks: this rank's model chunks with their weights.
         role: layout and sizes.
         layout: this rank's place.
-        vocabulary_size: without padding.
-        temperature: of all log-probabilities and entropies.
+        head: what it computes for each trained token.
         trainable: build gradient buffers; a frozen model has none.
     """
 
-    def __init__(
-        self, chunks: list[CausalLM], role: RoleConfig, layout: Layout, *, vocabulary_size: int, temperature: float, trainable: bool
-    ) -> None:
+    def __init__(self, chunks: list[CausalLM], role: RoleConfig, layout: Layout, *, head: Head, trainable: bool) -> None:
         self.role = role
         self.layout = layout
         self.chunks = chunks
         self.device = next(chunks[0].parameters()).device
-        self._vocabulary_size = vocabulary_size
-        self._temperature = temperature
+        self._head = head
         self._config: TransformerConfig = chunks[0].config
         self.ddp_chunks: list[DistributedDataParallel] = self._wrap() if trainable else []
         self._communicator = PipelineCommunicator(pp_group=layout.groups.pp, config=self._config)
@@ -71,24 +66,23 @@ class TrainingEngine:
         )
         return wrapped
 
-    def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of every trained token, without gradients.
+    def score(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """What the head gives for every trained token, without gradients.
 
         Returns:
-            Two float32 CPU tensors [num_tokens], nats, 0 where ``loss_mask`` is False; equal on all ranks.
+            For each of the head's outputs a float32 CPU tensor [num_tokens], 0 where ``loss_mask`` is False; equal on all ranks.
         """
 
-        def collect(micro_batch: MicroBatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Any]:
-            return logprobs.sum(), (micro_batch.index, torch.stack([logprobs, entropies]))
+        def collect(micro_batch: MicroBatch, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+            return outputs[0].sum(), (micro_batch.index, torch.stack(outputs))
 
         with torch.no_grad():
-            outputs = self._run(batch, self.chunks, collect, forward_only=True)
-        values = torch.zeros(2, batch.token_ids.numel(), device=self.device)
-        for index, rows in outputs:
+            scored = self._run(batch, self.chunks, collect, forward_only=True)
+        values = torch.zeros(self._head.num_outputs, batch.token_ids.numel(), device=self.device)
+        for index, rows in scored:
             values[:, index.to(self.device)] = rows
         self._sum_over_replicas(values)
-        logprobs, entropies = values.cpu()
-        return logprobs, entropies
+        return tuple(values.cpu())
 
     def forward_backward(self, batch: TrainBatch, objective: ObjectiveFunction) -> dict[str, float]:
         """Accumulate the gradient of the objective over the whole batch into the gradient buffers.
@@ -100,13 +94,13 @@ class TrainingEngine:
         numbers = sequence_numbers(packed.cu_seqlens)
         lengths = trained_lengths(packed.loss_mask, packed.cu_seqlens).to(self.device)
 
-        def collect(micro_batch: MicroBatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Any]:
+        def collect(micro_batch: MicroBatch, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
             sequences = SequenceTokens(
                 numbers=numbers[micro_batch.index].to(self.device),
                 lengths=lengths,
                 sum_over_ranks=partial(sum_over_group, group=self.layout.groups.cp),
             )
-            result = objective(logprobs, entropies, select_tokens(batch, micro_batch.index, self.device, sequences))
+            result = objective(*outputs, select_tokens(batch, micro_batch.index, self.device, sequences))
             return result.loss, result
 
         for chunk in self.ddp_chunks:
@@ -118,7 +112,7 @@ class TrainingEngine:
         self,
         batch: PackedBatch,
         models: Sequence[torch.nn.Module],
-        collect: Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Any]],
+        collect: Callable[[MicroBatch, tuple[Tensor, ...]], tuple[Tensor, Any]],
         *,
         forward_only: bool,
     ) -> list[Any]:
@@ -158,29 +152,11 @@ class TrainingEngine:
         hidden = model(micro_batch.input_ids, micro_batch.position_ids, None, packed_seq_params=micro_batch.packed_seq_params)
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-            logprobs, entropies = self._score(hidden, model, micro_batch)
-            value, kept = collect(micro_batch, logprobs, entropies)
+            chunk = model.module if isinstance(model, DistributedDataParallel) else model
+            value, kept = collect(micro_batch, self._head(hidden, chunk, micro_batch))
             return value, torch.zeros((), dtype=torch.int, device=value.device), kept
 
         return hidden, loss
-
-    def _score(self, hidden: Tensor, model: Any, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of the micro-batch's targets from the last stage's hidden states [tokens, 1, hidden]."""
-        chunk = model.module if isinstance(model, DistributedDataParallel) else model
-        tp_group = self.layout.groups.tp
-        if self.role.parallel.sequence_parallel:
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp_group)
-        else:
-            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=tp_group)
-        return vocab_parallel_logprobs(
-            hidden[:, 0][micro_batch.rows],
-            chunk.output_weight(),
-            micro_batch.targets,
-            vocabulary_size=self._vocabulary_size,
-            temperature=self._temperature,
-            chunk_tokens=self.role.logprob_chunk_tokens,
-            group=tp_group,
-        )
 
     def _sum_over_replicas(self, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
         """Reduce over data and context parallel ranks of the last stage, then give the result to every stage."""

@@ -1,19 +1,22 @@
-"""The models of a run: the policy that learns and the reference that does not."""
+"""The models of a run: policy and critic, which learn, and the reference, which does not."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch import Tensor
 
 from megarl.algorithms.objectives import ObjectiveFunction
-from megarl.config.schema import Config, RoleConfig
+from megarl.config.schema import Config, CriticConfig, OptimizerConfig, RoleConfig
 from megarl.models.architecture import read_architecture
-from megarl.models.build import build_model_chunks, use_transformer_engine
+from megarl.models.build import ValueModel, build_model_chunks, use_transformer_engine
 from megarl.parallel.layout import build_layout
 from megarl.train.engine import TrainingEngine
+from megarl.train.heads import LogProbHead, ValueHead
 from megarl.train.optimizer import EngineOptimizer
 from megarl.types import PackedBatch, TokenScores, TrainBatch, UpdateResult
 from megarl.weights.distributed_checkpoint import is_distributed_checkpoint
@@ -21,6 +24,7 @@ from megarl.weights.mapping import WeightMap, build_weight_map
 from megarl.weights.megatron_start import load_megatron_weights
 from megarl.weights.sources import RandomSource, SafetensorsSource
 from megarl.weights.transfer import hugging_face_tensors, load_weights
+from megarl.weights.value_head import value_head_source, with_value_head
 
 
 def _build_engine(config: Config, role: RoleConfig, path: Path, *, trainable: bool) -> tuple[TrainingEngine, WeightMap]:
@@ -37,15 +41,21 @@ def _build_engine(config: Config, role: RoleConfig, path: Path, *, trainable: bo
     else:
         load_weights(chunks, SafetensorsSource(path, weight_map), weight_map, layout)
     temperature = config.rollout.temperature if config.kind == "rl" else 1.0
-    engine = TrainingEngine(
-        chunks,
-        role,
-        layout,
-        vocabulary_size=architecture.vocabulary_size,
-        temperature=temperature,
-        trainable=trainable,
-    )
-    return engine, weight_map
+    head = LogProbHead(role=role, layout=layout, vocabulary_size=architecture.vocabulary_size, temperature=temperature)
+    return TrainingEngine(chunks, role, layout, head=head, trainable=trainable), weight_map
+
+
+def _build_critic(config: Config, role: CriticConfig) -> tuple[TrainingEngine, WeightMap]:
+    path = role.path or config.model.path
+    architecture = replace(read_architecture(path), tied_embeddings=False)  # it has no output layer that could be tied
+    with_transformer_engine = use_transformer_engine(config.model.transformer_impl)
+    weight_map = with_value_head(build_weight_map(architecture, config.model.vocabulary_pad_multiple, with_transformer_engine))
+    layout = build_layout(role.parallel)
+    chunks = build_model_chunks(architecture, config.model, role, layout, config.seed, ValueModel)
+    is_random = config.model.init == "random" and role.path is None
+    source = RandomSource(weight_map, config.seed) if is_random else value_head_source(path, weight_map, config.seed)
+    load_weights(chunks, source, weight_map, layout)
+    return TrainingEngine(chunks, role, layout, head=ValueHead(role=role, layout=layout), trainable=True), weight_map
 
 
 class Reference:
@@ -57,17 +67,20 @@ class Reference:
         self.engine, _ = _build_engine(config, role, path, trainable=False)
 
 
-class Policy:
-    """The model that learns, with its optimizer. Every rank must build it.
+class Learner:
+    """A model with its optimizer.
 
     Args:
-        config: the run.
+        engine: the model.
+        weight_map: of the model.
+        optimizer: settings.
         total_updates: optimizer steps of the run, for the learning-rate schedule.
     """
 
-    def __init__(self, config: Config, total_updates: int) -> None:
-        self.engine, self.weight_map = _build_engine(config, config.policy, config.model.path, trainable=True)
-        self.optimizer = EngineOptimizer(self.engine, config.optimizer, total_updates)
+    def __init__(self, engine: TrainingEngine, weight_map: WeightMap, optimizer: OptimizerConfig, total_updates: int) -> None:
+        self.engine = engine
+        self.weight_map = weight_map
+        self.optimizer = EngineOptimizer(engine, optimizer, total_updates)
 
     def update(self, batch: TrainBatch, objective: ObjectiveFunction) -> UpdateResult:
         """One optimizer step on one batch."""
@@ -120,11 +133,48 @@ class Policy:
         torch.set_rng_state(state["random"])
 
 
-def score(policy: Policy, reference: Reference | None, packed: PackedBatch) -> TokenScores:
-    """Log-probabilities of the batch under the policy before its updates and under the reference."""
-    old, entropies = policy.engine.logprobs(packed)
-    frozen = None if reference is None else reference.engine.logprobs(packed)[0]
-    return TokenScores(old=old, entropies=entropies, reference=frozen)
+class Policy(Learner):
+    """The language model that learns. Every rank must build it.
+
+    Args:
+        config: the run.
+        total_updates: optimizer steps of the run, for the learning-rate schedule.
+    """
+
+    def __init__(self, config: Config, total_updates: int) -> None:
+        engine, weight_map = _build_engine(config, config.policy, config.model.path, trainable=True)
+        super().__init__(engine, weight_map, config.optimizer, total_updates)
+
+
+class Critic(Learner):
+    """The model that learns what reward to expect from each token on. Every rank must build it.
+
+    Args:
+        config: the run.
+        total_updates: optimizer steps of the run, for the learning-rate schedule.
+    """
+
+    def __init__(self, config: Config, total_updates: int) -> None:
+        role = config.critic or CriticConfig.model_validate(config.policy.model_dump())
+        engine, weight_map = _build_critic(config, role)
+        super().__init__(engine, weight_map, role.optimizer or config.optimizer, total_updates)
+
+    def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
+        """As the policy's, with keys of its own, so that one checkpoint holds both."""
+        state = super().sharded_state(is_loading=is_loading)
+        add_prefix_for_sharding(state, "critic.")
+        return state
+
+
+def score(policy: Policy, reference: Reference | None, critic: Critic | None, packed: PackedBatch) -> TokenScores:
+    """What all models say of the batch before the updates."""
+    old, entropies = policy.engine.score(packed)
+    return TokenScores(
+        old=old,
+        entropies=entropies,
+        reference=None if reference is None else reference.engine.score(packed)[0],
+        values=None if critic is None else critic.engine.score(packed)[0],
+    )
 
 
 def is_main_rank() -> bool:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: megatron-core's distributed format, which any layout can load, and one manifest written last.
 
     checkpoints/step_00000012/
-        policy/           model, optimizer, scheduler and random state (megatron dist_checkpointing)
+        policy/           model, optimizer, scheduler and random state (megatron dist_checkpointing), and the critic's
         manifest.json     step, weight version, data position, model digest, and every file with its size
 
 A folder without a manifest is an unfinished save and is never read.
@@ -46,12 +46,14 @@ class RunState:
         weight_version: version of the policy's weights.
         data: position of the training data, as its sampler gives it.
         algorithm: what the RL method carries from step to step.
+        has_critic: a critic's tensors are there beside the policy's.
     """
 
     step: int
     weight_version: int
     data: dict[str, Any]
     algorithm: dict[str, Any] = field(default_factory=dict)
+    has_critic: bool = False
 
 
 def model_digest(weight_map: WeightMap) -> str:

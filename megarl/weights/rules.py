@@ -37,7 +37,8 @@ class Layers(Enum):
 class Start(Enum):
     """What a model with random weights starts from."""
 
-    NORMAL = "normal"
+    NORMAL = "normal"  # with the config's initializer_range
+    SMALL = "small"  # normal, standard deviation 1 / (columns + 1)
     ZEROS = "zeros"
     ONES = "ones"
 

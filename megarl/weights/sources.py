@@ -97,4 +97,5 @@ class RandomSource:
             return torch.ones(shape)
         digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        return torch.randn(shape, generator=generator) * self._std
+        std = 1 / (shape[-1] + 1) if self._starts[name] is Start.SMALL else self._std
+        return torch.randn(shape, generator=generator) * std

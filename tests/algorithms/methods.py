@@ -75,7 +75,11 @@ class Reference:
             [-kl.coefficient * float(scores.old[p] - scores.reference[p]) if kl.place == "reward" else 0.0 for p in one]
             for one in self.trained()
         ]
-        advantages = references.token_advantages(self.config.advantage, self.rewards(), penalties, GROUPS)
+        values = [[float(scores.values[p]) for p in one] for one in self.trained()]
+        gae = self.config.gae
+        advantages = references.token_advantages(
+            self.config.advantage, self.rewards(), penalties, GROUPS, values, gae.discount, gae.trace_decay
+        )
         if self.config.whiten:
             advantages = references.whitened(advantages)
         if self.masks_negative:

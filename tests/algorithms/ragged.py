@@ -53,7 +53,8 @@ def ragged(seed: int, dtype: torch.dtype = torch.float64, spread: float = 0.3) -
         truncated=torch.tensor([sequence.count("r") >= LONGEST - 1 for sequence in SEQUENCES]),
     )
     entropies = torch.rand(len(text), generator=generator, dtype=torch.float64) * mask
-    scores = TokenScores(old=old.to(dtype), entropies=entropies.to(dtype), reference=reference.to(dtype))
+    values = torch.randn(len(text), generator=generator, dtype=torch.float64) * mask
+    scores = TokenScores(old=old.to(dtype), entropies=entropies.to(dtype), reference=reference.to(dtype), values=values.to(dtype))
     trained = [[p for p in range(starts[i], starts[i + 1]) if mask[p]] for i in range(len(SEQUENCES))]
     return Ragged(packed=packed, scores=scores, trained=trained)
 

@@ -43,8 +43,24 @@ def sequence_advantages(name: str, returns: Floats, groups: Sequence[int]) -> li
     return advantages
 
 
-def token_advantages(name: str, rewards: Floats, token_rewards: Sequence[Floats], groups: Sequence[int]) -> list[list[float]]:
-    """One advantage for each trained token of each response; ``token_rewards`` are the penalties, without the outcome's reward."""
+def token_advantages(
+    name: str,
+    rewards: Floats,
+    token_rewards: Sequence[Floats],
+    groups: Sequence[int],
+    values: Sequence[Floats],
+    discount: float,
+    decay: float,
+) -> list[list[float]]:
+    """One advantage for each trained token of each response; ``token_rewards`` are the penalties, without the outcome's reward.
+
+    ``values``, ``discount`` and ``decay`` are gae's.
+    """
+    if name == "gae":
+        return [
+            gae([*tokens[:-1], tokens[-1] + reward], own, discount, decay) if tokens else []
+            for reward, tokens, own in zip(rewards, token_rewards, values, strict=True)
+        ]
     returns = [reward + sum(tokens) for reward, tokens in zip(rewards, token_rewards, strict=True)]
     if name in ("reward_to_go", "reward_to_go_batch_mean"):
         baseline = mean(returns) if name == "reward_to_go_batch_mean" else 0.0

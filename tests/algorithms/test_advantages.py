@@ -28,7 +28,9 @@ def inputs_of(batch: Ragged, token_rewards: torch.Tensor) -> AdvantageInput:
         group_ids=packed.group_ids,
         cu_seqlens=packed.cu_seqlens,
         loss_mask=packed.loss_mask,
-        values=None,
+        values=batch.scores.values,
+        discount=0.9,
+        trace_decay=0.8,
     )
 
 
@@ -41,9 +43,10 @@ def test_advantages(name: str, penalised: bool, dtype: torch.dtype) -> None:
         penalties = (batch.scores.reference - batch.scores.old) * 0.3 if penalised else torch.zeros_like(batch.scores.old)
         actual = ADVANTAGES[name].function(inputs_of(batch, penalties))
         assert actual.dtype == dtype
-        values = penalties.tolist()
-        token_rewards = [[values[p] for p in positions] for positions in batch.trained]
-        expected = references.token_advantages(name, batch.packed.rewards.tolist(), token_rewards, GROUPS)
+        token_rewards, values = (
+            [[x[p] for p in positions] for positions in batch.trained] for x in (penalties.tolist(), batch.scores.values.tolist())
+        )
+        expected = references.token_advantages(name, batch.packed.rewards.tolist(), token_rewards, GROUPS, values, 0.9, 0.8)
         assert_tokens(actual, expected, batch, TOLERANCE[dtype])
 
 

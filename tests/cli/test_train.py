@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from megarl.config.load import load_config
 from megarl.data.sampler import build_sft_source
 from megarl.data.template import SFTExample
+from megarl.errors import CheckpointError
 from megarl.loop.launch import launch_evaluation, launch_training
 from megarl.weights.checkpoint import whole_checkpoints
 from runs import MEGARL, TIMEOUT, logged, megarl, megarl_here, processes_naming, write_config
@@ -130,6 +132,30 @@ def test_what_a_method_carries_from_step_to_step_is_resumed(workspace: Path, tmp
     assert_same_run(tmp_path / "resumed", tmp_path / "run")
     coefficients = [metrics["kl_coefficient"] for _, metrics in logged(tmp_path / "run")]
     assert coefficients[0] == 0.01 and len(set(coefficients)) == 4
+
+
+def test_ppo_with_three_models_in_three_layouts_learns_values_and_resumes(workspace: Path, tmp_path: Path) -> None:
+    """The critic has its own learning rate, learns alone in the first step, and is saved with its optimizer."""
+    (tmp_path / "model").symlink_to(workspace / "model")
+    layouts = {"policy": {"parallel": {"pp": 2}}, "reference": {"parallel": {"tp": 2}}}
+    critic = {"parallel": {"cp": 2}, "optimizer": {"learning_rate": 1e-3}, "warmup_steps": 1}
+    algorithm = {"preset": "ppo", "updates_per_step": 2}
+    checkpoint = {"every": 1, "keep": 4, "asynchronous": True}
+    path = write_config(tmp_path, algorithm=algorithm, checkpoint=checkpoint, critic=critic, evaluation={}, **layouts)
+    launch_training(load_config(path), num_ranks=2, resume=False)
+    copy_of_interrupted(tmp_path / "run", tmp_path / "resumed", 2, first_logged=1)
+    launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
+    assert_same_run(tmp_path / "resumed", tmp_path / "run")
+    lines = [metrics for _, metrics in logged(tmp_path / "run")]
+    assert ["gradient_norm" in metrics for metrics in lines] == [False, True, True, True]
+    assert all(metrics["critic_gradient_norm"] > 0 and metrics["critic_learning_rate"] == 1e-3 for metrics in lines)
+    assert len({metrics["explained_variance"] for metrics in lines}) == 4
+    without = load_config(path, ["algorithm.preset=reinforce", "critic=null", f"run_dir={tmp_path / 'other'}"])
+    launch_training(without, num_ranks=2, resume=False)
+    shutil.rmtree(tmp_path / "resumed")
+    copy_of_interrupted(tmp_path / "other", tmp_path / "resumed", 2, first_logged=1)
+    with pytest.raises(CheckpointError, match="has no critic; resume from a checkpoint of a run with one"):
+        launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
 
 
 def test_sft_resumed_in_another_layout_gives_the_same_weights(workspace: Path, tmp_path: Path) -> None:

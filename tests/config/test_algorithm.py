@@ -104,7 +104,7 @@ def test_clashes(clash: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "rollout", "expected"),
     [
-        ({"advantage": "gae"}, {}, "algorithm.advantage: gae needs a critic, and none is trained yet"),
+        ({"advantage": "process_rewards"}, {}, "algorithm.advantage: process_rewards needs a reward for each step"),
         ({"preset": "remax"}, {}, "algorithm.advantage: greedy_baseline needs a greedy response to each prompt"),
         ({"kl": {"place": "reward", "estimator": "k1"}}, {}, "algorithm.kl.coefficient: is 0 with kl.place reward"),
         ({"kl": {"coefficient": 0.1}}, {}, "algorithm.kl.coefficient: is 0.1 but kl.place is none"),

@@ -29,7 +29,7 @@ def transformers_logprobs(model: PreTrainedModel, tokens: Tensor, temperature: f
 
 
 def compute_logprobs(config: Config, packed: PackedBatch, output: Path) -> None:
-    values = Policy(config, total_updates=1).engine.logprobs(packed)
+    values = Policy(config, total_updates=1).engine.score(packed)
     if is_main_rank():
         torch.save(values, output)
 

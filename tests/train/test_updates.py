@@ -22,7 +22,7 @@ from tiny import PROMPTS, tiny_config, write_tiny_model
 def supervised(config: Config) -> TrainBatch:
     packed = synthetic_batch(PROMPTS, config)
     weights = packed.loss_mask.float() / packed.loss_mask.sum()
-    return TrainBatch(packed=packed, scores=None, advantages=None, token_weights=weights, sampler_weights=None)
+    return TrainBatch(packed=packed, scores=None, advantages=None, token_weights=weights, sampler_weights=None, returns=None)
 
 
 def parameters(policy: Policy) -> list[torch.Tensor]:
@@ -94,14 +94,14 @@ def test_bfloat16_trains_near_float32(tmp_path: Path, parallel: dict[str, Any]) 
 def compare_roles(config: Config) -> None:
     policy, reference = Policy(config, total_updates=1), Reference(config)
     packed = synthetic_batch(PROMPTS, config)
-    ours, entropies = policy.engine.logprobs(packed)
-    theirs, _ = reference.engine.logprobs(packed)
+    ours, entropies = policy.engine.score(packed)
+    theirs, _ = reference.engine.score(packed)
     assert ours[packed.loss_mask].abs().min() > 0
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     before = ours
     policy.update(supervised(config), supervised_objective)
-    assert (policy.engine.logprobs(packed)[0] - before).abs().max() > 1e-3, "the policy learns"
-    assert torch.equal(reference.engine.logprobs(packed)[0], theirs), "the reference does not"
+    assert (policy.engine.score(packed)[0] - before).abs().max() > 1e-3, "the policy learns"
+    assert torch.equal(reference.engine.score(packed)[0], theirs), "the reference does not"
     assert entropies.min() >= 0 and dist.get_world_size() == 4
 
 

@@ -37,8 +37,8 @@ def train(config: Config, folder: Path, resume: bool, asynchronous: bool, output
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     records = []
     for step in range(first, UPDATES):
-        old, entropies = policy.engine.logprobs(packed)
-        scores = TokenScores(old=old + 0.1, entropies=entropies, reference=old - 0.2)
+        old, entropies = policy.engine.score(packed)
+        scores = TokenScores(old=old + 0.1, entropies=entropies, reference=old - 0.2, values=None)
         result = policy.update(algorithm.prepare(packed, scores, step=0).batches[0], algorithm.objective)
         records.append(dict(result.metrics) | {"norm": result.gradient_norm, "lr": result.learning_rate})
         if step + 1 == SAVE_AFTER:

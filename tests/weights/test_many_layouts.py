@@ -80,7 +80,7 @@ def differences(exported: Mapping[str, Tensor], original: Mapping[str, Tensor]) 
 def run_layout(config: Config, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor], Layout]:
     """One rank: the model without optimizer, its float64 scores, and on rank 0 the exported weights."""
     engine = Reference(config).engine
-    scores = torch.stack(engine.logprobs(packed)).double()
+    scores = torch.stack(engine.score(packed)).double()
     weight_map = build_weight_map(
         read_architecture(config.model.path), config.model.vocabulary_pad_multiple, with_transformer_engine=False
     )
