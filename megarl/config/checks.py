@@ -33,6 +33,7 @@ def check(config: Config, world_size: int) -> None:
         failures += _check_policy(config, facts, world_size)
         failures += _check_reference(config, facts, world_size)
         failures += _check_critic(config, facts, world_size)
+        failures += _check_reward_model(config, facts, world_size)
     if failures:
         raise ConfigError("\n".join(failures))
 
@@ -99,6 +100,35 @@ def _check_critic(config: Config, policy: ModelFacts, world_size: int) -> Iterat
             f"critic.path: {facts.path} has no *.safetensors file, and a critic starts from those; give a Hugging Face folder "
             "(tools/convert/megatron_to_hf.py makes one)"
         )
+
+
+def _check_reward_model(config: Config, policy: ModelFacts, world_size: int) -> Iterator[str]:
+    """The reward model's role, and what cannot go with it."""
+    reward_model = config.reward_model
+    if reward_model is None:
+        return
+    if config.kind != "rl":
+        yield f"reward_model: is given and kind {config.kind} has no rewards; remove it"
+        return
+    if config.algorithm.dynamic_sampling:
+        yield (
+            "algorithm.dynamic_sampling: is true with a reward_model, and groups are dropped by what the scorers say alone, before "
+            "it scores; set it to false or remove reward_model"
+        )
+    try:
+        facts = read_model_facts(reward_model.path)
+    except ConfigError as error:
+        yield f"reward_model.path: {error}"
+        return
+    role = Role(name="reward_model", path_key="reward_model.path", config=reward_model, facts=facts)
+    yield from check_role(role, config, world_size)
+    if facts.vocab_size != policy.vocab_size:
+        yield (
+            f"reward_model.path: vocab_size {facts.vocab_size} of {facts.path} differs from the policy's {policy.vocab_size}; it "
+            "reads the policy's tokens: give one with the policy's vocabulary"
+        )
+    if not any(facts.path.glob("*.safetensors")):
+        yield f"reward_model.path: {facts.path} has no *.safetensors file; give a Hugging Face folder with weights"
 
 
 def _has_weights(folder: Path) -> bool:

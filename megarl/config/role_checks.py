@@ -206,7 +206,8 @@ def check_lengths(role: Role, config: Config) -> Iterator[str]:
     )
     sft_tokens, sft_words = config.sft.max_tokens, f"sft.max_tokens {config.sft.max_tokens}"
     trained, trained_words = (rollout_tokens, rollout_words) if config.kind == "rl" else (sft_tokens, sft_words)
-    if trained > role.config.max_tokens_per_micro_batch:
+    end = int(role.name == "reward_model")  # it reads one token behind the sequence
+    if trained + end > role.config.max_tokens_per_micro_batch:
         yield (
             f"{role.name}.max_tokens_per_micro_batch: {role.config.max_tokens_per_micro_batch} tokens cannot hold the longest "
             f"sequence ({trained_words}); raise it or shorten the sequences"

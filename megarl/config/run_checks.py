@@ -113,7 +113,8 @@ def check_evaluation(config: Config) -> Iterator[str]:
 def check_rewards(config: Config) -> Iterator[str]:
     """There is a scorer where responses are scored, and the log can tell scorers apart."""
     scorers = config.rewards.scorers
-    user = "kind: rl" if config.kind == "rl" else "evaluation.data" if config.evaluation.data is not None else None
+    needs_scorers = config.kind == "rl" and config.reward_model is None
+    user = "kind: rl" if needs_scorers else "evaluation.data" if config.evaluation.data is not None else None
     if user is not None and not scorers:
         yield f"rewards.scorers: is empty and {user} needs at least one; add for example - type: math"
     seen: dict[str, int] = {}

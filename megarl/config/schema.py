@@ -136,6 +136,15 @@ class CriticConfig(RoleConfig):
     warmup_steps: int = key(0, "steps", "In the first steps of the run the critic alone learns.", ge=0)
 
 
+class RewardModelConfig(RoleConfig):
+    """A frozen reward model that scores every training response beside the scorers; there is none when the section is not given."""
+
+    path: Path = key(
+        ..., "folder", "Hugging Face folder of a ...ForSequenceClassification with one label that reads the policy's tokens."
+    )
+    weight: float = key(1.0, "-", "Factor of its score in the reward.")
+
+
 class ClipConfig(Section):
     """The clip range of the importance ratio; policy_gradient and mirror_descent do not clip."""
 
@@ -441,6 +450,7 @@ class Config(Section):
     policy: RoleConfig = key(RoleConfig, "-", "The trained model's layout.")
     reference: ReferenceConfig | None = key(None, "-", "The reference model's layout; the policy's when not given.")
     critic: CriticConfig | None = key(None, "-", "The critic's layout and optimizer; the policy's when not given.")
+    reward_model: RewardModelConfig | None = key(None, "-", "A reward model beside the scorers; none when not given.")
     optimizer: OptimizerConfig = key(OptimizerConfig, "-", "The policy's optimizer.")
     algorithm: AlgorithmConfig = key(AlgorithmConfig, "-", "The RL method.")
     sft: SFTConfig = key(SFTConfig, "-", "Settings of kind: sft.")

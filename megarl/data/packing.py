@@ -3,6 +3,7 @@
 import heapq
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -49,6 +50,22 @@ def plan_micro_batches(
             even = fitted + [[] for _ in range(num_micro_batches - len(fitted))]
         plan.append([sorted(micro_batch) for micro_batch in even])
     return plan
+
+
+def with_scored_ends(packed: PackedBatch) -> PackedBatch:
+    """Each sequence with one more token (0), the only one whose prediction counts: what a model says at the last real token."""
+    num_tokens, num_sequences = packed.token_ids.numel(), packed.num_sequences
+    is_end = torch.zeros(num_tokens + num_sequences, dtype=torch.bool)
+    is_end[packed.cu_seqlens[1:] + torch.arange(num_sequences)] = True
+    token_ids = torch.zeros(is_end.numel(), dtype=packed.token_ids.dtype)
+    token_ids[~is_end] = packed.token_ids
+    return replace(
+        packed,
+        token_ids=token_ids,
+        cu_seqlens=packed.cu_seqlens + torch.arange(num_sequences + 1),
+        loss_mask=is_end,
+        sampler_logprobs=torch.zeros(is_end.numel()),
+    )
 
 
 def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:

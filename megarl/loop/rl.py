@@ -2,8 +2,9 @@
 
 from megarl.algorithms.algorithm import Algorithm
 from megarl.config.schema import Config
+from megarl.loop.rollout import add_model_rewards
 from megarl.loop.run import Run
-from megarl.train.roles import Critic, Policy, Reference, score
+from megarl.train.roles import Critic, Policy, Reference, RewardModel, score
 
 
 def run_rl(config: Config, resume: bool) -> None:
@@ -13,6 +14,7 @@ def run_rl(config: Config, resume: bool) -> None:
     critic_warmup = config.critic.warmup_steps if config.critic else 0
     policy = Policy(config, total_updates=(config.steps - critic_warmup) * updates_per_step)
     reference = Reference(config) if config.algorithm.kl.place != "none" else None
+    reward_model = RewardModel(config, config.reward_model) if config.reward_model is not None else None
     critic = Critic(config, total_updates=config.steps * updates_per_step) if config.algorithm.advantage == "gae" else None
     with Run(config, policy, algorithm, critic, resume=resume) as run:
         run.rollout.push_weights(run.weight_version)  # fails at the start, not after an hour
@@ -20,6 +22,9 @@ def run_rl(config: Config, resume: bool) -> None:
         while run.step < config.steps:
             with run.timer.phase("generate"):
                 collected = run.rollout.collect(run.step)
+            if reward_model is not None:
+                with run.timer.phase("reward-model"):
+                    collected = add_model_rewards(collected, reward_model)
             with run.timer.phase("log-probs"):
                 scores = score(policy, reference, critic, collected.packed)
             with run.timer.phase("pack"):

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,8 +16,8 @@ from megarl.observe.metrics import pass_at_k, rollout_metrics
 from megarl.rewards.combine import RewardScorer
 from megarl.rollout.build import build_engine
 from megarl.rollout.collector import Collector
-from megarl.train.roles import Policy, is_main_rank
-from megarl.types import PackedBatch, RolloutGroup
+from megarl.train.roles import Policy, RewardModel, is_main_rank
+from megarl.types import PackedBatch, RolloutGroup, ScoredRollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,22 @@ class Collected:
     groups: tuple[RolloutGroup, ...]
     metrics: dict[str, float]
     score_seconds: float
+
+
+def add_model_rewards(collected: Collected, reward_model: RewardModel) -> Collected:
+    """Add the reward model's scores to the rewards, for training and for people; every rank calls it."""
+    scores = reward_model.score(collected.packed)
+    packed = replace(collected.packed, rewards=collected.packed.rewards + reward_model.weight * scores)
+    remaining = iter(scores.tolist())
+
+    def scored(rollout: ScoredRollout) -> ScoredRollout:
+        score = next(remaining)
+        parts = {**rollout.parts, "reward_model": score}
+        return replace(rollout, reward=rollout.reward + reward_model.weight * score, parts=parts)
+
+    groups = tuple(replace(group, rollouts=tuple(map(scored, group.rollouts))) for group in collected.groups)
+    metrics = collected.metrics | (rollout_metrics(groups) if groups else {})
+    return replace(collected, packed=packed, groups=groups, metrics=metrics)
 
 
 class MainRankRollout:

@@ -1,4 +1,4 @@
-"""The models of a run: policy and critic, which learn, and the reference, which does not."""
+"""The models of a run: policy and critic, which learn, and reference and reward model, which do not."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +11,8 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch import Tensor
 
 from megarl.algorithms.objectives import ObjectiveFunction
-from megarl.config.schema import Config, CriticConfig, OptimizerConfig, RoleConfig
+from megarl.config.schema import Config, CriticConfig, OptimizerConfig, RewardModelConfig, RoleConfig
+from megarl.data.packing import with_scored_ends
 from megarl.models.architecture import read_architecture
 from megarl.models.build import ValueModel, build_model_chunks, use_transformer_engine
 from megarl.parallel.layout import build_layout
@@ -22,7 +23,7 @@ from megarl.types import PackedBatch, TokenScores, TrainBatch, UpdateResult
 from megarl.weights.distributed_checkpoint import is_distributed_checkpoint
 from megarl.weights.mapping import WeightMap, build_weight_map
 from megarl.weights.megatron_start import load_megatron_weights
-from megarl.weights.sources import RandomSource, SafetensorsSource
+from megarl.weights.sources import RandomSource, SafetensorsSource, WeightSource
 from megarl.weights.transfer import hugging_face_tensors, load_weights
 from megarl.weights.value_head import value_head_source, with_value_head
 
@@ -45,17 +46,24 @@ def _build_engine(config: Config, role: RoleConfig, path: Path, *, trainable: bo
     return TrainingEngine(chunks, role, layout, head=head, trainable=trainable), weight_map
 
 
-def _build_critic(config: Config, role: CriticConfig) -> tuple[TrainingEngine, WeightMap]:
+def _build_value_model(config: Config, role: CriticConfig | RewardModelConfig) -> tuple[TrainingEngine, WeightMap]:
+    """A critic, which learns and may start without a head, or a reward model, which is complete and does not learn."""
+    is_critic = isinstance(role, CriticConfig)
     path = role.path or config.model.path
     architecture = replace(read_architecture(path), tied_embeddings=False)  # it has no output layer that could be tied
     with_transformer_engine = use_transformer_engine(config.model.transformer_impl)
     weight_map = with_value_head(build_weight_map(architecture, config.model.vocabulary_pad_multiple, with_transformer_engine))
     layout = build_layout(role.parallel)
     chunks = build_model_chunks(architecture, config.model, role, layout, config.seed, ValueModel)
-    is_random = config.model.init == "random" and role.path is None
-    source = RandomSource(weight_map, config.seed) if is_random else value_head_source(path, weight_map, config.seed)
+    source: WeightSource
+    if config.model.init == "random" and role.path is None:
+        source = RandomSource(weight_map, config.seed)
+    elif is_critic:
+        source = value_head_source(path, weight_map, config.seed)
+    else:
+        source = SafetensorsSource(path, weight_map)
     load_weights(chunks, source, weight_map, layout)
-    return TrainingEngine(chunks, role, layout, head=ValueHead(role=role, layout=layout), trainable=True), weight_map
+    return TrainingEngine(chunks, role, layout, head=ValueHead(role=role, layout=layout), trainable=is_critic), weight_map
 
 
 class Reference:
@@ -65,6 +73,20 @@ class Reference:
         role = config.reference or config.policy
         path = (config.reference.path if config.reference else None) or config.model.path
         self.engine, _ = _build_engine(config, role, path, trainable=False)
+
+
+class RewardModel:
+    """The frozen model that scores whole responses. Every rank must build it."""
+
+    def __init__(self, config: Config, role: RewardModelConfig) -> None:
+        self.weight = role.weight
+        self.engine, _ = _build_value_model(config, role)
+
+    def score(self, packed: PackedBatch) -> Tensor:
+        """Its score of each sequence, read at the last token as transformers does: float32 [num_sequences] on the CPU."""
+        ends = with_scored_ends(packed)
+        (scores,) = self.engine.score(ends)
+        return scores[ends.loss_mask]
 
 
 class Learner:
@@ -156,7 +178,7 @@ class Critic(Learner):
 
     def __init__(self, config: Config, total_updates: int) -> None:
         role = config.critic or CriticConfig.model_validate(config.policy.model_dump())
-        engine, weight_map = _build_critic(config, role)
+        engine, weight_map = _build_value_model(config, role)
         super().__init__(engine, weight_map, role.optimizer or config.optimizer, total_updates)
 
     def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:

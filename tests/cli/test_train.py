@@ -1,18 +1,20 @@
 """The megarl command from start to end: killed, resumed, evaluated, compared between layouts."""
 
 import contextlib
+import json
 import random
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from megarl.config.load import load_config
 from megarl.data.sampler import build_sft_source
@@ -134,14 +136,18 @@ def test_what_a_method_carries_from_step_to_step_is_resumed(workspace: Path, tmp
     assert coefficients[0] == 0.01 and len(set(coefficients)) == 4
 
 
-def test_ppo_with_three_models_in_three_layouts_learns_values_and_resumes(workspace: Path, tmp_path: Path) -> None:
-    """The critic has its own learning rate, learns alone in the first step, and is saved with its optimizer."""
+def test_ppo_with_four_models_in_four_layouts_resumes(workspace: Path, tmp_path: Path) -> None:
+    """The critic starts from the reward model, learns alone in the first step at its own rate, and is saved with its optimizer."""
     (tmp_path / "model").symlink_to(workspace / "model")
-    layouts = {"policy": {"parallel": {"pp": 2}}, "reference": {"parallel": {"tp": 2}}}
-    critic = {"parallel": {"cp": 2}, "optimizer": {"learning_rate": 1e-3}, "warmup_steps": 1}
+    torch.manual_seed(0)
+    scorer = str(tmp_path / "scorer")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1).save_pretrained(scorer)
+    roles: dict[str, Any] = {"policy": {"parallel": {"pp": 2}}, "reference": {"parallel": {"tp": 2}}}
+    roles["reward_model"] = {"path": scorer, "weight": 0.5}
+    critic = {"path": scorer, "parallel": {"cp": 2}, "optimizer": {"learning_rate": 1e-3}, "warmup_steps": 1}
     algorithm = {"preset": "ppo", "updates_per_step": 2}
     checkpoint = {"every": 1, "keep": 4, "asynchronous": True}
-    path = write_config(tmp_path, algorithm=algorithm, checkpoint=checkpoint, critic=critic, evaluation={}, **layouts)
+    path = write_config(tmp_path, algorithm=algorithm, checkpoint=checkpoint, critic=critic, evaluation={}, **roles)
     launch_training(load_config(path), num_ranks=2, resume=False)
     copy_of_interrupted(tmp_path / "run", tmp_path / "resumed", 2, first_logged=1)
     launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
@@ -150,7 +156,10 @@ def test_ppo_with_three_models_in_three_layouts_learns_values_and_resumes(worksp
     assert ["gradient_norm" in metrics for metrics in lines] == [False, True, True, True]
     assert all(metrics["critic_gradient_norm"] > 0 and metrics["critic_learning_rate"] == 1e-3 for metrics in lines)
     assert len({metrics["explained_variance"] for metrics in lines}) == 4
-    without = load_config(path, ["algorithm.preset=reinforce", "critic=null", f"run_dir={tmp_path / 'other'}"])
+    rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    assert all(r["reward"] == pytest.approx(r["parts"]["regex"] + 0.5 * r["parts"]["reward_model"]) for r in rollouts)
+    assert len({r["parts"]["reward_model"] for r in rollouts}) > 1
+    without = load_config(path, ["algorithm.preset=reinforce", "critic=null", "reward_model=null", f"run_dir={tmp_path / 'other'}"])
     launch_training(without, num_ranks=2, resume=False)
     shutil.rmtree(tmp_path / "resumed")
     copy_of_interrupted(tmp_path / "other", tmp_path / "resumed", 2, first_logged=1)

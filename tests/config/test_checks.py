@@ -203,6 +203,11 @@ RUN = [
         "critic.parallel.tp: tp 3 does not divide the model's num_key_value_heads 4",
         "critic.max_tokens_per_micro_batch: 1000 tokens cannot hold",
     ),
+    (
+        ["algorithm.dynamic_sampling=true", 'reward_model={"path": "absent"}'],
+        "algorithm.dynamic_sampling: is true with a reward_model",
+        "reward_model.path: absent",
+    ),
     (["evaluation.every=5"], "evaluation.every: is 5 but there is no evaluation.data"),
     (
         ['evaluation={"data": {"type": "reasoning_gym", "task": "a"}, "samples_per_prompt": 4}'],

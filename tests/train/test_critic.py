@@ -1,4 +1,4 @@
-"""The critic against transformers' models with a score head: values, gradients, starts, layouts of its own."""
+"""Critic and reward model against transformers' models with a score head: values, gradients, starts, layouts of their own."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from megarl.config.schema import Config
 from megarl.errors import WeightsError
 from megarl.loop.parity import CRITIC, ParityRun, parse_layout, synthetic_batch, with_layout
 from megarl.parallel.launch import run_local_ranks
-from megarl.train.roles import Critic, Policy, is_main_rank, score
+from megarl.train.roles import Critic, Policy, RewardModel, is_main_rank, score
 from megarl.types import PackedBatch, TokenScores
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
@@ -94,6 +94,37 @@ def test_gradient_equals_a_loop_over_transformers_in_every_layout(tmp_path: Path
     for layout in LAYOUTS:
         row = run.compare_layout(layout, parse_layout(layout))
         assert max(row.worst_gap, row.loss_gap, row.norm_gap) <= 1e-5, row
+
+
+def score_responses(config: Config, packed: PackedBatch, output: Path) -> None:
+    assert config.reward_model is not None
+    scores = RewardModel(config, config.reward_model).score(packed)
+    if is_main_rank():
+        torch.save(scores, output)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_reward_model_scores_as_transformers(tmp_path: Path, family: str) -> None:
+    model = write_classifier(tmp_path, family)
+    packed = synthetic_batch(PROMPTS, tiny_config(tmp_path))
+    model.config.pad_token_id = None  # transformers then takes the last token of a sequence alone in its batch
+    sequences = packed.token_ids.split(packed.sequence_lengths.tolist())
+    with torch.no_grad():
+        expected = torch.cat([model(input_ids=tokens[None]).logits[0] for tokens in sequences])
+    assert expected.std() > 0.1
+    for layout in LAYOUTS:
+        changed, num_ranks = with_layout(tiny_config(tmp_path), parse_layout(layout))
+        role = changed.policy.model_dump() | {"path": str(tmp_path / "score")}
+        config = tiny_config(tmp_path, reward_model=role)
+        run_local_ranks(score_responses, (config, packed, tmp_path / "out.pt"), num_ranks, 60)
+        torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected, rtol=0, atol=1e-5)
+
+
+def test_a_reward_model_without_its_head_is_refused(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, "llama")
+    config = tiny_config(tmp_path, reward_model={"path": str(tmp_path)})
+    with pytest.raises(WeightsError, match=r"missing: score.weight"):
+        run_local_ranks(score_responses, (config, synthetic_batch(PROMPTS, config), tmp_path / "out.pt"), 1, 60)
 
 
 def score_and_update(config: Config, packed: PackedBatch, output: Path) -> None:
