@@ -202,8 +202,3 @@ def test_dump_and_load_give_the_same_config(file: Path, tmp_path: Path) -> None:
 def test_save_into_a_missing_folder(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         save_config(load_config(file), tmp_path / "absent" / "config.yaml")
-
-
-def test_every_file_in_configs_loads() -> None:
-    for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml"):
-        load_config(path)

@@ -1,0 +1,93 @@
+"""Every file in configs/ passes the cross-checks of its world size with its model's config.json, and is what its name says."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megarl.config.algorithm_checks import NOT_RUNNABLE
+from megarl.config.checks import check
+from megarl.config.load import load_config
+from megarl.config.presets import PRESETS
+from megarl.config.schema import AlgorithmConfig, Config, JsonlSource
+from megarl.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+CLUSTER = sorted((CONFIGS / "cluster").glob("*.yaml"))
+LAPTOP = sorted((CONFIGS / "laptop").glob("*.yaml"))
+PUBLISHED = {folder.name: folder / "config.json" for folder in Path(__file__).with_name("models").iterdir()}
+PUBLISHED["DeepSeek-V3-bf16"] = ROOT / "benchmarks" / "deepseek_v3" / "config.json"
+TRAINING_GPUS = re.compile(r"^# .+ Cross-checked for (\d+) GPUs of 80 GB, not run\.\n")
+QUICKSTART_MODEL = """{
+  "model_type": "qwen2", "num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2,
+  "intermediate_size": 512, "vocab_size": 303, "max_position_embeddings": 2048, "tie_word_embeddings": true
+}"""
+
+
+def world_sizes(path: Path) -> list[int]:
+    """A cluster file says its own; the others run on one core or two."""
+    if path not in CLUSTER:
+        return [1, 2] if path in LAPTOP else [2]
+    match = TRAINING_GPUS.match(path.read_text(encoding="utf-8"))
+    assert match, f"{path.name} does not begin with its number of GPUs"
+    return [int(match[1])]
+
+
+def with_its_files(path: Path, *overrides: str) -> Config:
+    """The config, and in the current folder the model and the rows that it reads."""
+    config = load_config(path, overrides)
+    folder = config.model.path
+    folder.mkdir(parents=True)
+    if path in CLUSTER:
+        shutil.copy(PUBLISHED[folder.name], folder)
+    else:
+        (folder / "config.json").write_text(QUICKSTART_MODEL)
+    (folder / "model.safetensors").touch()
+    for source in (config.data.train, *config.data.exclude):
+        if isinstance(source, JsonlSource):
+            source.path.touch()
+    return config
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_file_passes_the_cross_checks(path: Path) -> None:
+    config = with_its_files(path)
+    for world_size in world_sizes(path):
+        check(config, world_size)
+
+
+@pytest.mark.parametrize("path", CLUSTER, ids=lambda path: path.stem)
+def test_a_layout_that_does_not_divide_is_refused(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"policy\.parallel\.tp: tp 3 does not divide the model's num_attention_heads"):
+        check(with_its_files(path, "policy.parallel.tp=3"), *world_sizes(path))
+
+
+@pytest.mark.parametrize("path", [*CLUSTER, *LAPTOP], ids=lambda path: path.stem)
+def test_nothing_is_trained_on_that_is_evaluated_on(path: Path) -> None:
+    config = load_config(path)
+    assert config.evaluation.data in config.data.exclude
+    assert config.evaluation.every > 0
+
+
+def test_every_preset_that_runs_has_its_laptop_file() -> None:
+    runs = [name for name in PRESETS if AlgorithmConfig.model_validate({"preset": name}).advantage not in NOT_RUNNABLE]
+    assert [path.stem for path in LAPTOP] == runs
+
+
+@pytest.mark.parametrize("path", LAPTOP, ids=lambda path: path.stem)
+def test_laptop_file_starts_from_what_the_quickstart_makes(path: Path) -> None:
+    config, quickstart = load_config(path), load_config(CONFIGS / "quickstart" / "grpo.yaml")
+    assert config.algorithm.preset == path.stem
+    assert config.run_dir == Path("runs/laptop") / path.stem
+    assert config.model == quickstart.model
+    # what the warm-up has seen is what the quickstart leaves out
+    assert config.evaluation.data == quickstart.evaluation.data
+    assert config.data.template == quickstart.data.template
