@@ -62,7 +62,7 @@ def test_loss_and_gradient_are_the_library_s(example: ModuleType, seed: int) -> 
         rewards=rewards,
         truncated=torch.zeros(num_responses, dtype=torch.bool),
     )
-    scores = TokenScores(old=packed(old, mask), entropies=packed(0 * old, mask), reference=packed(reference, mask))
+    scores = TokenScores(old=packed(old, mask), entropies=packed(0 * old, mask), reference=packed(reference, mask), values=None)
     (train_batch,) = algorithm.prepare(batch, scores, step=0).batches
     objective = objective_of(algorithm, train_batch, packed(logprobs, mask), scores.entropies, range(num_responses))
     (expected,) = torch.autograd.grad(objective.loss, logprobs)
