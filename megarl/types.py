@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+GREEDY_INDEX = -1  # sample_index of a prompt's greedy response
+
 
 class FinishReason(StrEnum):
     """Why an engine stopped sampling."""
@@ -42,14 +44,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One sampled response.
+    """One response.
 
     Attributes:
         prompt: the prompt it answers.
-        sample_index: 0 .. samples_per_prompt - 1 within its group.
+        sample_index: 0 .. samples_per_prompt - 1 within its group; GREEDY_INDEX for the greedy response.
         token_ids: response tokens, stop token included.
         logprobs: the sampler's log-probability of each response token (nats), under softmax(logits / temperature) over
-            the whole vocabulary.
+            the whole vocabulary; of the greedy response under softmax(logits).
         finish_reason: why sampling ended.
         weight_version: version of the policy weights that sampled it.
         text: the decoded response without special tokens.
@@ -62,6 +64,12 @@ class Rollout:
     finish_reason: FinishReason
     weight_version: int
     text: str
+
+    @property
+    def name(self) -> str:
+        """What messages call it: ``"train/17 sample 3"``, ``"train/17 greedy response"``."""
+        which = "greedy response" if self.sample_index == GREEDY_INDEX else f"sample {self.sample_index}"
+        return f"{self.prompt.prompt_id} {which}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +91,23 @@ class ScoredRollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
-    """All scored responses to one prompt, in ``sample_index`` order."""
+    """All scored responses to one prompt.
+
+    Attributes:
+        prompt: the prompt they answer.
+        rollouts: the sampled responses, in ``sample_index`` order.
+        greedy: the response at temperature 0, of which only the reward is used; None where the method has no such baseline.
+    """
 
     prompt: Prompt
     rollouts: tuple[ScoredRollout, ...]
+    greedy: ScoredRollout | None
+
+    @property
+    def has_equal_rewards(self) -> bool:
+        """Whether all responses, the greedy one among them, have one reward: such a group teaches nothing."""
+        rewards = {scored.reward for scored in self.rollouts}
+        return len(rewards if self.greedy is None else rewards | {self.greedy.reward}) == 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +125,9 @@ class PackedBatch:
         group_ids: int64 [num_sequences], sequences with equal id answer the same prompt.
         rewards: float32 [num_sequences].
         truncated: bool [num_sequences], True where sampling was ended by the length limit.
+        greedy_rewards: float32 [num_sequences], reward of the greedy response to the sequence's prompt; NaN where none was
+            generated.
+        greedy_lengths: int64 [num_sequences], tokens of that response; 0 where none was generated.
     """
 
     token_ids: Tensor
@@ -113,6 +137,8 @@ class PackedBatch:
     group_ids: Tensor
     rewards: Tensor
     truncated: Tensor
+    greedy_rewards: Tensor
+    greedy_lengths: Tensor
 
     @property
     def num_sequences(self) -> int:

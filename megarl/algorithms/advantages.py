@@ -23,6 +23,8 @@ class AdvantageInput:
 
     Attributes:
         rewards: float32 [num_sequences], shaped.
+        greedy_rewards: float32 [num_sequences], of the greedy response to the sequence's prompt, shaped like ``rewards``; NaN
+            unless the Advantage needs greedy responses.
         token_rewards: float32 [num_tokens], added to the reward at that token (the KL penalty in the reward); 0 elsewhere.
         group_ids: int64 [num_sequences], sequences with equal id answer the same prompt.
         cu_seqlens: int64 [num_sequences + 1].
@@ -33,6 +35,7 @@ class AdvantageInput:
     """
 
     rewards: Tensor
+    greedy_rewards: Tensor
     token_rewards: Tensor
     group_ids: Tensor
     cu_seqlens: Tensor
@@ -60,10 +63,16 @@ class Advantage:
     Attributes:
         function: the advantages.
         formula: what it computes, with the paper.
+        needs_greedy_response: whether each prompt is also answered at temperature 0, for ``AdvantageInput.greedy_rewards``.
     """
 
     function: AdvantageFunction
     formula: str
+    needs_greedy_response: bool = False
+
+    def __call__(self, inputs: AdvantageInput) -> Tensor:
+        """The advantages, so that a config can name an Advantage where it can name a function."""
+        return self.function(inputs)
 
 
 def mean_std_count(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,6 +129,15 @@ def group_mean_batch_std(inputs: AdvantageInput) -> Tensor:
     return inputs.per_token((returns - mean) / (std + EPSILON))
 
 
+def greedy_baseline(inputs: AdvantageInput) -> Tensor:
+    """R - reward of the greedy response to the same prompt (ReMax, arXiv 2310.10505, equation 5).
+
+    The KL penalty in the reward is part of R only, as in the authors' code: whatever does not depend on the sampled response is an
+    unbiased baseline.
+    """
+    return inputs.per_token(inputs.returns() - inputs.greedy_rewards.double())
+
+
 def reward_to_go(inputs: AdvantageInput) -> Tensor:
     """R plus the token rewards from the token onward, no baseline (Williams 1992; REINFORCE++, arXiv 2501.03262, equation 8)."""
     onward = suffix_sums(inputs.token_rewards * inputs.loss_mask, inputs.cu_seqlens)
@@ -154,6 +172,9 @@ ADVANTAGES = {
     "leave_one_out": Advantage(function=leave_one_out, formula="R − mean of the group's other R (2402.14740)"),
     "group_mean_batch_std": Advantage(function=group_mean_batch_std, formula="(R − mean_group R) / (std_batch R + ε) (2508.08221)"),
     "batch_mean_std": Advantage(function=batch_mean_std, formula="(R − mean_batch R) / (std_batch R + ε)"),
+    "greedy_baseline": Advantage(
+        function=greedy_baseline, formula="R − R of the prompt's greedy response (2310.10505)", needs_greedy_response=True
+    ),
     "reward_to_go": Advantage(function=reward_to_go, formula="R + Σ_{u≥t} token rewards (Williams 1992)"),
     "reward_to_go_batch_mean": Advantage(
         function=reward_to_go_batch_mean, formula="R + Σ_{u≥t} token rewards − mean_batch R (Williams 1992)"
@@ -177,16 +198,6 @@ def whiten(advantages: Tensor, loss_mask: Tensor) -> Tensor:
         return advantages
     whitened = (advantages - values.mean()) * (values.var(correction=0) + WHITENING_EPSILON).rsqrt()
     return (whitened * loss_mask).to(advantages.dtype)
-
-
-def greedy_baseline(returns: Tensor, greedy_returns: Tensor) -> Tensor:
-    """Advantage of each response against its prompt's greedy response: R - R_greedy (ReMax, arXiv 2310.10505, equation 5).
-
-    Args:
-        returns: float [num_sequences].
-        greedy_returns: float [num_sequences], of the greedy response to the same prompt.
-    """
-    return returns - greedy_returns
 
 
 def group_mean_task_std(returns: Tensor, group_ids: Tensor, task_ids: Tensor) -> Tensor:

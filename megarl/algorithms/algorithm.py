@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarl.algorithms.advantages import ADVANTAGES, AdvantageFunction, AdvantageInput, gae, whiten
+from megarl.algorithms.advantages import ADVANTAGES, Advantage, AdvantageInput, gae, whiten
 from megarl.algorithms.batches import split_into_updates
 from megarl.algorithms.entropy_control import masks_negative, without_negatives
 from megarl.algorithms.gae import length_adaptive_trace_decay
@@ -18,8 +18,9 @@ from megarl.algorithms.shaping import length_rewards, soft_overlong_penalties
 from megarl.algorithms.surrogates import SURROGATES, Surrogate, SurrogateFunction, SurrogateInput
 from megarl.algorithms.user_functions import import_function
 from megarl.algorithms.values import explained_variance
+from megarl.config.algorithm_checks import check_greedy_shaping
 from megarl.config.schema import AlgorithmConfig
-from megarl.errors import TrainingError
+from megarl.errors import ConfigError, TrainingError
 from megarl.types import PackedBatch, TokenScores, TrainBatch
 
 
@@ -40,15 +41,19 @@ class Algorithm:
 
     Attributes:
         kl_coefficient: β of this step.
+        needs_greedy_response: whether each prompt is also answered at temperature 0, for the baseline.
 
     Raises:
-        ConfigError: a function of the user's own cannot be imported.
+        ConfigError: a function of the user's own cannot be imported, or does not go with the reward shaping.
     """
 
     def __init__(self, config: AlgorithmConfig, max_new_tokens: int) -> None:
         self._config = config
         self._max_new_tokens = max_new_tokens
-        self._advantage = _advantage_function(config.advantage)
+        self._advantage = _advantage(config.advantage)
+        self.needs_greedy_response = self._advantage.needs_greedy_response
+        if self.needs_greedy_response and (lines := list(check_greedy_shaping(config))):
+            raise ConfigError("\n".join(lines))
         self._surrogate = _surrogate_function(config.surrogate)
         self.kl_coefficient = config.kl.coefficient
         self._masks_negative = False
@@ -117,8 +122,7 @@ class Algorithm:
         rewards = packed.rewards
         lengths = trained_lengths(packed.loss_mask, packed.cu_seqlens)
         if shaping.overlong_buffer > 0:
-            buffer = shaping.overlong_buffer * self._max_new_tokens
-            penalties = soft_overlong_penalties(lengths, self._max_new_tokens, buffer)
+            penalties = self._overlong_penalties(lengths)
             metrics["overlong_penalty_mean"] = float(penalties.mean())
             rewards = rewards + penalties
         if shaping.length_weight > 0 and step >= shaping.length_start:
@@ -127,6 +131,16 @@ class Algorithm:
             metrics["length_reward_mean"] = float(bonus.mean())
             rewards = rewards + bonus
         return rewards
+
+    def _shaped_greedy_rewards(self, packed: PackedBatch) -> Tensor:
+        """As the sampled responses' are shaped; a length reward is refused beside a greedy baseline."""
+        if self._config.reward_shaping.overlong_buffer == 0:
+            return packed.greedy_rewards
+        return packed.greedy_rewards + self._overlong_penalties(packed.greedy_lengths)
+
+    def _overlong_penalties(self, lengths: Tensor) -> Tensor:
+        buffer = self._config.reward_shaping.overlong_buffer * self._max_new_tokens
+        return soft_overlong_penalties(lengths, self._max_new_tokens, buffer)
 
     def _advantage_input(
         self, packed: PackedBatch, scores: TokenScores, rewards: Tensor, metrics: dict[str, float]
@@ -140,6 +154,7 @@ class Algorithm:
             metrics["kl_coefficient"] = self.kl_coefficient
         return AdvantageInput(
             rewards=rewards,
+            greedy_rewards=self._shaped_greedy_rewards(packed),
             token_rewards=token_rewards * packed.loss_mask,
             group_ids=packed.group_ids,
             cu_seqlens=packed.cu_seqlens,
@@ -204,8 +219,11 @@ class Algorithm:
         return weights
 
 
-def _advantage_function(name: str) -> AdvantageFunction:
-    return ADVANTAGES[name].function if ":" not in name else import_function(name, "algorithm.advantage")
+def _advantage(name: str) -> Advantage:
+    if ":" not in name:
+        return ADVANTAGES[name]
+    function = import_function(name, "algorithm.advantage")
+    return function if isinstance(function, Advantage) else Advantage(function=function, formula=name)
 
 
 def _surrogate_function(name: str) -> SurrogateFunction:

@@ -7,11 +7,11 @@ from functools import reduce
 from megarl.config.schema import AlgorithmConfig, Config, RolloutConfig
 
 GROUP_ADVANTAGES = ("group_mean_std", "group_mean", "leave_one_out", "group_mean_batch_std")
+GREEDY_ADVANTAGES = ("greedy_baseline",)
 TOKEN_ADVANTAGES = ("reward_to_go", "reward_to_go_batch_mean", "gae", "process_rewards")
 
 # advantage: what is missing
 NOT_RUNNABLE = {
-    "greedy_baseline": "needs a greedy response to each prompt, and none is sampled yet; choose for example leave_one_out",
     "process_rewards": "needs a reward for each step of a response, and no scorer gives one yet; choose for example group_mean_std",
     "group_mean_task_std": "needs a mixture of several tasks, and data.train holds one; choose group_mean_batch_std",
 }
@@ -74,6 +74,8 @@ def check_algorithm(config: Config) -> Iterator[str]:
     yield from check_kl(algorithm)
     yield from check_settings(algorithm)
     yield from check_critic(config)
+    if algorithm.advantage in GREEDY_ADVANTAGES:
+        yield from check_greedy_shaping(algorithm)
     yield from check_groups(algorithm, config.rollout)
 
 
@@ -135,14 +137,26 @@ def check_critic(config: Config) -> Iterator[str]:
         )
 
 
+def check_greedy_shaping(algorithm: AlgorithmConfig) -> Iterator[str]:
+    """With an advantage that needs greedy responses, all that is added to a response's reward can be added to theirs."""
+    weight = algorithm.reward_shaping.length_weight
+    if weight > 0:
+        yield (
+            f"algorithm.reward_shaping.length_weight: is {weight:g}, and the length reward compares a prompt's sampled responses "
+            f"with each other, so the greedy one that algorithm.advantage {algorithm.advantage} needs has none; set it to 0"
+        )
+
+
 def check_groups(algorithm: AlgorithmConfig, rollout: RolloutConfig) -> Iterator[str]:
     """Responses can be compared with others."""
+    # a function of the user's own may need the greedy response too, which this package cannot know without importing it
+    may_have_greedy = algorithm.advantage in GREEDY_ADVANTAGES or ":" in algorithm.advantage
     if rollout.samples_per_prompt < 2 and algorithm.advantage in GROUP_ADVANTAGES:
         yield (
             f"rollout.samples_per_prompt: {rollout.samples_per_prompt} response per prompt makes every advantage 0 with "
             f"algorithm.advantage {algorithm.advantage}; use 2 or more"
         )
-    elif rollout.samples_per_prompt < 2 and algorithm.dynamic_sampling:
+    elif rollout.samples_per_prompt < 2 and algorithm.dynamic_sampling and not may_have_greedy:
         yield (
             f"rollout.samples_per_prompt: {rollout.samples_per_prompt} response per prompt makes all rewards of a group equal, so "
             "algorithm.dynamic_sampling would never fill a step; use 2 or more, or set it to false"

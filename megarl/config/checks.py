@@ -6,6 +6,7 @@ Each check yields one line for each mistake: the values, the reason and the fix.
 from collections.abc import Iterator
 from pathlib import Path
 
+from megarl.config.algorithm_checks import GREEDY_ADVANTAGES
 from megarl.config.engine_checks import check_engine
 from megarl.config.model_facts import ModelFacts, read_model_facts
 from megarl.config.role_checks import Role, check_role
@@ -114,6 +115,11 @@ def _check_reward_model(config: Config, policy: ModelFacts, world_size: int) -> 
         yield (
             "algorithm.dynamic_sampling: is true with a reward_model, and groups are dropped by what the scorers say alone, before "
             "it scores; set it to false or remove reward_model"
+        )
+    if config.algorithm.advantage in GREEDY_ADVANTAGES:
+        yield (
+            f"algorithm.advantage: {config.algorithm.advantage} with a reward_model, which does not score the greedy responses; "
+            "choose for example leave_one_out, or remove reward_model"
         )
     try:
         facts = read_model_facts(reward_model.path)

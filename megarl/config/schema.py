@@ -252,7 +252,10 @@ class AlgorithmConfig(Section):
     reward_shaping: RewardShapingConfig = key(RewardShapingConfig, "-", "Rewards for length.")
     mask_truncated: bool = key(False, "-", "Leave responses cut at rollout.max_new_tokens out of the loss (overlong filtering).")
     dynamic_sampling: bool = key(
-        False, "-", "Drop groups whose rewards are all equal and sample others in their place (DAPO, arXiv 2503.14476)."
+        False,
+        "-",
+        "Drop groups whose rewards, the greedy response's included, are all equal and sample others in their place (DAPO, arXiv "
+        "2503.14476).",
     )
     max_sampling_waves: int = key(
         10, "waves", "Dynamic sampling gives up with an error after this many waves of prompts for one step.", ge=1

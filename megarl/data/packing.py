@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -99,12 +100,13 @@ def _first_fit(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) 
 
 
 def pack_groups(groups: Sequence[RolloutGroup]) -> PackedBatch:
-    """Concatenate all responses of the groups, in order, each after its prompt; group ``i`` has group id ``i``.
+    """Concatenate all sampled responses of the groups, in order, each after its prompt; group ``i`` has group id ``i``.
 
-    A response without tokens is legal and adds nothing to ``loss_mask``.
+    A response without tokens is legal and adds nothing to ``loss_mask``. Of a greedy response only reward and length are kept.
     """
     members = [(group_id, scored) for group_id, group in enumerate(groups) for scored in group.rollouts]
     rollouts = [scored.rollout for _, scored in members]
+    greedy = [groups[group_id].greedy for group_id, _ in members]
     return _pack(
         sequences=[(*rollout.prompt.token_ids, *rollout.token_ids) for rollout in rollouts],
         num_prompt_tokens=[len(rollout.prompt.token_ids) for rollout in rollouts],
@@ -112,6 +114,8 @@ def pack_groups(groups: Sequence[RolloutGroup]) -> PackedBatch:
         group_ids=[group_id for group_id, _ in members],
         rewards=[scored.reward for _, scored in members],
         truncated=[rollout.finish_reason is FinishReason.LENGTH for rollout in rollouts],
+        greedy_rewards=[math.nan if scored is None else scored.reward for scored in greedy],
+        greedy_lengths=[0 if scored is None else len(scored.rollout.token_ids) for scored in greedy],
     )
 
 
@@ -124,6 +128,8 @@ def pack_examples(examples: Sequence[SFTExample]) -> PackedBatch:
         group_ids=list(range(len(examples))),
         rewards=[0.0] * len(examples),
         truncated=[False] * len(examples),
+        greedy_rewards=[math.nan] * len(examples),
+        greedy_lengths=[0] * len(examples),
     )
 
 
@@ -134,6 +140,8 @@ def _pack(
     group_ids: list[int],
     rewards: list[float],
     truncated: list[bool],
+    greedy_rewards: list[float],
+    greedy_lengths: list[int],
 ) -> PackedBatch:
     loss_mask: list[bool] = []
     sampler_logprobs: list[float] = []
@@ -150,4 +158,6 @@ def _pack(
         group_ids=torch.tensor(group_ids, dtype=torch.int64),
         rewards=torch.tensor(rewards, dtype=torch.float32),
         truncated=torch.tensor(truncated, dtype=torch.bool),
+        greedy_rewards=torch.tensor(greedy_rewards, dtype=torch.float32),
+        greedy_lengths=torch.tensor(greedy_lengths, dtype=torch.int64),
     )

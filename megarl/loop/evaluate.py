@@ -22,7 +22,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path) -> None:
         version = read_run_state(checkpoint, policy.weight_map).weight_version
         policy.load_weights(load_policy(checkpoint, policy.sharded_weights()))
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    rollout = Rollout(config, tokenizer, policy, print)
+    rollout = Rollout(config, tokenizer, policy, print, with_greedy=False)
     try:
         rollout.push_weights(version)
         metrics, _ = rollout.evaluate()

@@ -76,6 +76,8 @@ class ParityRow:
 def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedBatch:
     """Groups of random responses, lengths 1 to max_new_tokens (one empty), rewards in [0, 1]; a function of the seed.
 
+    Each group has the reward and the length of a greedy response, whether the method uses them or not.
+
     Args:
         prompts: token ids; each is answered samples_per_prompt times.
     """
@@ -92,15 +94,20 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
             lengths.append(len(tokens[-1]))
             groups.append(group)
             truncated.append(length == limit)
-    loss_mask = torch.cat(masks)
+    loss_mask, group_ids = torch.cat(masks), torch.tensor(groups)
+    rewards = torch.rand(len(lengths), generator=generator)
+    greedy_rewards = torch.rand(len(prompts), generator=generator)
+    greedy_lengths = torch.randint(0, limit + 1, (len(prompts),), generator=generator)
     return PackedBatch(
         token_ids=torch.cat(tokens),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         loss_mask=loss_mask,
         sampler_logprobs=torch.zeros(len(loss_mask)),
-        group_ids=torch.tensor(groups),
-        rewards=torch.rand(len(lengths), generator=generator),
+        group_ids=group_ids,
+        rewards=rewards,
         truncated=torch.tensor(truncated),
+        greedy_rewards=greedy_rewards[group_ids],
+        greedy_lengths=greedy_lengths[group_ids],
     )
 
 

@@ -61,6 +61,7 @@ class MainRankRollout:
         tokenizer: of the policy.
         weight_shapes: of the policy's Hugging Face tensors, by name.
         warn: called with one line when something needs a person's eye.
+        with_greedy: also answer each training prompt greedily.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class MainRankRollout:
         tokenizer: PreTrainedTokenizerBase,
         weight_shapes: Mapping[str, tuple[int, ...]],
         warn: Callable[[str], None],
+        *,
+        with_greedy: bool,
     ) -> None:
         self.config = config
         self.prompts: PromptSource | None = build_prompt_source(config, tokenizer) if config.kind == "rl" else None
@@ -83,6 +86,7 @@ class MainRankRollout:
             decode=lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True),
             score=self.scorer.score,
             warn=warn,
+            with_greedy=with_greedy,
         )
         self.runner = asyncio.Runner()
         self.runner.run(self.engine.start())
@@ -97,9 +101,18 @@ class MainRankRollout:
 class Rollout:
     """The collective face of MainRankRollout: every rank calls every method."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, policy: Policy, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        policy: Policy,
+        warn: Callable[[str], None],
+        *,
+        with_greedy: bool,
+    ) -> None:
         shapes = policy.weight_map.hugging_face_shapes()
-        self._main = main = MainRankRollout(config, tokenizer, shapes, warn) if is_main_rank() else None
+        main = MainRankRollout(config, tokenizer, shapes, warn, with_greedy=with_greedy) if is_main_rank() else None
+        self._main = main
         self._weight_sync = WeightSync(config, policy, MainRankEngine(main.engine, main.runner.run, warn) if main else None)
 
     def push_weights(self, version: int) -> None:

@@ -84,7 +84,8 @@ class Run:
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         self._examples = Examples(config, tokenizer) if config.kind == "sft" else None
         samples = config.kind == "rl" or config.evaluation.data is not None
-        self._rollout = Rollout(config, tokenizer, policy, self.message) if samples else None
+        with_greedy = algorithm is not None and algorithm.needs_greedy_response
+        self._rollout = Rollout(config, tokenizer, policy, self.message, with_greedy=with_greedy) if samples else None
         if state:
             self._data.restore_data(state.data)
 

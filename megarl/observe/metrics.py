@@ -12,20 +12,22 @@ REPETITION_LIMIT = 0.5
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Rewards, lengths, truncation and repetition over all responses of a step.
+    """Rewards, lengths, truncation and repetition over all sampled responses of a step.
 
     Args:
         groups: at least one, each with at least one response.
 
     Returns:
         ``reward_mean, reward_min, reward_max, reward_std`` (population), ``score_<scorer>`` (mean raw score),
-        ``zero_variance_share`` (groups whose rewards are all equal: they teach nothing), ``response_length_mean`` and
+        ``zero_variance_share`` (groups whose rewards, a greedy response's included, are all equal: they teach nothing),
+        ``greedy_reward_mean`` (where there are greedy responses), ``response_length_mean`` and
         ``response_length_max`` (tokens), ``truncated_share`` (responses that ended at max_new_tokens),
         ``reward_length_correlation`` (Pearson, over responses; NaN when either is constant), ``repetition_share`` (responses
-        with a ``repetition`` above 0.5) and ``scorer_failures`` (count).
+        with a ``repetition`` above 0.5) and ``scorer_failures`` (count, a greedy response's included).
     """
     scored = [rollout for group in groups for rollout in group.rollouts]
     assert scored, "no responses"
+    greedy = [group.greedy for group in groups if group.greedy is not None]
     rewards = np.array([item.reward for item in scored])
     lengths = np.array([len(item.rollout.token_ids) for item in scored], dtype=np.float64)
     metrics = {
@@ -33,14 +35,16 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "reward_min": rewards.min(),
         "reward_max": rewards.max(),
         "reward_std": rewards.std(),
-        "zero_variance_share": np.mean([len({item.reward for item in group.rollouts}) == 1 for group in groups]),
+        "zero_variance_share": np.mean([group.has_equal_rewards for group in groups]),
         "response_length_mean": lengths.mean(),
         "response_length_max": lengths.max(),
         "truncated_share": np.mean([item.rollout.finish_reason is FinishReason.LENGTH for item in scored]),
         "reward_length_correlation": correlation(rewards, lengths),
         "repetition_share": np.mean([repetition(item.rollout.token_ids) > REPETITION_LIMIT for item in scored]),
-        "scorer_failures": sum(len(item.failures) for item in scored),
+        "scorer_failures": sum(len(item.failures) for item in (*scored, *greedy)),
     }
+    if greedy:
+        metrics["greedy_reward_mean"] = np.mean([item.reward for item in greedy])
     names = sorted({name for item in scored for name in item.parts})
     for name in names:
         metrics[f"score_{name}"] = np.mean([item.parts[name] for item in scored if name in item.parts])

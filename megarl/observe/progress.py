@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-HEADLINES = ("reward_mean", "loss", "response_length_mean", "entropy", "gradient_norm")
+HEADLINES = ("reward_mean", "greedy_reward_mean", "loss", "response_length_mean", "entropy", "gradient_norm")
 
 
 class RunProgress:

@@ -70,7 +70,7 @@ class RewardScorer:
                 parts[spec.name] = outcome
             else:
                 self._failure_counts[spec.name] += 1
-                failures.append(f"{spec.name} failed on {rollout.prompt.prompt_id} sample {rollout.sample_index}: {outcome}")
+                failures.append(f"{spec.name} failed on {rollout.name}: {outcome}")
         for failure in failures:
             logger.warning("%s", failure)
         if failures and self._config.on_failure == "stop":

@@ -5,12 +5,13 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import Any, TypeVar
 
 from megarl.config.schema import Config
 from megarl.errors import RolloutError, listed
 from megarl.rollout.protocol import Generation, RolloutEngine, SamplingParams
-from megarl.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
+from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 
 T = TypeVar("T")
 
@@ -62,6 +63,21 @@ class CollectResult:
     stats: CollectStats
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """A prompt and how it is answered.
+
+    Attributes:
+        prompt: the prompt.
+        samples: of the responses of its group.
+        greedy: of the one greedy response beside them; None where none is wanted.
+    """
+
+    prompt: Prompt
+    samples: SamplingParams
+    greedy: SamplingParams | None
+
+
 @dataclass(slots=True)
 class _Progress:
     """What is going on now, for the stall warning and the time spent generating."""
@@ -99,6 +115,7 @@ class Collector:
         decode: Callable[[Sequence[int]], str],
         score: Score,
         warn: Callable[[str], None],
+        with_greedy: bool,
     ) -> None:
         """Give the collector all that it needs for the whole run.
 
@@ -109,6 +126,8 @@ class Collector:
             decode: gives the text of a response without special tokens.
             score: None for a response means that its whole group is dropped; in training another prompt takes its place.
             warn: called with one line when something needs a person's eye.
+            with_greedy: whether ``collect`` also answers each prompt at temperature 0. Such a response is part of its group: it
+                shares the group's request timeout and retries, and when it cannot be scored the group is dropped.
         """
         self._engine = engine
         self._config = config
@@ -117,6 +136,7 @@ class Collector:
         self._decode = decode
         self._score_rollout = score
         self._warn = warn
+        self._with_greedy = with_greedy
 
     async def collect(self, take: Callable[[int], Sequence[Prompt]], step: int) -> CollectResult:
         """Collect exactly ``rollout.prompts_per_step`` groups, asking ``take`` in waves for as many prompts as are missing.
@@ -139,11 +159,10 @@ class Collector:
             if stats.waves == algorithm.max_sampling_waves:
                 raise RolloutError(_exhausted(stats, kept, filtered, num_groups))
             prompts = take(num_groups - len(kept))
-            seeds = [self._seed_of("train", step, position + offset) for offset in range(len(prompts))]
+            requests = [self._training_request(prompt, step, position + offset) for offset, prompt in enumerate(prompts)]
             position += len(prompts)
-            sampling = [self._sampling(self._rollout.samples_per_prompt, self._rollout.temperature, seed) for seed in seeds]
-            for group in await self._wave(prompts, sampling, stats):
-                uninformative = algorithm.dynamic_sampling and len({scored.reward for scored in group.rollouts}) == 1
+            for group in await self._wave(requests, stats):
+                uninformative = algorithm.dynamic_sampling and group.has_equal_rewards
                 (filtered if uninformative else kept).append(group)
             stats.dropped_filtered = len(filtered)
         return CollectResult(groups=tuple(kept), filtered=tuple(filtered), stats=stats)
@@ -155,14 +174,25 @@ class Collector:
         """
         stats = CollectStats()
         settings = self._config.evaluation
-        seeds = [self._seed_of("evaluate", 0, position) for position in range(len(prompts))]
-        sampling = [self._sampling(settings.samples_per_prompt, settings.temperature, seed) for seed in seeds]
-        groups = await self._wave(prompts, sampling, stats)
+        requests = []
+        for position, prompt in enumerate(prompts):
+            seed = self._seed_of("evaluate", 0, position)
+            samples = self._sampling(settings.samples_per_prompt, settings.temperature, seed)
+            requests.append(_Request(prompt=prompt, samples=samples, greedy=None))
+        groups = await self._wave(requests, stats)
         if stats.dropped_unscored:
             self._warn(f"{stats.dropped_unscored} of {len(prompts)} evaluation prompts are left out: a scorer failed on them")
         return groups
 
-    async def _wave(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams], stats: CollectStats) -> list[RolloutGroup]:
+    def _training_request(self, prompt: Prompt, step: int, position: int) -> _Request:
+        seed = self._seed_of("train", step, position)
+        return _Request(
+            prompt=prompt,
+            samples=self._sampling(self._rollout.samples_per_prompt, self._rollout.temperature, seed),
+            greedy=self._sampling(1, 0.0, seed) if self._with_greedy else None,
+        )
+
+    async def _wave(self, requests: Sequence[_Request], stats: CollectStats) -> list[RolloutGroup]:
         """Answer and score all prompts at the same time; the groups that were scored, in prompt order."""
         stats.waves += 1
         started = time.monotonic()
@@ -170,9 +200,7 @@ class Collector:
         slots = asyncio.Semaphore(self._rollout.concurrency)
         watcher = asyncio.create_task(self._watch_for_stalls(progress))
         try:
-            groups = await _all(
-                self._answer(prompt, params, slots, progress, stats) for prompt, params in zip(prompts, sampling, strict=True)
-            )
+            groups = await _all(self._answer(request, slots, progress, stats) for request in requests)
         finally:
             watcher.cancel()
             stats.wall_seconds += time.monotonic() - started
@@ -180,25 +208,21 @@ class Collector:
         return [group for group in groups if group is not None]
 
     async def _answer(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        slots: asyncio.Semaphore,
-        progress: _Progress,
-        stats: CollectStats,
+        self, request: _Request, slots: asyncio.Semaphore, progress: _Progress, stats: CollectStats
     ) -> RolloutGroup | None:
         """One prompt from request to group, with retries; None when a response could not be scored."""
+        prompt = request.prompt
         for attempt in range(self._rollout.max_retries + 1):
             await slots.acquire()
             deadline = asyncio.get_running_loop().time() + self._rollout.request_timeout
             progress.in_flight[prompt.prompt_id] = None
             try:
                 try:
-                    generations = await self._generate(prompt, sampling, deadline, progress, stats)
+                    generations = await self._generate(request, deadline, progress, stats)
                 finally:
                     slots.release()
                 async with asyncio.timeout_at(deadline):
-                    return await self._score(prompt, generations, progress, stats)
+                    return await self._score(request, generations, progress, stats)
             except TimeoutError:
                 failure = f"prompt {prompt.prompt_id} was not answered and scored within {self._rollout.request_timeout:g} s"
                 cause: BaseException | None = None
@@ -215,27 +239,30 @@ class Collector:
             f"{failure}, after {self._rollout.max_retries} retries (rollout.request_timeout, rollout.max_retries)"
         ) from cause
 
-    async def _generate(
-        self, prompt: Prompt, sampling: SamplingParams, deadline: float, progress: _Progress, stats: CollectStats
-    ) -> list[Generation]:
+    async def _generate(self, request: _Request, deadline: float, progress: _Progress, stats: CollectStats) -> list[Generation]:
+        """The samples, and behind them the greedy response where one is wanted; asked for at the same time."""
+        wanted = [request.samples] if request.greedy is None else [request.samples, request.greedy]
         started = time.monotonic()
         progress.engine_enter()
         try:
             async with asyncio.timeout_at(deadline):
-                generations = await self._engine.generate(prompt.token_ids, sampling)
+                answers = await _all(self._engine.generate(request.prompt.token_ids, sampling) for sampling in wanted)
         except RolloutError as error:
             raise _RequestFailed from error
         finally:
             progress.engine_exit(stats)
             stats.generate_seconds += time.monotonic() - started
+        generations = list(chain.from_iterable(answers))
         if any(generation.finish_reason is FinishReason.ABORT for generation in generations):
             raise _RequestFailed from RolloutError("the engine gave the request up")
         progress.completed.set()
         return generations
 
     async def _score(
-        self, prompt: Prompt, generations: Sequence[Generation], progress: _Progress, stats: CollectStats
+        self, request: _Request, generations: Sequence[Generation], progress: _Progress, stats: CollectStats
     ) -> RolloutGroup | None:
+        """The group of the generations that ``_generate`` gave; None when one of them could not be scored."""
+
         async def score_one(rollout: Rollout) -> ScoredRollout | None:
             started = time.monotonic()
             scored = await self._score_rollout(rollout)
@@ -245,10 +272,11 @@ class Collector:
             progress.completed.set()
             return scored
 
+        num_samples = request.samples.num_samples
         rollouts = [
             Rollout(
-                prompt=prompt,
-                sample_index=index,
+                prompt=request.prompt,
+                sample_index=index if index < num_samples else GREEDY_INDEX,
                 token_ids=generation.token_ids,
                 logprobs=generation.logprobs,
                 finish_reason=generation.finish_reason,
@@ -259,7 +287,10 @@ class Collector:
         ]
         scored = await _all(score_one(rollout) for rollout in rollouts)
         complete = tuple(one for one in scored if one is not None)
-        return RolloutGroup(prompt=prompt, rollouts=complete) if len(complete) == len(scored) else None
+        if len(complete) < len(scored):
+            return None
+        greedy = None if request.greedy is None else complete[num_samples]
+        return RolloutGroup(prompt=request.prompt, rollouts=complete[:num_samples], greedy=greedy)
 
     async def _watch_for_stalls(self, progress: _Progress) -> None:
         while True:

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
@@ -48,9 +47,9 @@ class _Row:
 class EmbeddedEngine:
     """RolloutEngine over a transformers model in this process, on CUDA where present, else on CPU.
 
-    Concurrent ``generate`` calls are decoded together, first come first served, ``batch_size`` sequences at a time, in a worker
-    thread. A batch is formed one turn of the event loop after its requests came, so requests submitted in the same turn form
-    the same batches in every run: with equal submissions the results are equal bit for bit.
+    Concurrent ``generate`` calls of equal settings are decoded together, first come first served, ``batch_size`` sequences at a
+    time, in a worker thread. A batch is formed one turn of the event loop after its requests came, so requests submitted in the
+    same turn form the same batches in every run: with equal submissions the results are equal bit for bit.
     """
 
     def __init__(
@@ -154,16 +153,15 @@ class EmbeddedEngine:
                     row.request.answer.set_result([samples[index] for index in range(len(samples))])
 
     def _next_batch(self) -> list[_Row]:
-        """Take the longest run of rows at the head of the queue that can be decoded together."""
-        while self._queue and self._queue[0].request.answer.done():  # given up by its caller, or failed in an earlier batch
-            self._queue.popleft()
-        if not self._queue:
-            return []
-        key = self._queue[0].batch_key
-        alike = takewhile(lambda row: row.batch_key == key, self._queue)
-        rows = list(islice(alike, self._config.batch_size))
-        for _ in rows:
-            self._queue.popleft()
+        """Take the oldest row of the queue and the oldest of those that can be decoded with it."""
+        rows: list[_Row] = []
+        left: deque[_Row] = deque()
+        for row in self._queue:
+            if row.request.answer.done():  # given up by its caller, or failed in an earlier batch
+                continue
+            is_alike = not rows or row.batch_key == rows[0].batch_key
+            (rows if is_alike and len(rows) < self._config.batch_size else left).append(row)
+        self._queue = left
         return rows
 
     def _fail(self, rows: list[_Row], error: Exception) -> None:

@@ -14,7 +14,7 @@ from megarl.config.algorithm_checks import NOT_RUNNABLE
 from megarl.config.presets import PRESETS
 from megarl.config.schema import AlgorithmConfig
 from megarl.types import TrainBatch
-from ragged import GROUPS, LONGEST, Ragged
+from ragged import GREEDY_LENGTHS, GROUPS, LONGEST, Ragged
 
 # every preset that runs; what would wait for later steps (Kimi's length reward) or a higher entropy does not
 RUNNABLE = {
@@ -69,6 +69,16 @@ class Reference:
             rewards.append(reward + (overlong if shaping.overlong_buffer > 0 else 0.0) + shaping.length_weight * length)
         return rewards
 
+    def greedy_rewards(self) -> list[float]:
+        buffer = self.config.reward_shaping.overlong_buffer * LONGEST
+        rewards = self.batch.packed.greedy_rewards.tolist()
+        if buffer == 0:
+            return rewards
+        return [
+            reward + references.soft_overlong(GREEDY_LENGTHS[group], LONGEST, buffer)
+            for reward, group in zip(rewards, GROUPS, strict=True)
+        ]
+
     def advantages(self) -> list[list[float]]:
         kl, scores = self.config.kl, self.batch.scores
         penalties = [
@@ -76,9 +86,9 @@ class Reference:
             for one in self.trained()
         ]
         values = [[float(scores.values[p]) for p in one] for one in self.trained()]
-        gae = self.config.gae
+        gae = (values, self.config.gae.discount, self.config.gae.trace_decay)
         advantages = references.token_advantages(
-            self.config.advantage, self.rewards(), penalties, GROUPS, values, gae.discount, gae.trace_decay
+            self.config.advantage, self.rewards(), penalties, GROUPS, self.greedy_rewards(), *gae
         )
         if self.config.whiten:
             advantages = references.whitened(advantages)

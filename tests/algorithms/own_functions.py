@@ -2,7 +2,7 @@
 
 import torch
 
-from megarl.algorithms.advantages import AdvantageInput
+from megarl.algorithms.advantages import Advantage, AdvantageInput
 from megarl.algorithms.surrogates import Surrogate, SurrogateInput
 from megarl.config.schema import AlgorithmConfig
 
@@ -12,6 +12,13 @@ number = 3
 def batch_median(inputs: AdvantageInput) -> torch.Tensor:
     returns = inputs.returns()
     return inputs.per_token(returns - returns.median())
+
+
+def better_than_greedy(inputs: AdvantageInput) -> torch.Tensor:
+    return inputs.per_token((inputs.returns() > inputs.greedy_rewards).double())
+
+
+BETTER_THAN_GREEDY = Advantage(function=better_than_greedy, formula="1 where R > R_greedy, else 0", needs_greedy_response=True)
 
 
 def infinite(inputs: AdvantageInput) -> torch.Tensor:

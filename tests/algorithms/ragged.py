@@ -13,6 +13,7 @@ SEQUENCES = ("pprrr", "p", "ppprerrr", "ppp", "prreeer", "pprrrr", "prr", "ppprr
 GROUPS = (0, 0, 1, 1, 1, 2, 2, 2, 3, 2)  # 3 is a group of one; 0 has an empty response
 EQUAL_REWARD_GROUP = 1
 LONGEST = 7  # trained tokens
+GREEDY_LENGTHS = (0, 7, 5, 6)  # tokens of each group's greedy response
 TASKS = (0, 0, 1, 1, 1, 0, 0, 0, 1, 0)
 
 
@@ -38,8 +39,11 @@ def ragged(seed: int, dtype: torch.dtype = torch.float64, spread: float = 0.3) -
     def near(values: Tensor) -> Tensor:
         return values + spread * torch.randn(len(text), generator=generator, dtype=torch.float64)
 
+    greedy = torch.Generator().manual_seed(seed + 1000)
+    groups = torch.tensor(GROUPS)
+    greedy_rewards = torch.randn(max(GROUPS) + 1, generator=greedy, dtype=torch.float64)
     rewards = torch.randn(len(SEQUENCES), generator=generator, dtype=torch.float64)
-    rewards[torch.tensor(GROUPS) == EQUAL_REWARD_GROUP] = 0.7
+    rewards[groups == EQUAL_REWARD_GROUP] = 0.7
     mask = torch.tensor([letter == "r" for letter in text])
     base = -3 * torch.rand(len(text), generator=generator, dtype=torch.float64) - 0.1
     old, reference, sampler = (near(base) * mask for _ in range(3))
@@ -48,9 +52,11 @@ def ragged(seed: int, dtype: torch.dtype = torch.float64, spread: float = 0.3) -
         cu_seqlens=torch.tensor(starts),
         loss_mask=mask,
         sampler_logprobs=sampler.to(dtype),
-        group_ids=torch.tensor(GROUPS),
+        group_ids=groups,
         rewards=rewards.to(dtype),
         truncated=torch.tensor([sequence.count("r") >= LONGEST - 1 for sequence in SEQUENCES]),
+        greedy_rewards=greedy_rewards[groups].to(dtype),
+        greedy_lengths=torch.tensor(GREEDY_LENGTHS)[groups],
     )
     entropies = torch.rand(len(text), generator=generator, dtype=torch.float64) * mask
     values = torch.randn(len(text), generator=generator, dtype=torch.float64) * mask

@@ -20,8 +20,8 @@ def sample_std(values: Floats) -> float:
     return math.sqrt(sum((value - center) ** 2 for value in values) / (len(values) - 1))
 
 
-def sequence_advantages(name: str, returns: Floats, groups: Sequence[int]) -> list[float]:
-    """One advantage for each response."""
+def sequence_advantages(name: str, returns: Floats, groups: Sequence[int], greedy: Floats) -> list[float]:
+    """One advantage for each response; ``greedy`` are the rewards of its prompt's greedy response."""
     advantages = []
     for i, value in enumerate(returns):
         group = [returns[j] for j in range(len(returns)) if groups[j] == groups[i]]
@@ -35,6 +35,8 @@ def sequence_advantages(name: str, returns: Floats, groups: Sequence[int]) -> li
                 advantage = value - mean(others) if others else 0.0
             case "batch_mean_std":
                 advantage = (value - mean(returns)) / (sample_std(returns) + 1e-6)
+            case "greedy_baseline":
+                advantage = value - greedy[i]
             case "group_mean_batch_std":
                 advantage = (value - mean(group)) / (sample_std(returns) + 1e-6)
             case _:
@@ -48,13 +50,17 @@ def token_advantages(
     rewards: Floats,
     token_rewards: Sequence[Floats],
     groups: Sequence[int],
+    greedy: Floats,
     values: Sequence[Floats],
     discount: float,
     decay: float,
 ) -> list[list[float]]:
-    """One advantage for each trained token of each response; ``token_rewards`` are the penalties, without the outcome's reward.
+    """One advantage for each trained token of each response.
 
-    ``values``, ``discount`` and ``decay`` are gae's.
+    Args:
+        token_rewards: the penalties, without the outcome's reward.
+        greedy: for each response the reward of its prompt's greedy response.
+        values, discount, decay: gae's.
     """
     if name == "gae":
         return [
@@ -68,7 +74,7 @@ def token_advantages(
             [reward + sum(tokens[t:]) - baseline for t in range(len(tokens))]
             for reward, tokens in zip(rewards, token_rewards, strict=True)
         ]
-    per_sequence = sequence_advantages(name, returns, groups)
+    per_sequence = sequence_advantages(name, returns, groups, greedy)
     return [[advantage] * len(tokens) for advantage, tokens in zip(per_sequence, token_rewards, strict=True)]
 
 

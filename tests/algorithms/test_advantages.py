@@ -9,12 +9,12 @@ import references
 from megarl.algorithms.advantages import (
     ADVANTAGES,
     AdvantageInput,
-    greedy_baseline,
     group_mean_task_std,
     process_rewards,
     whiten,
 )
 from megarl.algorithms.sequences import spread_over_tokens
+from megarl.config.algorithm_checks import GREEDY_ADVANTAGES
 from ragged import EQUAL_REWARD_GROUP, GROUPS, SEQUENCES, TASKS, Ragged, assert_tokens, ragged
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -24,6 +24,7 @@ def inputs_of(batch: Ragged, token_rewards: torch.Tensor) -> AdvantageInput:
     packed = batch.packed
     return AdvantageInput(
         rewards=packed.rewards,
+        greedy_rewards=packed.greedy_rewards,
         token_rewards=token_rewards,
         group_ids=packed.group_ids,
         cu_seqlens=packed.cu_seqlens,
@@ -46,7 +47,8 @@ def test_advantages(name: str, penalised: bool, dtype: torch.dtype) -> None:
         token_rewards, values = (
             [[x[p] for p in positions] for positions in batch.trained] for x in (penalties.tolist(), batch.scores.values.tolist())
         )
-        expected = references.token_advantages(name, batch.packed.rewards.tolist(), token_rewards, GROUPS, values, 0.9, 0.8)
+        rewards, greedy = batch.packed.rewards.tolist(), batch.packed.greedy_rewards.tolist()
+        expected = references.token_advantages(name, rewards, token_rewards, GROUPS, greedy, values, 0.9, 0.8)
         assert_tokens(actual, expected, batch, TOLERANCE[dtype])
 
 
@@ -78,8 +80,21 @@ def test_whitening(dtype: torch.dtype) -> None:
     assert whiten(values * 0, nothing).tolist() == [0.0] * values.numel()
 
 
-def test_greedy_baseline() -> None:
-    assert greedy_baseline(torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.5, 0.5, 0.5])).tolist() == [0.5, -0.5, 0.0]
+def test_greedy_baseline_by_hand() -> None:
+    """Two responses "p r r" and "p" (empty) to one prompt, "p r" alone to another; penalties -0.1 and -0.2 on the first."""
+    inputs = AdvantageInput(
+        rewards=torch.tensor([1.0, 0.0, 0.5]),
+        greedy_rewards=torch.tensor([0.25, 0.25, 2.0]),
+        token_rewards=torch.tensor([0.0, -0.1, -0.2, 0.0, 0.0, 0.0]),
+        group_ids=torch.tensor([0, 0, 1]),
+        cu_seqlens=torch.tensor([0, 3, 4, 6]),
+        loss_mask=torch.tensor([False, True, True, False, False, True]),
+        values=None,
+        discount=1.0,
+        trace_decay=1.0,
+    )
+    assert ADVANTAGES["greedy_baseline"].function(inputs).tolist() == pytest.approx([0, 0.45, 0.45, 0, 0, -1.5])
+    assert {name for name, advantage in ADVANTAGES.items() if advantage.needs_greedy_response} == set(GREEDY_ADVANTAGES)
 
 
 def test_task_standard_deviation() -> None:

@@ -23,7 +23,7 @@ from megarl.config.algorithm_checks import NOT_RUNNABLE
 from megarl.config.schema import AlgorithmConfig
 from megarl.errors import ConfigError, TrainingError
 from methods import objective_of
-from ragged import GROUPS, LONGEST, SEQUENCES, ragged
+from ragged import GREEDY_LENGTHS, GROUPS, LONGEST, SEQUENCES, ragged
 
 ALL = list(range(len(SEQUENCES)))
 
@@ -144,7 +144,8 @@ def test_mini_batches_have_their_own_normaliser_and_share_the_advantages() -> No
     assert [part.packed.num_sequences for part in parts] == [2] * 5
     for name in ("advantages", "sampler_weights"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
-    assert torch.equal(torch.cat([part.packed.truncated for part in parts]), batch.packed.truncated)
+    for name in ("truncated", "greedy_rewards", "greedy_lengths"):
+        assert torch.equal(torch.stack([getattr(part.packed, name) for part in parts]), getattr(batch.packed, name).view(5, 2))
     for name in ("old", "entropies", "reference"):
         assert torch.equal(torch.cat([getattr(part.scores, name) for part in parts]), getattr(batch.scores, name))
     for part in parts:
@@ -236,6 +237,34 @@ def test_functions_of_the_users_own() -> None:
     torch.testing.assert_close(prepared.advantages, expected)
     loss = objective_of(algorithm, prepared, batch.scores.old, batch.scores.entropies, ALL).loss
     assert float(loss) == pytest.approx(-float((expected * prepared.token_weights).sum()))
+
+
+def test_an_advantage_of_the_users_own_reads_the_greedy_rewards() -> None:
+    batch = ragged(11)
+    algorithm = algorithm_of(advantage="own_functions:BETTER_THAN_GREEDY", reward_shaping={"overlong_buffer": 0.5})
+    assert algorithm.needs_greedy_response
+    actual = algorithm.prepare(batch.packed, batch.scores, 0).batches[0].advantages
+    assert actual is not None
+    for i, positions in enumerate(batch.trained):
+        sampled, greedy = (
+            float(rewards[i]) + references.soft_overlong(length, LONGEST, 0.5 * LONGEST)
+            for rewards, length in (
+                (batch.packed.rewards, len(positions)),
+                (batch.packed.greedy_rewards, GREEDY_LENGTHS[GROUPS[i]]),
+            )
+        )
+        assert all(float(actual[p]) == (1.0 if sampled > greedy else 0.0) for p in positions)
+    assert 0 < float(actual.sum()) < sum(map(len, batch.trained))
+    assert not algorithm_of(advantage="own_functions:batch_median").needs_greedy_response
+    with pytest.raises(ConfigError, match=r"algorithm.reward_shaping.length_weight: is 0.1, .* set it to 0"):
+        algorithm_of(advantage="own_functions:BETTER_THAN_GREEDY", reward_shaping={"length_weight": 0.1})
+
+
+def test_greedy_rewards_that_nobody_asked_for_are_no_numbers() -> None:
+    batch = ragged(11)
+    packed = replace(batch.packed, greedy_rewards=torch.full_like(batch.packed.greedy_rewards, math.nan))
+    with pytest.raises(TrainingError, match=r"algorithm.advantage greedy_baseline: gave .* finite numbers"):
+        algorithm_of(advantage="greedy_baseline").prepare(packed, batch.scores, 0)
 
 
 def test_users_functions_that_cannot_be_used() -> None:

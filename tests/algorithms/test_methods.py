@@ -29,6 +29,14 @@ MIXES: dict[str, dict[str, Any]] = {
     "cispo_sequence": {"preset": "cispo", "ratio": "sequence", "clip": {"low": 0.05, "high": 0.05}},
     "cispo_tight": {"preset": "cispo", "clip": {"low": 0.1, "high": 0.1}},
     "gmpo_tight": {"preset": "gmpo", "clip": {"low": 0.1, "high": 0.15}},
+    "remax_overlong": {"preset": "remax", "reward_shaping": {"overlong_buffer": 0.5}},
+    "remax_clipped": {
+        "advantage": "greedy_baseline",
+        "ratio": "sequence",
+        "clip": {"low": 0.1, "high": 0.1},
+        "whiten": True,
+        "mask_truncated": True,
+    },
     "batch_mean_std": {"preset": "dr_grpo", "advantage": "batch_mean_std"},
     "kimi_strong": {"preset": "kimi_k1_5", "mirror_descent_tau": 2.0, "reward_shaping": {"length_start": 0, "length_weight": 1.0}},
 }

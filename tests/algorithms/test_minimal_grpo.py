@@ -61,6 +61,8 @@ def test_loss_and_gradient_are_the_library_s(example: ModuleType, seed: int) -> 
         group_ids=torch.arange(NUM_PROMPTS).repeat_interleave(NUM_SAMPLES),
         rewards=rewards,
         truncated=torch.zeros(num_responses, dtype=torch.bool),
+        greedy_rewards=torch.zeros(num_responses),
+        greedy_lengths=torch.zeros(num_responses, dtype=torch.int64),
     )
     scores = TokenScores(old=packed(old, mask), entropies=packed(0 * old, mask), reference=packed(reference, mask), values=None)
     (train_batch,) = algorithm.prepare(batch, scores, step=0).batches

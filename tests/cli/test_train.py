@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -165,6 +166,29 @@ def test_ppo_with_four_models_in_four_layouts_resumes(workspace: Path, tmp_path:
     copy_of_interrupted(tmp_path / "other", tmp_path / "resumed", 2, first_logged=1)
     with pytest.raises(CheckpointError, match="has no critic; resume from a checkpoint of a run with one"):
         launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
+
+
+def test_remax_trains_against_greedy_responses_and_is_resumed(workspace: Path, tmp_path: Path) -> None:
+    """Two data parallel ranks, two samples to a prompt, dynamic sampling by their difference from the greedy response."""
+    (tmp_path / "model").symlink_to(workspace / "model")
+    rollout = yaml.safe_load((workspace / "config.yaml").read_text())["rollout"] | {"samples_per_prompt": 2}
+    path = write_config(
+        tmp_path,
+        steps=3,
+        policy={},
+        algorithm={"preset": "remax", "dynamic_sampling": True},
+        rollout=rollout,
+        checkpoint={"every": 1, "keep": 3},
+        evaluation={},
+    )
+    launch_training(load_config(path), num_ranks=2, resume=False)
+    copy_of_interrupted(tmp_path / "run", tmp_path / "resumed", 1, first_logged=1)
+    launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
+    assert_same_run(tmp_path / "resumed", tmp_path / "run")
+    steps = [metrics for _, metrics in logged(tmp_path / "run")]
+    assert all(metrics["gradient_norm"] > 0 and 0 <= metrics["greedy_reward_mean"] <= 1 for metrics in steps)
+    assert all(metrics["zero_variance_share"] == 0 and metrics["logprob_gap_max"] <= 1e-5 for metrics in steps)
+    assert any(metrics["rollout/dropped_filtered"] > 0 for metrics in steps)
 
 
 def test_sft_resumed_in_another_layout_gives_the_same_weights(workspace: Path, tmp_path: Path) -> None:

@@ -105,7 +105,12 @@ def test_clashes(clash: Any) -> None:
     ("settings", "rollout", "expected"),
     [
         ({"advantage": "process_rewards"}, {}, "algorithm.advantage: process_rewards needs a reward for each step"),
-        ({"preset": "remax"}, {}, "algorithm.advantage: greedy_baseline needs a greedy response to each prompt"),
+        (
+            {"preset": "remax", "reward_shaping": {"length_weight": 0.1}},
+            {},
+            "algorithm.reward_shaping.length_weight: is 0.1, and the length reward compares a prompt's sampled responses with each "
+            "other, so the greedy one that algorithm.advantage greedy_baseline needs has none; set it to 0",
+        ),
         ({"kl": {"place": "reward", "estimator": "k1"}}, {}, "algorithm.kl.coefficient: is 0 with kl.place reward"),
         ({"kl": {"coefficient": 0.1}}, {}, "algorithm.kl.coefficient: is 0.1 but kl.place is none"),
         ({"kl": {"target": 6.0}}, {}, "algorithm.kl.target: is 6 but kl.place is none"),
@@ -139,6 +144,7 @@ def test_one_line_for_each_mistake(settings: dict[str, Any], rollout: dict[str, 
 
 
 def test_what_needs_no_group_runs_with_one_response() -> None:
-    for preset in ("reinforce", "reinforce_pp"):
+    for preset in ("reinforce", "reinforce_pp", "remax"):
         assert lines({"preset": preset}, samples_per_prompt=1) == []
+    assert lines({"preset": "remax", "dynamic_sampling": True}, samples_per_prompt=1) == []
     assert lines({"advantage": "my.module:advantage", "surrogate": "my_module:loss"}) == []

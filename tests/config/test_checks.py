@@ -208,6 +208,11 @@ RUN = [
         "algorithm.dynamic_sampling: is true with a reward_model",
         "reward_model.path: absent",
     ),
+    (
+        ['algorithm.preset="remax"', 'reward_model={"path": "absent"}'],
+        "algorithm.advantage: greedy_baseline with a reward_model",
+        "reward_model.path: absent",
+    ),
     (["evaluation.every=5"], "evaluation.every: is 5 but there is no evaluation.data"),
     (
         ['evaluation={"data": {"type": "reasoning_gym", "task": "a"}, "samples_per_prompt": 4}'],

@@ -7,7 +7,7 @@ import torch
 from megarl.data.packing import pack_examples, pack_groups, plan_micro_batches
 from megarl.data.template import SFTExample
 from megarl.errors import DataError
-from megarl.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
+from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -77,27 +77,25 @@ def test_sequence_above_the_limit_is_an_error():
         plan_micro_batches([5, 6, 1], 1, 5)
 
 
-def group(prompt_ids, *responses):
+def group(prompt_ids, *responses, greedy=None):
     prompt = Prompt(prompt_id="train/0", token_ids=prompt_ids, text="", reference={})
+
+    def scored(index, reward, response):
+        rollout = Rollout(
+            prompt=prompt,
+            sample_index=index,
+            token_ids=tuple(token for token, _ in response),
+            logprobs=tuple(logprob for _, logprob in response),
+            finish_reason=FinishReason.STOP,
+            weight_version=0,
+            text="",
+        )
+        return ScoredRollout(rollout=rollout, reward=reward, parts={}, failures=())
+
     return RolloutGroup(
         prompt=prompt,
-        rollouts=tuple(
-            ScoredRollout(
-                rollout=Rollout(
-                    prompt=prompt,
-                    sample_index=index,
-                    token_ids=tuple(token for token, _ in response),
-                    logprobs=tuple(logprob for _, logprob in response),
-                    finish_reason=FinishReason.STOP,
-                    weight_version=0,
-                    text="",
-                ),
-                reward=reward,
-                parts={},
-                failures=(),
-            )
-            for index, (reward, response) in enumerate(responses)
-        ),
+        rollouts=tuple(scored(index, *response) for index, response in enumerate(responses)),
+        greedy=None if greedy is None else scored(GREEDY_INDEX, *greedy),
     )
 
 
@@ -114,6 +112,21 @@ def test_groups_are_packed_as_the_types_say():
     assert packed.sequence_lengths.tolist() == [4, 2, 2]
     dtypes = [packed.token_ids, packed.cu_seqlens, packed.loss_mask, packed.sampler_logprobs, packed.group_ids, packed.rewards]
     assert [t.dtype for t in dtypes] == [torch.int64, torch.int64, torch.bool, torch.float32, torch.int64, torch.float32]
+
+
+def test_a_greedy_response_leaves_its_reward_and_length_only():
+    plain = [group((7, 8), (1.0, [(9, -0.5), (10, -0.25)]), (0.5, [])), group((11,), (-1.0, [(12, -2.0)]))]
+    with_greedy = [
+        group((7, 8), (1.0, [(9, -0.5), (10, -0.25)]), (0.5, []), greedy=(0.25, [(13, -0.1), (14, -0.2), (15, -0.3)])),
+        group((11,), (-1.0, [(12, -2.0)]), greedy=(2.0, [])),
+    ]
+    packed, expected = pack_groups(with_greedy), pack_groups(plain)
+    assert packed.greedy_rewards.tolist() == [0.25, 0.25, 2.0]
+    assert packed.greedy_lengths.tolist() == [3, 3, 0]
+    assert (packed.greedy_rewards.dtype, packed.greedy_lengths.dtype) == (torch.float32, torch.int64)
+    for name in ("token_ids", "cu_seqlens", "loss_mask", "sampler_logprobs", "group_ids", "rewards", "truncated"):
+        assert torch.equal(getattr(packed, name), getattr(expected, name)), name
+    assert expected.greedy_rewards.isnan().all() and not expected.greedy_lengths.any()
 
 
 def test_examples_train_on_their_responses_only():

@@ -12,6 +12,7 @@ def group(
     responses: Sequence[Sequence[int]] | None = None,
     reasons: Sequence[FinishReason] | None = None,
     failures: Sequence[tuple[str, ...]] | None = None,
+    greedy: ScoredRollout | None = None,
 ) -> RolloutGroup:
     prompt = Prompt(prompt_id=name, token_ids=(1, 2, 3), text=f"prompt {name}", reference={})
     scored = []
@@ -28,4 +29,4 @@ def group(
         )
         failed = failures[index] if failures else ()
         scored.append(ScoredRollout(rollout=rollout, reward=reward, parts={"exact": reward}, failures=failed))
-    return RolloutGroup(prompt=prompt, rollouts=tuple(scored))
+    return RolloutGroup(prompt=prompt, rollouts=tuple(scored), greedy=greedy)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,19 @@ def test_numbers_worked_by_hand() -> None:
         "score_exact": 0.75,
     }
     assert metrics == pytest.approx(expected)
+
+
+def test_greedy_responses_count_as_baselines_only() -> None:
+    samples = [group("a", [1.0, 0.0]), group("b", [1.0, 1.0]), group("c", [0.5])]
+    (better, equal, worse) = (
+        group("greedy", [reward], responses=[list(range(20))], failures=[failures]).rollouts[0]
+        for reward, failures in ((2.0, ("exact: timeout",)), (1.0, ()), (0.0, ()))
+    )
+    groups = [replace(one, greedy=greedy) for one, greedy in zip(samples, (better, equal, worse), strict=True)]
+    plain, metrics = rollout_metrics(samples), rollout_metrics(groups)
+    assert plain["zero_variance_share"] == pytest.approx(2 / 3) and "greedy_reward_mean" not in plain
+    changes = {"greedy_reward_mean": 1.0, "zero_variance_share": 1 / 3, "scorer_failures": 1.0}
+    assert metrics == pytest.approx(plain | changes, nan_ok=True)
 
 
 def test_correlation_is_undefined_for_constants() -> None:

@@ -4,6 +4,7 @@ import re
 import select
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from megarl.config.schema import RewardsConfig
 from megarl.errors import ConfigError, RewardError
 from megarl.rewards.combine import RewardScorer
-from megarl.types import FinishReason, Prompt, Rollout
+from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +113,13 @@ def test_drop_and_stop_and_the_count():
     assert run([python("raises"), python("length")], twice, on_failure="drop") == ([None, None], {"raises": 2})
     with pytest.raises(RewardError, match="scorer raises failed on train/3 sample 5: KeyError"):
         score_one([python("raises")], on_failure="stop")
+
+
+def test_a_failure_on_a_greedy_response_says_so(caplog):
+    greedy = replace(rollout(), sample_index=GREEDY_INDEX)
+    assert run([python("raises")], lambda reward_scorer: reward_scorer.score(greedy), on_failure="drop") is None
+    (failure,) = caplog.messages
+    assert failure.startswith("raises failed on train/3 greedy response: KeyError")
 
 
 def test_a_reference_that_cannot_be_sent_is_a_failure():

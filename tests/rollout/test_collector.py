@@ -16,7 +16,7 @@ from megarl.errors import RolloutError
 from megarl.rollout.collector import Collector, CollectResult
 from megarl.rollout.embedded import EmbeddedEngine
 from megarl.rollout.protocol import Generation, SamplingParams
-from megarl.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
+from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 from tiny_rollout import exported_weights, make_tiny_model, weight_shapes
 
 
@@ -94,7 +94,9 @@ def make_config(*, stall: float = 60.0, dynamic: bool = False, evaluation: dict[
     )
 
 
-def make_collector(engine: Any, score: Any = score_by_length, warnings: list[str] | None = None, **config: Any) -> Collector:
+def make_collector(
+    engine: Any, score: Any = score_by_length, warnings: list[str] | None = None, *, with_greedy: bool = False, **config: Any
+) -> Collector:
     return Collector(
         engine,
         make_config(**config),
@@ -102,6 +104,7 @@ def make_collector(engine: Any, score: Any = score_by_length, warnings: list[str
         decode=lambda ids: " ".join(map(str, ids)),
         score=score,
         warn=(warnings if warnings is not None else []).append,
+        with_greedy=with_greedy,
     )
 
 
@@ -282,13 +285,97 @@ def test_evaluation_takes_its_own_samples_and_temperature(model_folder: Path) ->
 
     async def use(engine: EmbeddedEngine) -> list[RolloutGroup]:
         evaluation = {"samples_per_prompt": 2, "temperature": 0.0}
-        return await make_collector(engine, evaluation=evaluation, dynamic=True).evaluate(prompts)
+        return await make_collector(engine, evaluation=evaluation, dynamic=True, with_greedy=True).evaluate(prompts)
 
     groups = embedded(model_folder, make_tiny_model(0), use)
     assert [group.prompt for group in groups] == prompts
     for group in groups:
         first, second = (one.rollout for one in group.rollouts)
         assert first.token_ids == second.token_ids  # greedy
+        assert group.greedy is None  # a baseline's, in training
+
+
+@torch.no_grad()
+def most_probable(model: PreTrainedModel, prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return tuple(ids[len(prompt) :])
+
+
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_the_greedy_response_takes_the_most_probable_tokens_and_is_scored(model_folder: Path, num_samples: int) -> None:
+    async def score(rollout: Rollout) -> ScoredRollout:
+        return scored(rollout, float(sum(rollout.token_ids)))
+
+    def run(with_greedy: bool) -> CollectResult:
+        async def use(engine: EmbeddedEngine) -> CollectResult:
+            collector = make_collector(engine, score, with_greedy=with_greedy, samples_per_prompt=num_samples, top_k=40, top_p=0.9)
+            return await collector.collect(PromptSource(), step=3)
+
+        return embedded(model_folder, make_tiny_model(0), use)
+
+    result, without = run(True), run(False)
+    model = make_tiny_model(0)
+    for group in result.groups:
+        assert group.greedy is not None
+        rollout = group.greedy.rollout
+        assert rollout.token_ids == most_probable(model, group.prompt.token_ids, 6)
+        assert group.greedy.reward == sum(rollout.token_ids)
+        assert (rollout.prompt, rollout.sample_index, rollout.weight_version) == (group.prompt, GREEDY_INDEX, 9)
+        assert rollout.name == f"{group.prompt.prompt_id} greedy response"
+    assert [group.rollouts for group in result.groups] == [group.rollouts for group in without.groups]
+    assert {len(group.rollouts) for group in result.groups} == {num_samples}
+    assert {group.greedy for group in without.groups} == {None}
+    assert result.stats.metrics().keys() == without.stats.metrics().keys()
+
+
+def test_a_group_whose_greedy_response_is_not_scored_is_dropped_and_replaced() -> None:
+    async def score(rollout: Rollout) -> ScoredRollout | None:
+        return None if rollout.prompt.text in ("1", "4") and rollout.sample_index == GREEDY_INDEX else scored(rollout, 1.0)
+
+    result = collect(FailingEngine(), 4, score=score, with_greedy=True)
+    assert [group.prompt.text for group in result.groups] == ["0", "2", "3", "5"]
+    assert (result.stats.dropped_unscored, result.stats.dropped_filtered, result.stats.waves) == (2, 0, 3)
+    assert all(group.greedy is not None for group in result.groups)
+
+
+class GreedilyFailingEngine(FailingEngine):
+    """Answers samples, and leaves greedy requests to ``fail``."""
+
+    async def generate(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
+        if sampling.temperature == 0:
+            assert sampling.num_samples == 1
+            return await super().generate(prompt_token_ids, sampling)
+        return await FailingEngine().generate(prompt_token_ids, sampling)
+
+
+def test_a_greedy_request_is_sent_again_with_its_samples() -> None:
+    def fail(token: int, attempt: int) -> None:
+        if token == 2 and attempt <= 2:
+            raise RolloutError("connection reset")
+
+    result = collect(GreedilyFailingEngine(fail), with_greedy=True)
+    assert [(len(group.rollouts), group.greedy is not None) for group in result.groups] == [(4, True)] * 6
+    assert result.stats.failures == ["prompt task/2 failed: connection reset"] * 2
+
+
+def test_a_greedy_response_that_does_not_come_counts_against_the_prompt() -> None:
+    engine = GreedilyFailingEngine(lambda token, attempt: asyncio.Event().wait() if token == 4 else None)
+    with pytest.raises(RolloutError, match=r"prompt task/4 was not answered and scored within 0\.05 s, after 2 retries"):
+        collect(engine, request_timeout=0.05, with_greedy=True)
+    assert (engine.attempts[4], engine.now) == (3, 0)
+
+
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_dynamic_sampling_keeps_groups_that_differ_from_their_greedy_response(num_samples: int) -> None:
+    async def score(rollout: Rollout) -> ScoredRollout:
+        is_solved_greedily = rollout.sample_index == GREEDY_INDEX and int(rollout.prompt.text) % 2 == 1
+        return scored(rollout, 1.0 if is_solved_greedily else 0.0)
+
+    result = collect(FailingEngine(), 2, score=score, dynamic=True, with_greedy=True, samples_per_prompt=num_samples)
+    assert [group.prompt.text for group in result.groups] == ["1", "3"]
+    assert [group.prompt.text for group in result.filtered] == ["0", "2"]
 
 
 def test_statistics_add_up() -> None:

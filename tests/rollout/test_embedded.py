@@ -75,6 +75,29 @@ def test_a_sample_depends_only_on_prompt_seed_and_index(with_engine: WithEngine)
     assert other_seed[0][0].token_ids != together[0][0].token_ids
 
 
+def test_requests_of_two_settings_in_turn_are_decoded_in_few_batches(with_engine: WithEngine) -> None:
+    """Samples and a greedy response to each prompt: batches of 8 samples and one of the greedy responses."""
+    sizes: list[int] = []
+
+    async def use(engine: EmbeddedEngine) -> list[list[Generation]]:
+        decode = engine._decode
+
+        def counted(rows: Any) -> list[Generation]:
+            sizes.append(len(rows))
+            return decode(rows)
+
+        engine._decode = counted  # type: ignore[method-assign]
+        both = (sampling(), sampling(num_samples=1, temperature=0.0))
+        return await asyncio.gather(*(engine.generate(prompt, params) for prompt in PROMPTS for params in both))
+
+    answers = with_engine(use, batch_size=8)
+    assert sizes == [8, 4, 4]
+    alone = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling()))
+    greedy = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling(num_samples=1, temperature=0.0)))
+    assert [[one.token_ids for one in group] for group in answers[::2]] == [[one.token_ids for one in group] for group in alone]
+    assert answers[1::2] == greedy
+
+
 def test_a_response_ends_with_its_first_stop_token(with_engine: WithEngine) -> None:
     free = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling()))
     stop = (free[1][2].token_ids[4], free[0][0].token_ids[0])
