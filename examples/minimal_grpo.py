@@ -1,8 +1,12 @@
 """GRPO in one file, on plain torch and transformers: megarl/loop/rl.py on one rank, with nothing between you and the formulas.
 
-A model of 100,000 random weights learns to sort four digits, from a verifier's rewards alone:
+A model of 83,392 random weights learns to sort four digits from a verifier's rewards alone. Seen, in 70 seconds on one core, on
+questions that it was not trained on:
 
-    python examples/minimal_grpo.py
+    $ python examples/minimal_grpo.py
+    step  40  reward 0.572  held-out accuracy  1.8%
+    step 100  reward 0.858  held-out accuracy 51.4%
+    step 200  reward 0.957  held-out accuracy 95.8%
 
 Each step is the same five parts as in the loop: sample a group of responses to each question, score them, make advantages,
 take some optimizer steps on a clipped loss, and use the new weights. Shapes: P prompts, G responses to each, R = P · G responses,
@@ -126,6 +130,7 @@ def accuracy(policy: Qwen2ForCausalLM, questions: Tensor) -> float:
 
 def main() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # so small a model only waits for more
     policy = make_model()
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
