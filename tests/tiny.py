@@ -64,6 +64,14 @@ CLASSES = {
         },
     ),
 }
+YARN = {  # with the factors that only latent attention has
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.1,
+}
 VOCABULARY_SIZE = 131  # prime: not divisible by any tensor parallel size
 
 

@@ -77,9 +77,11 @@ def _check_reference(config: Config, policy: ModelFacts, world_size: int) -> Ite
 
 def _check_critic(config: Config, policy: ModelFacts, world_size: int) -> Iterator[str]:
     """The critic's role, where one learns."""
-    critic = config.critic or CriticConfig.model_validate(config.policy.model_dump())
+    if config.kind != "rl" and config.critic is not None:
+        yield f"critic: is given and kind {config.kind} has no critic; remove it"
     if config.kind != "rl" or config.algorithm.advantage != "gae":
         return
+    critic = config.critic or CriticConfig.model_validate(config.policy.model_dump())
     path_key, facts = "model.path", policy
     if critic.path is not None:
         path_key = "critic.path"

@@ -193,6 +193,7 @@ RUN = [
     (['data.exclude=[{"type": "jsonl", "path": "absent.jsonl"}]'], "data.exclude.0.path: absent.jsonl does not exist"),
     (['model.tokenizer="absent"'], "model.tokenizer: absent is not a folder"),
     (['model.init="pretrained"'], "has no *.safetensors file"),
+    (['kind="sft"', "critic={}"], "critic: is given and kind sft has no critic; remove it"),
     (["critic={}"], "critic: is given and algorithm.advantage group_mean_std has no critic"),
     (['algorithm.preset="ppo"', "critic.warmup_steps=10"], "critic.warmup_steps: 10 leaves none of the run's 10 steps"),
     (['algorithm.preset="ppo"', 'critic.path="absent"'], "critic.path: absent"),

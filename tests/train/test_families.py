@@ -20,19 +20,11 @@ from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.types import PackedBatch
 from megarl.weights.transfer import hugging_face_gradients
-from tiny import PROMPTS, tiny_config, write_tiny_model
+from tiny import PROMPTS, YARN, tiny_config, write_tiny_model
 
 BOUND = 1e-5
 SEQUENCE = "sequence_parallel=true"
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "mscale": 0.7,
-    "mscale_all_dim": 1.1,
-}
 CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "mistral, 3 key-value heads": (
         "mistral",

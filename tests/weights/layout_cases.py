@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from tiny import YARN
+
 SEQUENCE = "sequence_parallel=true"
 ULYSSES = "context_parallel_method=all_to_all"
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
@@ -73,14 +75,6 @@ EXPERTS_ON_SIX = [
     f"pp=3,ep=2,{FIRST}=1,{LAST}=1",
 ]
 ODD = {"num_hidden_layers": 6, "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "mscale": 0.7,
-    "mscale_all_dim": 1.1,
-}
 
 
 @dataclass(frozen=True, slots=True)
