@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 GREEDY_INDEX = -1  # sample_index of a prompt's greedy response
+NO_VERSION = -1  # weight version of a token that no weights of the run sampled
 
 
 class FinishReason(StrEnum):
@@ -34,12 +35,14 @@ class Prompt:
         token_ids: the chat-templated prompt, as the model reads it.
         text: the same, as a person reads it.
         reference: what scorers compare with (answer string, reasoning-gym entry ...).
+        task: name of the data source that it is from.
     """
 
     prompt_id: str
     token_ids: tuple[int, ...]
     text: str
     reference: Mapping[str, Any]
+    task: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,20 +52,23 @@ class Rollout:
     Attributes:
         prompt: the prompt it answers.
         sample_index: 0 .. samples_per_prompt - 1 within its group; GREEDY_INDEX for the greedy response.
-        token_ids: response tokens, stop token included.
-        logprobs: the sampler's log-probability of each response token (nats), under softmax(logits / temperature) over
-            the whole vocabulary; of the greedy response under softmax(logits).
+        token_ids: all tokens after the prompt, exactly as the engine sampled or read them: stop tokens included, and what an
+            environment answered in between.
+        from_policy: whether the policy sampled the token; False for an environment's.
+        logprobs: the sampler's log-probability of each token (nats), under softmax(logits / temperature) over the whole
+            vocabulary; of the greedy response under softmax(logits); 0 for an environment's token.
+        weight_versions: version of the policy weights that sampled each token; that of the token before for an environment's.
         finish_reason: why sampling ended.
-        weight_version: version of the policy weights that sampled it.
         text: the decoded response without special tokens.
     """
 
     prompt: Prompt
     sample_index: int
     token_ids: tuple[int, ...]
+    from_policy: tuple[bool, ...]
     logprobs: tuple[float, ...]
+    weight_versions: tuple[int, ...]
     finish_reason: FinishReason
-    weight_version: int
     text: str
 
     @property
@@ -80,12 +86,15 @@ class ScoredRollout:
         rollout: the response.
         reward: weighted sum of ``parts``.
         parts: scorer name to its raw score, for the log.
+        step_rewards: index in ``rollout.token_ids`` of the last token of each reasoning step, ascending, and the step's reward;
+            empty without a scorer of steps.
         failures: one line for each scorer that raised or timed out (already handled by the failure policy).
     """
 
     rollout: Rollout
     reward: float
     parts: Mapping[str, float]
+    step_rewards: tuple[tuple[int, float], ...]
     failures: tuple[str, ...]
 
 
@@ -122,7 +131,10 @@ class PackedBatch:
         cu_seqlens: int64 [num_sequences + 1], start of each sequence in ``token_ids``.
         loss_mask: bool [num_tokens], True where the token is trained on (the policy produced it).
         sampler_logprobs: float32 [num_tokens], nats; 0 where ``loss_mask`` is False.
+        weight_versions: int64 [num_tokens], version of the weights that sampled the token; -1 where ``loss_mask`` is False.
+        step_rewards: float32 [num_tokens], reward of the reasoning step that ends with the token; NaN where none ends.
         group_ids: int64 [num_sequences], sequences with equal id answer the same prompt.
+        task_ids: int64 [num_sequences], sequences with equal id have prompts of the same data source.
         rewards: float32 [num_sequences].
         truncated: bool [num_sequences], True where sampling was ended by the length limit.
         greedy_rewards: float32 [num_sequences], reward of the greedy response to the sequence's prompt; NaN where none was
@@ -134,7 +146,10 @@ class PackedBatch:
     cu_seqlens: Tensor
     loss_mask: Tensor
     sampler_logprobs: Tensor
+    weight_versions: Tensor
+    step_rewards: Tensor
     group_ids: Tensor
+    task_ids: Tensor
     rewards: Tensor
     truncated: Tensor
     greedy_rewards: Tensor

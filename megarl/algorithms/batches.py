@@ -55,7 +55,7 @@ def split_into_updates(
     return batches
 
 
-PER_SEQUENCE = ("group_ids", "rewards", "truncated", "greedy_rewards", "greedy_lengths")
+PER_SEQUENCE = ("group_ids", "task_ids", "rewards", "truncated", "greedy_rewards", "greedy_lengths")
 
 
 def slice_sequences(packed: PackedBatch, first: int, last: int) -> PackedBatch:

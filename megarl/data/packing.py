@@ -3,14 +3,14 @@
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from megarl.data.template import SFTExample
 from megarl.errors import DataError
-from megarl.types import FinishReason, PackedBatch, RolloutGroup
+from megarl.types import NO_VERSION, FinishReason, PackedBatch, RolloutGroup, ScoredRollout
 
 
 def plan_micro_batches(
@@ -66,6 +66,8 @@ def with_scored_ends(packed: PackedBatch) -> PackedBatch:
         cu_seqlens=packed.cu_seqlens + torch.arange(num_sequences + 1),
         loss_mask=is_end,
         sampler_logprobs=torch.zeros(is_end.numel()),
+        weight_versions=torch.full((is_end.numel(),), NO_VERSION),
+        step_rewards=torch.full((is_end.numel(),), math.nan),
     )
 
 
@@ -102,62 +104,102 @@ def _first_fit(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) 
 def pack_groups(groups: Sequence[RolloutGroup]) -> PackedBatch:
     """Concatenate all sampled responses of the groups, in order, each after its prompt; group ``i`` has group id ``i``.
 
-    A response without tokens is legal and adds nothing to ``loss_mask``. Of a greedy response only reward and length are kept.
+    Tasks are numbered in the order in which they first come. A response without tokens is legal and adds nothing to
+    ``loss_mask``. Of a greedy response only reward and length are kept.
     """
-    members = [(group_id, scored) for group_id, group in enumerate(groups) for scored in group.rollouts]
-    rollouts = [scored.rollout for _, scored in members]
-    greedy = [groups[group_id].greedy for group_id, _ in members]
+    task_ids = {task: number for number, task in enumerate(dict.fromkeys(group.prompt.task for group in groups))}
     return _pack(
-        sequences=[(*rollout.prompt.token_ids, *rollout.token_ids) for rollout in rollouts],
-        num_prompt_tokens=[len(rollout.prompt.token_ids) for rollout in rollouts],
-        response_logprobs=[rollout.logprobs for rollout in rollouts],
-        group_ids=[group_id for group_id, _ in members],
-        rewards=[scored.reward for _, scored in members],
-        truncated=[rollout.finish_reason is FinishReason.LENGTH for rollout in rollouts],
-        greedy_rewards=[math.nan if scored is None else scored.reward for scored in greedy],
-        greedy_lengths=[0 if scored is None else len(scored.rollout.token_ids) for scored in greedy],
+        [_response(scored, group_id, task_ids, group.greedy) for group_id, group in enumerate(groups) for scored in group.rollouts]
     )
 
 
 def pack_examples(examples: Sequence[SFTExample]) -> PackedBatch:
     """Concatenate supervised examples, in order; each is a group of its own, its log-probabilities and reward are 0."""
-    return _pack(
-        sequences=[example.token_ids for example in examples],
-        num_prompt_tokens=[example.num_prompt_tokens for example in examples],
-        response_logprobs=[(0.0,) * (len(example.token_ids) - example.num_prompt_tokens) for example in examples],
-        group_ids=list(range(len(examples))),
-        rewards=[0.0] * len(examples),
-        truncated=[False] * len(examples),
-        greedy_rewards=[math.nan] * len(examples),
-        greedy_lengths=[0] * len(examples),
+    return _pack([_example(example, group_id) for group_id, example in enumerate(examples)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sequence:
+    """One sequence of a batch; what is per token begins after the prompt."""
+
+    prompt: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+    weight_versions: tuple[int, ...]
+    step_rewards: Mapping[int, float]
+    group_id: int
+    task_id: int
+    reward: float
+    truncated: bool
+    greedy_reward: float
+    greedy_length: int
+
+
+def _response(scored: ScoredRollout, group_id: int, task_ids: Mapping[str, int], greedy: ScoredRollout | None) -> _Sequence:
+    rollout = scored.rollout
+    return _Sequence(
+        prompt=rollout.prompt.token_ids,
+        token_ids=rollout.token_ids,
+        loss_mask=rollout.from_policy,
+        logprobs=rollout.logprobs,
+        weight_versions=rollout.weight_versions,
+        step_rewards=dict(scored.step_rewards),
+        group_id=group_id,
+        task_id=task_ids[rollout.prompt.task],
+        reward=scored.reward,
+        truncated=rollout.finish_reason is FinishReason.LENGTH,
+        greedy_reward=math.nan if greedy is None else greedy.reward,
+        greedy_length=0 if greedy is None else len(greedy.rollout.token_ids),
     )
 
 
-def _pack(
-    sequences: Sequence[Sequence[int]],
-    num_prompt_tokens: Sequence[int],
-    response_logprobs: Sequence[Sequence[float]],
-    group_ids: list[int],
-    rewards: list[float],
-    truncated: list[bool],
-    greedy_rewards: list[float],
-    greedy_lengths: list[int],
-) -> PackedBatch:
+def _example(example: SFTExample, group_id: int) -> _Sequence:
+    response = example.token_ids[example.num_prompt_tokens :]
+    return _Sequence(
+        prompt=example.token_ids[: example.num_prompt_tokens],
+        token_ids=response,
+        loss_mask=(True,) * len(response),
+        logprobs=(0.0,) * len(response),
+        weight_versions=(NO_VERSION,) * len(response),
+        step_rewards={},
+        group_id=group_id,
+        task_id=0,
+        reward=0.0,
+        truncated=False,
+        greedy_reward=math.nan,
+        greedy_length=0,
+    )
+
+
+def _pack(sequences: Sequence[_Sequence]) -> PackedBatch:
+    token_ids: list[int] = []
     loss_mask: list[bool] = []
-    sampler_logprobs: list[float] = []
-    for sequence, num_prompt, logprobs in zip(sequences, num_prompt_tokens, response_logprobs, strict=True):
+    logprobs: list[float] = []
+    versions: list[int] = []
+    step_rewards: list[float] = []
+    for sequence in sequences:
+        num_prompt, num_response = len(sequence.prompt), len(sequence.token_ids)
         assert num_prompt > 0, "the first token of a sequence is never predicted"
-        assert num_prompt + len(logprobs) == len(sequence)
-        loss_mask += [False] * num_prompt + [True] * len(logprobs)
-        sampler_logprobs += [0.0] * num_prompt + list(logprobs)
+        assert {len(sequence.loss_mask), len(sequence.logprobs), len(sequence.weight_versions)} == {num_response}
+        token_ids += [*sequence.prompt, *sequence.token_ids]
+        loss_mask += [False] * num_prompt + [*sequence.loss_mask]
+        trained = list(zip(sequence.loss_mask, sequence.logprobs, sequence.weight_versions, strict=True))
+        logprobs += [0.0] * num_prompt + [logprob if is_trained else 0.0 for is_trained, logprob, _ in trained]
+        versions += [NO_VERSION] * num_prompt + [version if is_trained else NO_VERSION for is_trained, _, version in trained]
+        step_rewards += [math.nan] * num_prompt + [sequence.step_rewards.get(index, math.nan) for index in range(num_response)]
+    lengths = [len(sequence.prompt) + len(sequence.token_ids) for sequence in sequences]
     return PackedBatch(
-        token_ids=torch.tensor(list(itertools.chain.from_iterable(sequences)), dtype=torch.int64),
-        cu_seqlens=torch.tensor([0, *itertools.accumulate(map(len, sequences))], dtype=torch.int64),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int64),
         loss_mask=torch.tensor(loss_mask, dtype=torch.bool),
-        sampler_logprobs=torch.tensor(sampler_logprobs, dtype=torch.float32),
-        group_ids=torch.tensor(group_ids, dtype=torch.int64),
-        rewards=torch.tensor(rewards, dtype=torch.float32),
-        truncated=torch.tensor(truncated, dtype=torch.bool),
-        greedy_rewards=torch.tensor(greedy_rewards, dtype=torch.float32),
-        greedy_lengths=torch.tensor(greedy_lengths, dtype=torch.int64),
+        sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        weight_versions=torch.tensor(versions, dtype=torch.int64),
+        step_rewards=torch.tensor(step_rewards, dtype=torch.float32),
+        group_ids=torch.tensor([sequence.group_id for sequence in sequences], dtype=torch.int64),
+        task_ids=torch.tensor([sequence.task_id for sequence in sequences], dtype=torch.int64),
+        rewards=torch.tensor([sequence.reward for sequence in sequences], dtype=torch.float32),
+        truncated=torch.tensor([sequence.truncated for sequence in sequences], dtype=torch.bool),
+        greedy_rewards=torch.tensor([sequence.greedy_reward for sequence in sequences], dtype=torch.float32),
+        greedy_lengths=torch.tensor([sequence.greedy_length for sequence in sequences], dtype=torch.int64),
     )

@@ -18,9 +18,10 @@ class Row:
     """One task as its source has it, before any template.
 
     Attributes:
-        row_id: the caller's prefix and the row's index in its source, e.g. ``"train/17"``.
+        row_id: its task and the row's index in its source, e.g. ``"train/17"``.
         prompt: the question, or a chat of ``{"role": ..., "content": ...}`` messages.
         answer: the expected answer; SFT trains on it.
+        task: the caller's name of its source.
         reference: what scorers compare with. ``"answer"`` is always there. jsonl and datasets rows carry all their fields,
             reasoning_gym rows ``"task"``, ``"options"`` and ``"entry"``.
     """
@@ -28,6 +29,7 @@ class Row:
     row_id: str
     prompt: str | list[ChatMessage]
     answer: str
+    task: str
     reference: Mapping[str, Any]
 
     @property
@@ -38,20 +40,20 @@ class Row:
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
 
 
-def read_rows(source: DataSource, prefix: str) -> Sequence[Row]:
-    """All rows of a source, with ids ``prefix/0``, ``prefix/1`` ...; rows of datasets and reasoning_gym are made on access.
+def read_rows(source: DataSource, task: str) -> Sequence[Row]:
+    """All rows of a source, with ids ``task/0``, ``task/1`` ...; rows of datasets and reasoning_gym are made on access.
 
     Raises:
         DataError: the source is missing or empty, or a row is malformed (for lazily made rows: when the row is accessed).
     """
     if isinstance(source, JsonlSource):
-        return _read_jsonl(source, prefix)
+        return _read_jsonl(source, task)
     if isinstance(source, DatasetsSource):
-        return _DatasetRows(source, prefix)
-    return _ReasoningGymRows(source, prefix)
+        return _DatasetRows(source, task)
+    return _ReasoningGymRows(source, task)
 
 
-def _read_jsonl(source: JsonlSource, prefix: str) -> list[Row]:
+def _read_jsonl(source: JsonlSource, task: str) -> list[Row]:
     rows: list[Row] = []
     try:
         # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
@@ -59,7 +61,7 @@ def _read_jsonl(source: JsonlSource, prefix: str) -> list[Row]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     place = f"{source.path}:{number}"
-                    rows.append(_row(_parse_object(line, place), source, f"{prefix}/{len(rows)}", place))
+                    rows.append(_row(_parse_object(line, place), source, task, len(rows), place))
     except OSError as error:
         raise DataError(f"cannot read {source.path}: {error.strerror}; give the path of a JSON-lines file") from error
     except UnicodeDecodeError as error:
@@ -79,7 +81,7 @@ def _parse_object(line: str, place: str) -> dict[str, Any]:
     return value
 
 
-def _row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, row_id: str, place: str) -> Row:
+def _row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: str, index: int, place: str) -> Row:
     for option, name in (("prompt_field", source.prompt_field), ("answer_field", source.answer_field)):
         if name not in fields:
             raise DataError(f"{place}: no field '{name}' (it has: {', '.join(fields)}); add it or set {option}")
@@ -89,7 +91,7 @@ def _row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, row_id
     if not isinstance(answer, str):
         raise DataError(f"{place}: field '{source.answer_field}' is a {type(answer).__name__}; it must be a string or a number")
     _check_prompt(prompt, f"{place}: field '{source.prompt_field}'")
-    return Row(row_id=row_id, prompt=prompt, answer=answer, reference={**fields, "answer": answer})
+    return Row(row_id=f"{task}/{index}", prompt=prompt, answer=answer, task=task, reference={**fields, "answer": answer})
 
 
 def _check_prompt(prompt: Any, place: str) -> None:
@@ -130,8 +132,8 @@ class _LazyRows(Sequence[Row]):
 class _DatasetRows(_LazyRows):
     """Rows of a Hugging Face dataset, memory-mapped."""
 
-    def __init__(self, source: DatasetsSource, prefix: str) -> None:
-        self._source, self._prefix = source, prefix
+    def __init__(self, source: DatasetsSource, task: str) -> None:
+        self._source, self._task = source, task
         self._dataset = _load_dataset(source)
         super().__init__(len(self._dataset))
         if not self._num_rows:
@@ -139,7 +141,7 @@ class _DatasetRows(_LazyRows):
 
     def _make(self, index: int) -> Row:
         place = f"dataset {self._source.path} split '{self._source.split}' row {index}"
-        return _row(self._dataset[index], self._source, f"{self._prefix}/{index}", place)
+        return _row(self._dataset[index], self._source, self._task, index, place)
 
 
 def _load_dataset(source: DatasetsSource) -> Any:
@@ -164,8 +166,8 @@ def _load_dataset(source: DatasetsSource) -> Any:
 class _ReasoningGymRows(_LazyRows):
     """Tasks of a reasoning-gym generator; entry ``i`` depends only on the options, the seed and ``i``."""
 
-    def __init__(self, source: ReasoningGymSource, prefix: str) -> None:
-        self._source, self._prefix = source, prefix
+    def __init__(self, source: ReasoningGymSource, task: str) -> None:
+        self._source, self._task = source, task
         self._dataset = _create_tasks(source)
         super().__init__(source.size)
 
@@ -174,7 +176,7 @@ class _ReasoningGymRows(_LazyRows):
         # Some generators give a number or nothing as the answer; their score_answer reads the entry, not this text.
         answer = "" if entry["answer"] is None else str(entry["answer"])
         reference = {"answer": answer, "task": self._source.task, "options": self._source.options, "entry": entry}
-        return Row(row_id=f"{self._prefix}/{index}", prompt=entry["question"], answer=answer, reference=reference)
+        return Row(row_id=f"{self._task}/{index}", prompt=entry["question"], answer=answer, task=self._task, reference=reference)
 
 
 def _create_tasks(source: ReasoningGymSource) -> Any:

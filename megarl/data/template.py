@@ -88,7 +88,7 @@ class PromptTemplate:
                 f"prompt {row.row_id} has {len(token_ids)} tokens, above rollout.max_prompt_tokens = {max_prompt_tokens}; "
                 "raise the limit or leave the row out"
             )
-        return Prompt(prompt_id=row.row_id, token_ids=token_ids, text=text, reference=row.reference)
+        return Prompt(prompt_id=row.row_id, token_ids=token_ids, text=text, reference=row.reference, task=row.task)
 
     def encode_example(self, row: Row, response_suffix: str, max_tokens: int) -> SFTExample:
         """The prompt with the row's answer, ``response_suffix`` and the end-of-sequence token as its response.

@@ -26,7 +26,7 @@ from megarl.models.architecture import read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
 from megarl.train.roles import Critic, Learner, Policy, is_main_rank
-from megarl.types import PackedBatch, TokenScores, TrainBatch
+from megarl.types import NO_VERSION, PackedBatch, TokenScores, TrainBatch
 from megarl.weights.transfer import hugging_face_gradients
 
 CRITIC = "critic."
@@ -103,7 +103,10 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         loss_mask=loss_mask,
         sampler_logprobs=torch.zeros(len(loss_mask)),
+        weight_versions=torch.where(loss_mask, 0, NO_VERSION),
+        step_rewards=torch.full((len(loss_mask),), torch.nan),
         group_ids=group_ids,
+        task_ids=torch.zeros_like(group_ids),
         rewards=rewards,
         truncated=torch.tensor(truncated),
         greedy_rewards=greedy_rewards[group_ids],

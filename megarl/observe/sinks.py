@@ -132,7 +132,7 @@ def _readable(scored: ScoredRollout) -> dict[str, Any]:
         "finish_reason": rollout.finish_reason.value,
         "prompt_tokens": len(rollout.prompt.token_ids),
         "response_tokens": len(rollout.token_ids),
-        "weight_version": rollout.weight_version,
+        "weight_versions": sorted(set(rollout.weight_versions)),
         "failures": list(scored.failures),
     }
 

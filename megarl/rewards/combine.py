@@ -80,7 +80,7 @@ class RewardScorer:
         reward = sum(
             scorer.weight * parts.get(spec.name, 0.0) for scorer, spec in zip(self._config.scorers, self._specs, strict=True)
         )
-        return ScoredRollout(rollout=rollout, reward=float(reward), parts=parts, failures=tuple(failures))
+        return ScoredRollout(rollout=rollout, reward=float(reward), parts=parts, step_rewards=(), failures=tuple(failures))
 
     async def close(self) -> None:
         """End the worker processes."""

@@ -278,9 +278,10 @@ class Collector:
                 prompt=request.prompt,
                 sample_index=index if index < num_samples else GREEDY_INDEX,
                 token_ids=generation.token_ids,
+                from_policy=(True,) * len(generation.token_ids),
                 logprobs=generation.logprobs,
+                weight_versions=generation.weight_versions,
                 finish_reason=generation.finish_reason,
-                weight_version=generation.weight_version,
                 text=self._decode(generation.token_ids),
             )
             for index, generation in enumerate(generations)

@@ -215,6 +215,6 @@ def _generation(response: list[int], logprobs: list[float], stop_token_ids: tupl
     return Generation(
         token_ids=tuple(response[:length]),
         logprobs=tuple(logprobs[:length]),
+        weight_versions=(version,) * len(response[:length]),
         finish_reason=FinishReason.LENGTH if length is None else FinishReason.STOP,
-        weight_version=version,
     )

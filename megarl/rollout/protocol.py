@@ -40,14 +40,14 @@ class Generation:
         token_ids: response tokens, the stop token included.
         logprobs: log-probability of each (nats) under softmax(logits / temperature) over the whole vocabulary, before top-k and
             top-p; at temperature 0 (greedy) under softmax(logits).
+        weight_versions: version of the weights that sampled each.
         finish_reason: why it ended.
-        weight_version: version of the weights that sampled it.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    weight_versions: tuple[int, ...]
     finish_reason: FinishReason
-    weight_version: int
 
 
 class RolloutEngine(Protocol):

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,9 +302,17 @@ class ServerEngine(ABC):
         return await future
 
 
-def one_version(engine: str, spans: Iterable[dict[str, Any]]) -> int:
-    """The weight version of a response, from its spans ``{"version": …}``."""
-    versions = {str(span["version"]) for span in spans}
-    if len(versions) != 1:
-        raise RolloutError(f"{engine} sampled one response with the weight versions {sorted(versions)}; one is expected")
-    return int(versions.pop())
+def token_versions(engine: str, spans: Sequence[Mapping[str, Any]] | None, num_tokens: int) -> tuple[int, ...]:
+    """The weight version of each token of a response, from its spans ``{"version": …, "start": …, "end": …}``.
+
+    Raises:
+        RolloutError: a token has no version, or one that this run did not set.
+    """
+    versions: list[int] = []
+    for span in spans or ():
+        if span["start"] != len(versions) or not str(span["version"]).isdecimal():
+            break
+        versions += [int(span["version"])] * (span["end"] - span["start"])
+    if len(versions) != num_tokens:
+        raise RolloutError(f"{engine} does not tell which weights sampled each of {num_tokens} tokens; its spans are {spans}")
+    return tuple(versions)

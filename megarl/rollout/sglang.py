@@ -11,7 +11,7 @@ from torch import Tensor
 from megarl.errors import RolloutError
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.server_connection import abandon
-from megarl.rollout.server_engine import EngineSizes, ServerEngine, SliceSender, one_version
+from megarl.rollout.server_engine import EngineSizes, ServerEngine, SliceSender, token_versions
 from megarl.rollout.server_launch import HOST, PLUGIN_FOLDER, cores_of_ranks, flags, inherited_environment, server_python
 from megarl.rollout.weight_sender import WeightSender
 from megarl.types import FinishReason
@@ -166,9 +166,10 @@ def _sampling_params(sampling: SamplingParams, index: int) -> dict[str, Any]:
 
 def _generation(answer: dict[str, Any]) -> Generation:
     about = answer["meta_info"]
+    token_ids = tuple(answer["output_ids"])
     return Generation(
-        token_ids=tuple(answer["output_ids"]),
+        token_ids=token_ids,
         logprobs=tuple(logprob for logprob, *_ in about["output_token_logprobs"]),
+        weight_versions=token_versions("SGLang", about["weight_versions"], len(token_ids)),
         finish_reason=FinishReason(about["finish_reason"]["type"]),
-        weight_version=one_version("SGLang", about["weight_versions"]),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from megarl.errors import MegaRLError, RolloutError
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.server_connection import DEATH_NOTICE, abandon
-from megarl.rollout.server_engine import EngineSizes, ServerEngine, SliceSender, one_version
+from megarl.rollout.server_engine import EngineSizes, ServerEngine, SliceSender, token_versions
 from megarl.rollout.server_launch import HOST, PLUGIN_FOLDER, cores_of_ranks, flags, inherited_environment, server_python
 from megarl.rollout.weight_sender import WeightSender
 from megarl.types import FinishReason
@@ -171,9 +171,10 @@ def _sampling_params(sampling: SamplingParams) -> dict[str, Any]:
 
 
 def _generation(choice: dict[str, Any]) -> Generation:
+    token_ids = tuple(choice["token_ids"])
     return Generation(
-        token_ids=tuple(choice["token_ids"]),
+        token_ids=token_ids,
         logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
+        weight_versions=token_versions("vLLM", choice["weight_versions"], len(token_ids)),
         finish_reason=FinishReason(choice["finish_reason"]),
-        weight_version=one_version("vLLM", choice["weight_versions"]),
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarl.types import PackedBatch, TokenScores
+from megarl.types import NO_VERSION, PackedBatch, TokenScores
 
 # p: prompt, r: response token of the policy, e: token of the environment
 SEQUENCES = ("pprrr", "p", "ppprerrr", "ppp", "prreeer", "pprrrr", "prr", "ppprreerr", "pr", "prrrrrr")
@@ -52,7 +52,10 @@ def ragged(seed: int, dtype: torch.dtype = torch.float64, spread: float = 0.3) -
         cu_seqlens=torch.tensor(starts),
         loss_mask=mask,
         sampler_logprobs=sampler.to(dtype),
+        weight_versions=torch.where(mask, 0, NO_VERSION),
+        step_rewards=torch.full((len(text),), torch.nan, dtype=dtype),
         group_ids=groups,
+        task_ids=torch.zeros_like(groups),
         rewards=rewards.to(dtype),
         truncated=torch.tensor([sequence.count("r") >= LONGEST - 1 for sequence in SEQUENCES]),
         greedy_rewards=greedy_rewards[groups].to(dtype),

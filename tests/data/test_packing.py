@@ -1,5 +1,7 @@
 import itertools
+import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,19 +80,20 @@ def test_sequence_above_the_limit_is_an_error():
 
 
 def group(prompt_ids, *responses, greedy=None):
-    prompt = Prompt(prompt_id="train/0", token_ids=prompt_ids, text="", reference={})
+    prompt = Prompt(prompt_id="train/0", token_ids=prompt_ids, text="", reference={}, task="train")
 
     def scored(index, reward, response):
         rollout = Rollout(
             prompt=prompt,
             sample_index=index,
             token_ids=tuple(token for token, _ in response),
+            from_policy=(True,) * len(response),
             logprobs=tuple(logprob for _, logprob in response),
+            weight_versions=(4,) * len(response),
             finish_reason=FinishReason.STOP,
-            weight_version=0,
             text="",
         )
-        return ScoredRollout(rollout=rollout, reward=reward, parts={}, failures=())
+        return ScoredRollout(rollout=rollout, reward=reward, parts={}, step_rewards=(), failures=())
 
     return RolloutGroup(
         prompt=prompt,
@@ -112,6 +115,26 @@ def test_groups_are_packed_as_the_types_say():
     assert packed.sequence_lengths.tolist() == [4, 2, 2]
     dtypes = [packed.token_ids, packed.cu_seqlens, packed.loss_mask, packed.sampler_logprobs, packed.group_ids, packed.rewards]
     assert [t.dtype for t in dtypes] == [torch.int64, torch.int64, torch.bool, torch.float32, torch.int64, torch.float32]
+
+
+def test_what_an_environment_said_is_not_trained_on():
+    plain = group((7, 8), (1.0, [(9, -0.5), (10, -0.25), (11, -3.0)]))
+    (scored,) = plain.rollouts
+    rollout = replace(scored.rollout, from_policy=(True, False, True), weight_versions=(4, 4, 5))
+    packed = pack_groups([replace(plain, rollouts=(replace(scored, rollout=rollout, step_rewards=((0, 0.5), (2, -1.0))),))])
+    assert packed.token_ids.tolist() == [7, 8, 9, 10, 11]
+    assert packed.loss_mask.tolist() == [False, False, True, False, True]
+    assert packed.sampler_logprobs.tolist() == [0, 0, -0.5, 0, -3.0]
+    assert packed.weight_versions.tolist() == [-1, -1, 4, -1, 5]
+    nan = math.nan
+    assert packed.step_rewards.tolist() == pytest.approx([nan, nan, 0.5, nan, -1.0], nan_ok=True)
+
+
+def test_tasks_are_numbered_as_they_come():
+    groups = [group((7,), (1.0, [(9, -0.5)]), (0.0, [(9, -0.5)])), group((8,), (1.0, [(9, -0.5)])), group((7,), (0.5, []))]
+    second = replace(groups[1].rollouts[0].rollout, prompt=replace(groups[1].prompt, task="other"))
+    groups[1] = replace(groups[1], prompt=second.prompt, rollouts=(replace(groups[1].rollouts[0], rollout=second),))
+    assert pack_groups(groups).task_ids.tolist() == [0, 0, 1, 0]
 
 
 def test_a_greedy_response_leaves_its_reward_and_length_only():

@@ -10,7 +10,7 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 
 def row(prompt="2+2?", answer="4"):
-    return Row(row_id="train/17", prompt=prompt, answer=answer, reference={"answer": answer})
+    return Row(row_id="train/17", prompt=prompt, answer=answer, task="train", reference={"answer": answer})
 
 
 def test_text_template_is_not_a_format_string(tokenizer):

@@ -71,7 +71,7 @@ def test_a_server_from_shards_answers_as_transformers(tmp_path: Path, monkeypatc
     arguments = ARGUMENTS[name] | {"load_format": "sharded_state", MODEL_ARGUMENT[name]: str(shards)}
     engine = make_engine(name, tmp_path, tensor_parallel_size=tp, arguments=arguments)
     for module in (vllm, sglang):  # no update has told the server a version
-        monkeypatch.setattr(module, "one_version", lambda name, spans: 0)
+        monkeypatch.setattr(module, "token_versions", lambda name, spans, num_tokens: (0,) * num_tokens)
     params = sampling(temperature=0.0)
     with asyncio.Runner() as runner:
         runner.run(engine.start())

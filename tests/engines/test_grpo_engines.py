@@ -101,7 +101,7 @@ def test_a_run_samples_with_the_trained_weights_at_every_step(tmp_path: Path, en
         assert line["metrics"]["gradient_norm"] > 0
     for step in range(1, STEPS + 1):
         sampled = (run_dir / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
-        assert {json.loads(line)["weight_version"] for line in sampled} == {step - 1}
+        assert {tuple(json.loads(line)["weight_versions"]) for line in sampled} == {(step - 1,)}
     output = run_dir / "embeddings.pt"
     run_local_ranks(read_embeddings, (whole_checkpoints(run_dir / "checkpoints"), output), 1, 60)
     embeddings = torch.load(output)

@@ -14,7 +14,7 @@ def group(
     failures: Sequence[tuple[str, ...]] | None = None,
     greedy: ScoredRollout | None = None,
 ) -> RolloutGroup:
-    prompt = Prompt(prompt_id=name, token_ids=(1, 2, 3), text=f"prompt {name}", reference={})
+    prompt = Prompt(prompt_id=name, token_ids=(1, 2, 3), text=f"prompt {name}", reference={}, task="train")
     scored = []
     for index, reward in enumerate(rewards):
         token_ids = tuple(responses[index]) if responses else (5, 6)
@@ -22,11 +22,12 @@ def group(
             prompt=prompt,
             sample_index=index,
             token_ids=token_ids,
+            from_policy=(True,) * len(token_ids),
             logprobs=(-0.5,) * len(token_ids),
+            weight_versions=(7,) * len(token_ids),
             finish_reason=reasons[index] if reasons else FinishReason.STOP,
-            weight_version=7,
             text=f"antwoord é {name}.{index}",
         )
         failed = failures[index] if failures else ()
-        scored.append(ScoredRollout(rollout=rollout, reward=reward, parts={"exact": reward}, failures=failed))
+        scored.append(ScoredRollout(rollout=rollout, reward=reward, parts={"exact": reward}, step_rewards=(), failures=failed))
     return RolloutGroup(prompt=prompt, rollouts=tuple(scored), greedy=greedy)

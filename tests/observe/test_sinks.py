@@ -89,7 +89,7 @@ def test_rollouts_are_spread_over_groups(tmp_path: Path) -> None:
         "finish_reason": "stop",
         "prompt_tokens": 3,
         "response_tokens": 2,
-        "weight_version": 7,
+        "weight_versions": [7],
         "failures": [],
     }
     assert (lines[3]["reward"], lines[3]["failures"]) == (None, ["exact: timeout"])

@@ -34,14 +34,15 @@ def no_process_is_left():
 
 
 def rollout(text="four", reference=None):
-    prompt = Prompt(prompt_id="train/3", token_ids=(1,), text="2+2?", reference=reference or {"answer": "four"})
+    prompt = Prompt(prompt_id="train/3", token_ids=(1,), text="2+2?", reference=reference or {"answer": "four"}, task="train")
     return Rollout(
         prompt=prompt,
         sample_index=5,
         token_ids=(),
+        from_policy=(),
         logprobs=(),
+        weight_versions=(),
         finish_reason=FinishReason.STOP,
-        weight_version=0,
         text=text,
     )
 

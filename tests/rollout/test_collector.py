@@ -49,7 +49,7 @@ class FailingEngine:
             await (waiting if waiting is not None else asyncio.sleep(0))
         finally:
             self.now -= 1
-        one = Generation(token_ids=(token,), logprobs=(-0.5,), finish_reason=FinishReason.STOP, weight_version=0)
+        one = Generation(token_ids=(token,), logprobs=(-0.5,), weight_versions=(0,), finish_reason=FinishReason.STOP)
         return [one] * sampling.num_samples
 
 
@@ -66,11 +66,11 @@ class PromptSource:
 
 
 def make_prompt(number: int) -> Prompt:
-    return Prompt(prompt_id=f"task/{number}", token_ids=(number % 90, 1, 2), text=str(number), reference={})
+    return Prompt(prompt_id=f"task/{number}", token_ids=(number % 90, 1, 2), text=str(number), reference={}, task="task")
 
 
 def scored(rollout: Rollout, reward: float) -> ScoredRollout:
-    return ScoredRollout(rollout=rollout, reward=reward, parts={}, failures=())
+    return ScoredRollout(rollout=rollout, reward=reward, parts={}, step_rewards=(), failures=())
 
 
 async def score_by_length(rollout: Rollout) -> ScoredRollout:
@@ -153,7 +153,7 @@ def test_groups_come_in_prompt_order_whatever_completes_first(model_folder: Path
     for group, other in zip(forward.groups, one_at_a_time.groups, strict=True):
         assert [one.rollout.sample_index for one in group.rollouts] == [0, 1, 2, 3]
         assert [one.rollout.token_ids for one in group.rollouts] == [one.rollout.token_ids for one in other.rollouts]
-        assert {one.rollout.weight_version for one in group.rollouts} == {9}
+        assert {version for one in group.rollouts for version in one.rollout.weight_versions} == {9}
         assert [one.rollout.text for one in group.rollouts] == [" ".join(map(str, one.rollout.token_ids)) for one in group.rollouts]
 
 
@@ -322,7 +322,7 @@ def test_the_greedy_response_takes_the_most_probable_tokens_and_is_scored(model_
         rollout = group.greedy.rollout
         assert rollout.token_ids == most_probable(model, group.prompt.token_ids, 6)
         assert group.greedy.reward == sum(rollout.token_ids)
-        assert (rollout.prompt, rollout.sample_index, rollout.weight_version) == (group.prompt, GREEDY_INDEX, 9)
+        assert (rollout.prompt, rollout.sample_index, set(rollout.weight_versions)) == (group.prompt, GREEDY_INDEX, {9})
         assert rollout.name == f"{group.prompt.prompt_id} greedy response"
     assert [group.rollouts for group in result.groups] == [group.rollouts for group in without.groups]
     assert {len(group.rollouts) for group in result.groups} == {num_samples}

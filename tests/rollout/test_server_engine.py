@@ -40,7 +40,7 @@ class FakeSGLang:
         self.generate_body: dict[str, Any] = {}
         self.refuses = self.hangs = ""
         self.weights: dict[str, torch.Tensor] = {}
-        self.versions = ["default"]
+        self.spans = [{"version": "default", "start": 0, "end": 2}]
 
     async def answer(self, request: web.Request) -> web.Response:
         self.calls.append(request.path)
@@ -56,7 +56,7 @@ class FakeSGLang:
         elif request.path == "/update_weights_from_distributed":
             self.weights |= dict(await asyncio.to_thread(self.receiver.receive))
         elif request.path == "/update_weight_version":
-            self.versions = [body["new_version"]]
+            self.spans = [{"version": body["new_version"], "start": 0, "end": 2}]
         elif request.path == "/generate":
             self.generate_body = body
             return web.json_response([self.generation(params) for params in body["sampling_params"]])
@@ -66,7 +66,7 @@ class FakeSGLang:
         about = {
             "finish_reason": {"type": "stop", "matched": 4},
             "output_token_logprobs": [[-0.25, 3, None], [-0.5, 4, None]],
-            "weight_versions": [{"version": version} for version in self.versions],
+            "weight_versions": self.spans,
         }
         return {"output_ids": [3, 4], "meta_info": about}
 
@@ -115,7 +115,7 @@ def test_updates_load_every_tensor_before_the_version_is_served(model_folder: Pa
             assert fake.weights.keys() == dict(exported_weights(model)).keys()
             assert all(torch.equal(fake.weights[name], tensor) for name, tensor in exported_weights(model))
             generations = await engine.generate((1, 2), sampling(seed=70, stop_token_ids=(4,), top_k=5))
-            assert [one.weight_version for one in generations] == [version] * 3
+            assert [set(one.weight_versions) for one in generations] == [{version}] * 3
         assert generations[0].token_ids == (3, 4)
         assert generations[0].logprobs == (-0.25, -0.5)
         assert generations[0].finish_reason is FinishReason.STOP
@@ -158,7 +158,7 @@ def test_a_set_of_weights_that_is_not_whole_is_never_served(model_folder: Path) 
         del weights["model.layers.1.mlp.up_proj.weight"]
         with pytest.raises(WeightsError, match=r"SGLang refused the new weights \(missing: model\.layers\.1\.mlp\.up_proj"):
             await engine.update_weights(iter(weights.items()), 3)
-        assert fake.versions == ["default"]
+        assert fake.spans[0]["version"] == "default"
         assert "/continue_generation" not in fake.calls
         with pytest.raises(RolloutError, match="its update to weight version 3 did not complete"):
             await engine.generate((1, 2), sampling())
@@ -166,11 +166,15 @@ def test_a_set_of_weights_that_is_not_whole_is_never_served(model_folder: Path) 
     with_server(model_folder, use)
 
 
-def test_a_response_of_two_versions_is_an_error(model_folder: Path) -> None:
+def test_each_token_has_the_version_that_sampled_it(model_folder: Path) -> None:
     async def use(fake: FakeSGLang, engine: SGLangEngine) -> None:
         await engine.update_weights(exported_weights(make_tiny_model(1)), 0)
-        fake.versions = ["0", "1"]
-        with pytest.raises(RolloutError, match=r"SGLang sampled one response with the weight versions \['0', '1'\]"):
-            await engine.generate((1, 2), sampling())
+        fake.spans = [{"version": "0", "start": 0, "end": 1}, {"version": "1", "start": 1, "end": 2}]
+        (one, *_) = await engine.generate((1, 2), sampling())
+        assert one.weight_versions == (0, 1)
+        for spans in (fake.spans[1:], fake.spans[:1], [{"version": "default", "start": 0, "end": 2}]):
+            fake.spans = spans
+            with pytest.raises(RolloutError, match="SGLang does not tell which weights sampled each of 2 tokens; its spans are"):
+                await engine.generate((1, 2), sampling())
 
     with_server(model_folder, use)
