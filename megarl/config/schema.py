@@ -289,6 +289,9 @@ class EngineServerConfig(Section):
     tensor_parallel_size: int = key(1, "ranks", "Tensor parallel size of the server.", ge=1)
     dtype: Literal["float32", "bfloat16"] | None = key(None, "-", "Type of the server's weights; the policy's when not given.")
     start_timeout: float = key(600.0, "seconds", "Time the server has to become healthy.", gt=0)
+    start_attempts: int = key(
+        2, "starts", "How often a server that is not healthy in time is started before the run ends with the error.", ge=1
+    )
     update_timeout: float = key(300.0, "seconds", "Time each step of a weight update may take.", gt=0)
     arguments: dict[str, Any] = key(dict, "-", "More engine arguments under the engine's own names, e.g. vLLM's max_num_seqs: 64.")
 

@@ -22,6 +22,10 @@ class RefusedError(RolloutError):
     """The server is well and says that the request is wrong."""
 
 
+class LateError(RolloutError):
+    """The server did not do in time what it was asked to."""
+
+
 class ServerConnection:
     """One server: the HTTP session with it and, where the trainer started it, its process."""
 
@@ -46,10 +50,10 @@ class ServerConnection:
         await self._session.close()
         await self.end_process()
 
-    async def end_process(self) -> None:
-        """End the server with all its processes where the trainer started it."""
+    async def end_process(self, *, write_stacks: bool = False) -> None:
+        """End the server with all its processes where the trainer started it; ``write_stacks`` as ServerProcess.close has it."""
         if self.process is not None:
-            await self.process.close()
+            await self.process.close(write_stacks=write_stacks)
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON answer of one HTTP request, or its text; RolloutError when it is not answered with status 200."""
@@ -97,7 +101,7 @@ class ServerConnection:
                 failed.result()
             if not future.done():
                 where = f" ({key})" if key else ""
-                raise RolloutError(f"{self.name} at {self.url} did not {task} within {seconds:g} s{where}; see {self._log_path}")
+                raise LateError(f"{self.name} at {self.url} did not {task} within {seconds:g} s{where}; see {self._log_path}")
             return future.result()
         finally:
             future.cancel()

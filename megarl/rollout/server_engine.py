@@ -1,6 +1,7 @@
 """What the engines behind a server have in common: start, health, and weight updates that never leave a half-updated server."""
 
 import asyncio
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -15,13 +16,15 @@ from transformers import AutoConfig
 from megarl.config.schema import Config, EngineServerConfig
 from megarl.errors import RolloutError
 from megarl.rollout.protocol import Generation, SamplingParams
-from megarl.rollout.server_connection import ServerConnection, abandon
+from megarl.rollout.server_connection import LateError, ServerConnection, abandon
 from megarl.rollout.server_launch import HOST
 from megarl.rollout.server_process import ServerProcess, free_port
 from megarl.rollout.weight_checklist import WeightChecklist
 from megarl.rollout.weight_sender import WeightSender, buckets
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT = 10.0  # seconds
 POLL_SECONDS = 0.25
@@ -130,7 +133,23 @@ class ServerEngine(ABC):
         """Answer requests again."""
 
     async def start(self) -> None:
-        """Start the server, or find the one at the section's ``url``, and wait until it is healthy."""
+        """Start the server, or find the one at the section's ``url``, and wait until it is healthy.
+
+        A server that is not healthy in time writes to its log what its processes are doing, and another is started.
+
+        Raises:
+            RolloutError: it ended, or was late at its last attempt.
+        """
+        for attempts_left in reversed(range(1 if self.settings.url else self.settings.start_attempts)):
+            try:
+                await self._start_once()
+                return
+            except LateError as error:
+                if attempts_left == 0:
+                    raise
+                logger.warning("%s; starting another", error)
+
+    async def _start_once(self) -> None:
         self._starts += 1
         # the log of a server that died is kept
         log_path = self._log_path if self._starts == 1 else self._log_path.with_suffix(f".{self._starts}.log")
@@ -145,7 +164,8 @@ class ServerEngine(ABC):
         try:
             key = f"rollout.{self.section}.start_timeout"
             await self._server.watch(self._until_healthy(), "start", self.settings.start_timeout, key)
-        except BaseException:
+        except BaseException as error:
+            await self._server.end_process(write_stacks=isinstance(error, LateError))
             await self.close()
             raise
 

@@ -38,7 +38,7 @@ class ServerProcess:
         with open(self.log_path, "wb") as log:
             self._guard = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", str(GUARD), str(os.getpid()), str(GRACE_SECONDS), *self._command),
-                env=self._environment,
+                env=self._environment | {"PYTHONFAULTHANDLER": "1"},  # the guard makes use of it
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -52,7 +52,7 @@ class ServerProcess:
         code = self.exited.result()
         killed_by = code - 128 if code > 128 else -code  # the server by its guard's account, or the guard itself
         how = f"was killed by {signal.Signals(killed_by).name}" if killed_by > 0 else f"exited with code {code}"
-        return RolloutError(f"{self.name} {how}; its last words in {self.log_path}: {self._last_words()}")
+        return RolloutError(f"{self.name} {how}; its last words in {self.log_path}: {self.last_words()}")
 
     @property
     def guard_pid(self) -> int:
@@ -60,19 +60,23 @@ class ServerProcess:
         assert self._guard is not None
         return self._guard.pid
 
-    async def close(self) -> None:
-        """End the server and all its children; returns when they are gone."""
+    async def close(self, *, write_stacks: bool = False) -> None:
+        """End the server and all its children; returns when they are gone.
+
+        Args:
+            write_stacks: let each of its Python processes write first to the log what it is doing.
+        """
         if self._guard is None or self.exited is None:
             return
         if not self.exited.done():
-            self._guard.send_signal(signal.SIGTERM)
+            self._guard.send_signal(signal.SIGUSR1 if write_stacks else signal.SIGTERM)
         try:
             await asyncio.wait_for(asyncio.shield(self.exited), GRACE_SECONDS + 5)
         except TimeoutError:
             self._guard.kill()
             await self.exited
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
         """The end of the log on one line; its lines that name errors where there are any."""
         lines = [line.strip() for line in self.log_path.read_text(errors="replace").splitlines() if line.strip()]
         telling = [line for line in lines if re.search(r"[Ee]rror: ", line)]

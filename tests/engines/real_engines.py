@@ -19,7 +19,7 @@ ARGUMENTS = {
 
 def make_engine(name: str, folder: Path, **settings: Any) -> ServerEngine:
     """An engine of the model in ``folder``/model, not started."""
-    section = {"start_timeout": 240, "update_timeout": 60, "arguments": ARGUMENTS[name]} | settings
+    section = {"start_timeout": 150, "update_timeout": 60, "arguments": ARGUMENTS[name]} | settings
     config = Config.model_validate(
         {
             "kind": "rl",

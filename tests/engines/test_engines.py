@@ -223,8 +223,10 @@ def test_an_engine_that_cannot_start_tells_why(tmp_path: Path, name: str, words:
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
 def test_a_start_that_takes_too_long_leaves_nothing_behind(tmp_path: Path, name: str) -> None:
     make_tiny_model(0, tmp_path / "model")
-    engine = make_engine(name, tmp_path, start_timeout=2)
-    with pytest.raises(RolloutError, match=rf"did not start within 2 s \(rollout\.{name}\.start_timeout\); see .*engine\.log"):
+    engine = make_engine(name, tmp_path, start_timeout=2, start_attempts=2)
+    with pytest.raises(RolloutError, match=rf"did not start within 2 s \(rollout\.{name}\.start_timeout\); see .*engine\.2\.log"):
         asyncio.run(engine.start())
+    for log in ("engine.log", "engine.2.log"):  # where its processes hung
+        assert "(most recent call first)" in (tmp_path / log).read_text()
     model = str(tmp_path / "model")
     assert not [process for process in psutil.process_iter(["cmdline"]) if model in (process.info["cmdline"] or ())]

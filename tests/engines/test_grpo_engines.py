@@ -48,7 +48,7 @@ def write_config(engine: str, tmp_path: Path) -> Path:
             "samples_per_prompt": 4,
             "max_prompt_tokens": 100,
             "max_new_tokens": 12,
-            engine: {"start_timeout": 240, "update_timeout": 60, "arguments": ARGUMENTS[engine]},
+            engine: {"start_timeout": 150, "update_timeout": 60, "arguments": ARGUMENTS[engine]},
         },
         "data": {
             "template": "{prompt}\n",

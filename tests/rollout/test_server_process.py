@@ -69,6 +69,22 @@ def test_close_ends_the_server_and_its_children(tmp_path: Path, manner: str, mon
     assert all_gone(asyncio.run(run()))
 
 
+def test_a_late_server_writes_what_its_processes_do(tmp_path: Path) -> None:
+    async def run() -> list[psutil.Process]:
+        server = ServerProcess("server", [sys.executable, "-c", SERVER, "deaf", str(tmp_path / "pids")], {}, tmp_path / "log")
+        await server.start()
+        processes = await asyncio.to_thread(started_processes, tmp_path / "pids")
+        await server.close(write_stacks=True)
+        return processes
+
+    processes = asyncio.run(run())
+    assert all_gone(processes)
+    stacks = (tmp_path / "log").read_text()
+    assert stacks.count("Fatal Python error: Aborted") == len(processes) == 2
+    assert f'File "<string>", line {SERVER.splitlines().index("time.sleep(600)") + 1} in <module>' in stacks
+    assert not list(tmp_path.glob("core*"))
+
+
 def test_a_killed_trainer_leaves_no_server_behind(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", TRAINER, str(tmp_path), SERVER]) as trainer:
         processes = started_processes(tmp_path / "pids")
