@@ -13,7 +13,6 @@ from pathlib import Path
 import reasoning_gym
 
 TASK = "chain_sum"
-OPTIONS = {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}
 
 
 def worked_out(question: str) -> str:
@@ -27,12 +26,13 @@ def worked_out(question: str) -> str:
     return ", ".join(steps)
 
 
-def make_data(out: Path, size: int, seed: int, worked_share: float) -> None:
+def make_data(out: Path, size: int, seed: int, worked_share: float, terms: int) -> None:
     """Write ``size`` rows of prompt and answer as JSON lines."""
+    options = {"min_terms": terms, "max_terms": terms, "min_digits": 1, "max_digits": 1}
     chooser = random.Random(seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w") as file:
-        for entry in reasoning_gym.create_dataset(TASK, size=size, seed=seed, **OPTIONS):
+        for entry in reasoning_gym.create_dataset(TASK, size=size, seed=seed, **options):
             worked = chooser.random() < worked_share
             answer = worked_out(entry["question"]) if worked else entry["answer"]
             file.write(json.dumps({"prompt": entry["question"], "answer": answer}) + "\n")
@@ -44,8 +44,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=20000, help="examples")
     parser.add_argument("--seed", type=int, default=0, help="seed of the examples")
     parser.add_argument("--worked-share", type=float, default=0.5, help="share of examples that are worked out")
+    parser.add_argument("--terms", type=int, default=4, help="numbers in each sum")
     arguments = parser.parse_args()
-    make_data(arguments.out, arguments.size, arguments.seed, arguments.worked_share)
+    make_data(arguments.out, arguments.size, arguments.seed, arguments.worked_share, arguments.terms)
     print(f"{arguments.out}: {arguments.size} examples")
 
 
