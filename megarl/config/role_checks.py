@@ -155,18 +155,30 @@ def _check_equal_stages(role: Role) -> Iterator[str]:
 
 
 def check_context_parallel(role: Role) -> Iterator[str]:
-    """The all-to-all method exchanges whole heads."""
-    parallel, facts = role.config.parallel, role.facts
-    if parallel.cp == 1 or parallel.context_parallel_method != "all_to_all":
+    """Exchanging heads takes whole heads, and hybrid the number of neighbours that do so."""
+    parallel, facts, method = role.config.parallel, role.facts, role.config.parallel.context_parallel_method
+    if (method == "hybrid") != (parallel.ulysses_size is not None):
+        yield (
+            f"{role.name}.parallel.ulysses_size: {parallel.ulysses_size} with context_parallel_method {method}; hybrid needs the "
+            "number of neighbouring ranks that exchange heads, the other methods take none"
+        )
         return
-    heads = {"num_attention_heads": facts.num_attention_heads, "num_key_value_heads": facts.num_key_value_heads}
-    for name, size in heads.items():
-        if size % (parallel.tp * parallel.cp):
-            yield (
-                f"{role.name}.parallel.cp: all_to_all exchanges whole heads, and {name} {size} is not divisible by "
-                f"tp {parallel.tp} × cp {parallel.cp} = {parallel.tp * parallel.cp}; "
-                "use a smaller cp or context_parallel_method: all_gather"
-            )
+    if parallel.ulysses_size is not None and (parallel.cp % parallel.ulysses_size or parallel.cp == parallel.ulysses_size):
+        yield (
+            f"{role.name}.parallel.ulysses_size: {parallel.ulysses_size} does not leave a ring of cp {parallel.cp}; "
+            "choose a smaller divisor of cp, or context_parallel_method: all_to_all"
+        )
+        return
+    if parallel.cp == 1 or method not in ("all_to_all", "hybrid"):
+        return
+    name, size = ("ulysses_size", parallel.ulysses_size) if parallel.ulysses_size else ("cp", parallel.cp)
+    heads, key_heads = facts.num_attention_heads // parallel.tp, facts.num_key_value_heads // parallel.tp
+    if heads % size or (key_heads % size and size % key_heads):
+        yield (
+            f"{role.name}.parallel.{name}: {method} exchanges whole heads among {size} ranks, and with tp {parallel.tp} a rank has "
+            f"{heads} query and {key_heads} key heads; choose a divisor of the query heads that divides the key heads or is a "
+            "multiple of them, or context_parallel_method: ring"
+        )
 
 
 def check_expert_parallel(role: Role, world_size: int) -> Iterator[str]:

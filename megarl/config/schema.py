@@ -73,8 +73,14 @@ class ParallelConfig(Section):
     num_layers_in_last_pipeline_stage: int | None = key(
         None, "layers", "Layers of the last pipeline stage; an equal share when not given.", ge=1
     )
-    context_parallel_method: Literal["all_gather", "all_to_all"] = key(
-        "all_gather", "-", "How attention sees other ranks' tokens: gather keys and values, or exchange heads (Ulysses)."
+    context_parallel_method: Literal["all_gather", "all_to_all", "ring", "hybrid"] = key(
+        "all_gather",
+        "-",
+        "How attention sees other ranks' tokens: gather keys and values, exchange heads (Ulysses), pass keys and values around a "
+        "ring, or exchange heads among ulysses_size neighbours and pass keys and values around rings of such neighbours.",
+    )
+    ulysses_size: int | None = key(
+        None, "ranks", "For hybrid: neighbouring context parallel ranks, such as those of a node, that exchange heads.", ge=2
     )
     distributed_optimizer: bool = key(True, "-", "Shard optimizer state over data and context parallel ranks.")
     overlap_gradient_reduce: bool = key(False, "-", "Overlap gradient reduction with the backward pass.")

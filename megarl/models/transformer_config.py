@@ -11,7 +11,12 @@ from megarl.models.architecture import Architecture, LatentAttention, MixtureOfE
 from megarl.models.rope import softmax_scale
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CONTEXT_PARALLEL_NAMES = {"all_gather": "all_gather", "all_to_all": "a2a"}  # megatron-core's names
+CONTEXT_PARALLEL_NAMES = {
+    "all_gather": "all_gather",
+    "all_to_all": "a2a",
+    "ring": "p2p",
+    "hybrid": "a2a+p2p",
+}  # megatron-core's names
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},

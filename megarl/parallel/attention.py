@@ -2,10 +2,13 @@
 
 Sequences lie one after another in the token dimension ("thd"); ``cu_seqlens`` says where each starts, and no token ever sees
 another sequence. Under context parallelism each sequence is cut into 2·cp equal chunks and rank r holds chunks r and
-2·cp - 1 - r ("zigzag", so that causal work is balanced; Llama 3, arXiv 2407.21783, section 3.3.2). Two ways to see the others:
+2·cp - 1 - r ("zigzag", so that causal work is balanced; Llama 3, arXiv 2407.21783, section 3.3.2). Four ways to see the others:
 
 * ``all_gather``: every rank gathers all keys and values and computes its own queries;
-* ``all_to_all``: ranks exchange tokens for heads and compute whole sequences for heads / cp (Ulysses, arXiv 2309.14509).
+* ``all_to_all``: ranks exchange tokens for heads and compute whole sequences for heads / cp (Ulysses, arXiv 2309.14509);
+* ``ring``: keys and values are passed around while ranks compute (ring_attention.py);
+* ``hybrid``: neighbours exchange tokens for heads, and the keys of a rank's heads go around a ring of the ranks that have the same
+  heads (USP, arXiv 2405.07719).
 """
 
 from functools import lru_cache
@@ -17,6 +20,9 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from megarl.parallel.attention_blocks import as_wide, suffix_attention
+from megarl.parallel.ring_attention import ring_attention
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -97,32 +103,13 @@ def _heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received.transpose(0, 1).reshape(tokens // cp, cp * heads, head_dim)
 
 
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, num_hidden: int = 0) -> Tensor:
-    """Causal attention of one stretch of a sequence by torch's fused kernel, whose memory grows linearly.
-
-    Query ``i`` sees keys ``0 .. num_hidden + i`` where ``num_hidden = len(key) - len(query)``: the stretch ends where the keys end.
-
-    Args:
-        query: [queries, heads, d].
-        key, value: [keys, kv heads, d], keys >= queries; value heads may be narrower.
-        scale: of the logits.
-        num_hidden: len(key) - len(query); 0 takes the causal kernel.
-    """
-    width, value = value.size(-1), _as_wide(value, query)
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention of one sequence by torch's fused kernel, whose memory grows linearly; shapes as in suffix_attention."""
+    width, value = value.size(-1), as_wide(value, query)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     grouped = query.size(1) != key.size(1)
-    if num_hidden == 0:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-    else:
-        mask = torch.ones(query.size(2), key.size(2), dtype=torch.bool, device=query.device).tril(num_hidden)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
     return out[0].transpose(0, 1)[..., :width]
-
-
-def _as_wide(value: Tensor, query: Tensor) -> Tensor:
-    """Value heads filled up with zeros: the fused kernels take heads of one width only."""
-    missing = query.size(-1) - value.size(-1)
-    return F.pad(value, (0, missing)) if missing else value
 
 
 def _packed_causal_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
@@ -131,7 +118,7 @@ def _packed_causal_attention(query: Tensor, key: Tensor, value: Tensor, lengths:
         boundaries = torch.tensor((0, *lengths), device=query.device).cumsum(0, dtype=torch.int32)
         longest = max(lengths)
         out = flash_attn_varlen_func(
-            query, key, _as_wide(value, query), boundaries, boundaries, longest, longest, softmax_scale=scale, causal=True
+            query, key, as_wide(value, query), boundaries, boundaries, longest, longest, softmax_scale=scale, causal=True
         )
         return out[..., : value.size(-1)]
     parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
@@ -143,7 +130,9 @@ class PackedAttention(MegatronModule):
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **kwargs: Any) -> None:
         super().__init__(config=config)
-        self.context_parallel_group: dist.ProcessGroup = kwargs["pg_collection"].cp
+        groups = kwargs["pg_collection"]
+        self.context_parallel_group: dist.ProcessGroup = groups.cp
+        self.hierarchical_groups: list[dist.ProcessGroup] | None = groups.hcp  # that exchanges heads, ring
         self.scale: float = kwargs.get("softmax_scale") or config.kv_channels**-0.5
 
     def forward(
@@ -175,6 +164,10 @@ class PackedAttention(MegatronModule):
             out = _packed_causal_attention(query, key, value, lengths, self.scale)
         elif self.config.cp_comm_type == "a2a":
             out = self._exchange_heads(query, key, value, lengths)
+        elif self.config.cp_comm_type == "p2p":
+            out = ring_attention(query, key, value, lengths, self.scale, group)
+        elif self.config.cp_comm_type == "a2a+p2p":
+            out = self._exchange_heads_around_ring(query, key, value, lengths)
         else:
             out = self._gather_keys(query, key, value, lengths)
         return out.reshape(out.size(0), -1)
@@ -196,7 +189,7 @@ class PackedAttention(MegatronModule):
             for index in (rank, 2 * cp - 1 - rank):
                 end = start + (index + 1) * chunk
                 local = query[local_start : local_start + chunk]
-                outputs.append(_causal_attention(local, keys[start:end], values[start:end], self.scale, num_hidden=index * chunk))
+                outputs.append(suffix_attention(local, keys[start:end], values[start:end], self.scale))
                 local_start += chunk
             start += length
         return torch.cat(outputs)
@@ -205,6 +198,24 @@ class PackedAttention(MegatronModule):
         group = self.context_parallel_group
         positions = zigzag_positions(lengths, group.size()).flatten().to(query.device)
         order = positions.argsort()
-        query, key, value = (_tokens_to_heads(x, group)[order] for x in (query, key, value))
+        query, key, value = (_tokens_to_heads(x, group)[order] for x in (query, *_shared_heads(key, value, group)))
         out = _packed_causal_attention(query, key, value, lengths, self.scale)
         return _heads_to_tokens(out[positions], group)
+
+    def _exchange_heads_around_ring(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        assert self.hierarchical_groups is not None
+        neighbours, ring = self.hierarchical_groups
+        cp = self.context_parallel_group.size()
+        first = ring.rank() * neighbours.size()
+        # The neighbours' chunks of a sequence are two stretches without gaps: the zigzag chunks of as many ranks as the ring has.
+        positions = zigzag_positions(lengths, cp)[first : first + neighbours.size()].flatten().to(query.device)
+        order = positions.argsort()
+        query, key, value = (_tokens_to_heads(x, neighbours)[order] for x in (query, *_shared_heads(key, value, neighbours)))
+        out = ring_attention(query, key, value, lengths, self.scale, ring)
+        return _heads_to_tokens(out[order.argsort()], neighbours)
+
+
+def _shared_heads(key: Tensor, value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Where there are fewer heads of keys than ranks, each is repeated for all ranks whose query heads it serves."""
+    repeats = max(1, group.size() // key.size(1))
+    return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)

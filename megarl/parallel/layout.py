@@ -82,6 +82,13 @@ def _new_group(rank_lists: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
     return mine
 
 
+def _hierarchical_groups(context_groups: Sequence[Sequence[int]], neighbours: int) -> list[dist.ProcessGroup | None]:
+    """Of each context parallel group, the neighbours that exchange heads, and the rings across them."""
+    exchanges = [ranks[first : first + neighbours] for ranks in context_groups for first in range(0, len(ranks), neighbours)]
+    rings = [ranks[first::neighbours] for ranks in context_groups for first in range(neighbours)]
+    return [_new_group(exchanges), _new_group(rings)]
+
+
 def build_layout(config: ParallelConfig) -> Layout:
     """Create the process groups of one role over the whole world. Every rank must call it, roles in the same order.
 
@@ -113,6 +120,7 @@ def build_layout(config: ParallelConfig) -> Layout:
         ("expt_dp", expert, "dp"),
     ):
         setattr(groups, field, _new_group(generator.get_ranks(axes)))
+    groups.hcp = _hierarchical_groups(dense.get_ranks("cp"), config.ulysses_size) if config.ulysses_size else None
     pipelines = dense.get_ranks("pp")
     groups.embd = _new_group([parallel_state.default_embedding_ranks(ranks) for ranks in pipelines])
     groups.pos_embd = _new_group([parallel_state.default_position_embedding_ranks(ranks) for ranks in pipelines])

@@ -81,6 +81,8 @@ def model(tmp_path: Path) -> Path:
         (["policy.parallel.tp=2", "policy.parallel.pp=2", "policy.parallel.cp=2", "policy.parallel.sequence_parallel=true"], 16),
         (["policy.parallel.pp=3", "policy.parallel.vpp=4"], 3),
         (["policy.parallel.tp=2", "policy.parallel.cp=2", 'policy.parallel.context_parallel_method="all_to_all"'], 4),
+        (["policy.parallel.cp=8", 'policy.parallel.context_parallel_method="all_to_all"'], 8),
+        (["policy.parallel.cp=6", 'policy.parallel.context_parallel_method="hybrid"', "policy.parallel.ulysses_size=2"], 6),
         (["policy.parallel.ep=1", "policy.parallel.etp=1"], 1),
         (["policy.max_tokens_per_micro_batch=1024"], 1),
         (["rollout.max_prompt_tokens=2000", "rollout.max_new_tokens=48"], 1),
@@ -125,9 +127,24 @@ LAYOUT = [
     (["policy.parallel.vpp=2"], 1, "vpp 2 needs pp 2 or more and pp is 1"),
     (["policy.parallel.sequence_parallel=true"], 2, "sequence_parallel: is true with tp 1"),
     (
-        ["policy.parallel.tp=2", "policy.parallel.cp=4", 'policy.parallel.context_parallel_method="all_to_all"'],
-        8,
-        "num_key_value_heads 4 is not divisible by tp 2 × cp 4 = 8",
+        ["policy.parallel.cp=3", 'policy.parallel.context_parallel_method="all_to_all"'],
+        3,
+        "policy.parallel.cp: all_to_all exchanges whole heads among 3 ranks, and with tp 1 a rank has 8 query and 4 key heads",
+    ),
+    (
+        ["policy.parallel.cp=2", 'policy.parallel.context_parallel_method="hybrid"'],
+        2,
+        "policy.parallel.ulysses_size: None with context_parallel_method hybrid; hybrid needs the number of neighbouring ranks",
+    ),
+    (
+        ["policy.parallel.cp=4", "policy.parallel.ulysses_size=2"],
+        4,
+        "policy.parallel.ulysses_size: 2 with context_parallel_method all_gather",
+    ),
+    (
+        ["policy.parallel.cp=4", 'policy.parallel.context_parallel_method="hybrid"', "policy.parallel.ulysses_size=4"],
+        4,
+        "policy.parallel.ulysses_size: 4 does not leave a ring of cp 4",
     ),
     (
         ["policy.parallel.ep=2", "policy.parallel.etp=2"],

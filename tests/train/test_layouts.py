@@ -10,6 +10,8 @@ from tiny import PROMPTS, tiny_config, write_tiny_model
 
 BOUND = 1e-5
 ULYSSES = "context_parallel_method=all_to_all"
+RING = "context_parallel_method=ring"
+HYBRID = "context_parallel_method=hybrid,ulysses_size=2"
 LAYOUTS = [
     "dp=2",
     "dp=4,distributed_optimizer=false",
@@ -30,6 +32,13 @@ LAYOUTS = [
     f"cp=2,{ULYSSES}",
     "cp=4",
     f"cp=4,{ULYSSES}",
+    f"cp=2,{RING}",
+    f"cp=8,{RING}",
+    f"cp=4,{HYBRID}",
+    f"cp=3,dp=2,{RING},max_tokens_per_micro_batch=60",
+    f"cp=2,pp=2,vpp=2,{RING}",
+    f"tp=2,cp=4,{RING},sequence_parallel=true",
+    f"cp=4,pp=2,{HYBRID},max_tokens_per_micro_batch=50",
     "cp=2,dp=2,distributed_optimizer=false",
     "cp=2,pp=2,max_tokens_per_micro_batch=50",
     f"cp=2,pp=2,vpp=2,{ULYSSES}",
