@@ -14,15 +14,17 @@ from megarl.types import NO_VERSION, FinishReason, PackedBatch, RolloutGroup, Sc
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], num_replicas: int, max_tokens: int, count_multiple: int = 1
+    lengths: Sequence[int], work: Sequence[int], num_replicas: int, max_tokens: int, count_multiple: int = 1
 ) -> list[list[list[int]]]:
     """Share sequences among data parallel replicas and cut each share into micro-batches.
 
-    Replicas get about equal numbers of tokens and exactly equal numbers of micro-batches (some may be empty), so that no rank
-    waits for a micro-batch that another does not have. The plan depends on the arguments only, so every rank can make it.
+    Replicas get about equal work and exactly equal numbers of micro-batches (some may be empty), so that no rank waits for a
+    micro-batch that another does not have; so do the micro-batches of a replica, as far as their tokens allow. The plan
+    depends on the arguments only, so every rank can make it.
 
     Args:
         lengths: tokens of each sequence.
+        work: of each sequence, in any unit; attention makes a long one more work than short ones of as many tokens.
         num_replicas: data parallel size.
         max_tokens: most tokens in one micro-batch.
         count_multiple: the number of micro-batches is a multiple of this (the interleaved pipeline schedule needs it).
@@ -39,14 +41,14 @@ def plan_micro_batches(
             f"sequence {list(lengths).index(longest)} has {longest} tokens, above max_tokens_per_micro_batch = {max_tokens}; "
             "raise it or shorten prompts and responses"
         )
-    shares = _spread(range(len(lengths)), lengths, num_replicas)
+    shares = _spread(range(len(lengths)), work, num_replicas)
     first_fit = [_first_fit(share, lengths, max_tokens) for share in shares]
     num_needed = max(1, *(len(bins) for bins in first_fit))
     num_micro_batches = -(-num_needed // count_multiple) * count_multiple
     plan = []
     for share, fitted in zip(shares, first_fit, strict=True):
         # Even micro-batches keep pipelines full and leave fewest empty; first-fit packs tighter where even ones overflow.
-        even = _spread(share, lengths, num_micro_batches)
+        even = _spread(share, work, num_micro_batches)
         if any(sum(lengths[i] for i in micro_batch) > max_tokens for micro_batch in even):
             even = fitted + [[] for _ in range(num_micro_batches - len(fitted))]
         plan.append([sorted(micro_batch) for micro_batch in even])
@@ -71,18 +73,18 @@ def with_scored_ends(packed: PackedBatch) -> PackedBatch:
     )
 
 
-def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    return sorted(indices, key=lambda index: (-lengths[index], index))
+def _largest_first(indices: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    return sorted(indices, key=lambda index: (-sizes[index], index))
 
 
-def _spread(indices: Sequence[int], lengths: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Longest-processing-time rule: each sequence, longest first, goes to the bin with the fewest tokens."""
+def _spread(indices: Sequence[int], work: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Longest-processing-time rule: each sequence, that with most work first, goes to the bin with the least."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     loads = [(0, bin_index) for bin_index in range(num_bins)]
-    for index in _longest_first(indices, lengths):
+    for index in _largest_first(indices, work):
         load, bin_index = loads[0]
         bins[bin_index].append(index)
-        heapq.heapreplace(loads, (load + lengths[index], bin_index))
+        heapq.heapreplace(loads, (load + work[index], bin_index))
     return bins
 
 
@@ -90,7 +92,7 @@ def _first_fit(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) 
     """First-fit decreasing: at most 11/9 of the fewest possible bins, plus one."""
     bins: list[list[int]] = []
     space: list[int] = []
-    for index in _longest_first(indices, lengths):
+    for index in _largest_first(indices, lengths):
         fitting = next((b for b, free in enumerate(space) if free >= lengths[index]), None)
         if fitting is None:
             fitting = len(bins)

@@ -16,6 +16,7 @@ from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, traine
 from megarl.config.schema import RoleConfig
 from megarl.data.packing import plan_micro_batches
 from megarl.models.build import CausalLM
+from megarl.models.flops import sequence_flops
 from megarl.parallel.differentiable import sum_over_group
 from megarl.parallel.layout import Layout
 from megarl.parallel.pipeline import PipelineCommunicator
@@ -42,6 +43,7 @@ class TrainingEngine:
         self.device = next(chunks[0].parameters()).device
         self._head = head
         self._config: TransformerConfig = chunks[0].config
+        self._flops = sequence_flops(self._config)
         self.ddp_chunks: list[DistributedDataParallel] = self._wrap() if trainable else []
         self._communicator = PipelineCommunicator(pp_group=layout.groups.pp, config=self._config)
 
@@ -119,8 +121,10 @@ class TrainingEngine:
         """Send the batch through megatron-core's schedule; returns what ``collect`` gave per micro-batch (last stage only)."""
         parallel = self.role.parallel
         multiple = self.layout.sequence_multiple
+        lengths = [-(-length // multiple) * multiple for length in batch.sequence_lengths.tolist()]
         plan = plan_micro_batches(
-            [-(-length // multiple) * multiple for length in batch.sequence_lengths.tolist()],
+            lengths,
+            [self._flops.of(length) for length in lengths],
             num_replicas=self.layout.dp,
             max_tokens=self.role.max_tokens_per_micro_batch,
             # the interleaved schedule works through micro-batches in rounds of pp

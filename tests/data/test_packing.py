@@ -18,7 +18,8 @@ def test_plan_keeps_every_promise_on_random_lengths(seed):
     max_tokens = draw.choice([50, 128, 1000])
     lengths = [draw.randint(1, draw.choice([10, max_tokens])) for _ in range(draw.randint(0, 80))]
     num_replicas, multiple = draw.randint(1, 5), draw.choice([1, 2, 3, 4])
-    plan = plan_micro_batches(lengths, num_replicas, max_tokens, multiple)
+    work = [length * (50 + length) for length in lengths]
+    plan = plan_micro_batches(lengths, work, num_replicas, max_tokens, multiple)
 
     assert len(plan) == num_replicas
     counts = {len(replica) for replica in plan}
@@ -28,9 +29,9 @@ def test_plan_keeps_every_promise_on_random_lengths(seed):
     micro_batches = list(itertools.chain.from_iterable(plan))
     assert sorted(itertools.chain.from_iterable(micro_batches)) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in micro_batch) <= max_tokens for micro_batch in micro_batches)
-    loads = [sum(lengths[i] for micro_batch in replica for i in micro_batch) for replica in plan]
-    assert max(loads) - min(loads) <= max(lengths, default=0)
-    assert plan == plan_micro_batches(list(lengths), num_replicas, max_tokens, multiple)
+    loads = [sum(work[i] for micro_batch in replica for i in micro_batch) for replica in plan]
+    assert max(loads) - min(loads) <= max(work, default=0)
+    assert plan == plan_micro_batches(list(lengths), list(work), num_replicas, max_tokens, multiple)
 
 
 def fewest_bins(lengths, max_tokens):
@@ -56,27 +57,36 @@ def fewest_bins(lengths, max_tokens):
 def test_number_of_micro_batches_is_near_the_optimum(seed):
     draw = random.Random(seed)
     lengths = [draw.randint(1, 20) for _ in range(draw.randint(1, 9))]
-    (replica,) = plan_micro_batches(lengths, 1, 20)
+    (replica,) = plan_micro_batches(lengths, lengths, 1, 20)
     assert len(replica) <= fewest_bins(lengths, 20) * 11 / 9 + 1
 
 
+def test_a_long_sequence_outweighs_short_ones_of_as_many_tokens():
+    lengths = [80, 10, 10, 10, 10, 10, 10, 10, 10]
+    (alone,), (together,) = plan_micro_batches(lengths, [length**2 for length in lengths], 2, 1000)
+    assert (alone, together) == ([0], [1, 2, 3, 4, 5, 6, 7, 8])
+    lengths = [60, 60, 20, 20, 20, 20, 20, 20]
+    plan = plan_micro_batches(lengths, [length**2 for length in lengths], 2, 90)
+    assert [[sum(lengths[i] ** 2 for i in part) for part in replica] for replica in plan] == [[3600, 1200]] * 2
+
+
 def test_tight_packing_where_even_spreading_overflows():
-    (replica,) = plan_micro_batches([6, 5, 4, 3, 2], 1, 10)
+    (replica,) = plan_micro_batches([6, 5, 4, 3, 2], [6, 5, 4, 3, 2], 1, 10)
     assert sorted(replica) == [[0, 2], [1, 3, 4]]
 
 
 def test_no_needlessly_empty_micro_batch():
-    plan = plan_micro_batches([10] * 8, 2, 100, count_multiple=4)
+    plan = plan_micro_batches([10] * 8, [1] * 8, 2, 100, count_multiple=4)
     assert [[len(micro_batch) for micro_batch in replica] for replica in plan] == [[1, 1, 1, 1]] * 2
 
 
 def test_more_replicas_than_sequences():
-    assert sorted(plan_micro_batches([3], 3, 5)) == [[[]], [[]], [[0]]]
+    assert sorted(plan_micro_batches([3], [1], 3, 5)) == [[[]], [[]], [[0]]]
 
 
 def test_sequence_above_the_limit_is_an_error():
     with pytest.raises(DataError, match="sequence 1 has 6 tokens, above max_tokens_per_micro_batch = 5"):
-        plan_micro_batches([5, 6, 1], 1, 5)
+        plan_micro_batches([5, 6, 1], [1, 1, 1], 1, 5)
 
 
 def group(prompt_ids, *responses, greedy=None):
