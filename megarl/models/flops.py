@@ -23,7 +23,7 @@ class SequenceFlops:
 
 
 def sequence_flops(config: TransformerConfig) -> SequenceFlops:
-    """Two operations for each multiply-add (PaLM, arXiv 2204.02311, appendix B); causal attention computes half of the n² scores."""
+    """Two operations for each multiply-add (PaLM, arXiv 2204.02311, appendix B); causal attention needs half of the n² scores."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     if isinstance(config, MLATransformerConfig):
         key_width, value_width = config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
