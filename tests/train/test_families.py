@@ -69,6 +69,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
             "ep=4,dp=4,distributed_optimizer=false",
             f"tp=2,pp=2,ep=2,dp=2,{SEQUENCE}",
             f"tp=2,cp=2,ep=2,{SEQUENCE},context_parallel_method=all_to_all",
+            "cp=4,ep=2,context_parallel_method=hybrid,ulysses_size=2",
             f"pp=3,{FIRST}=1,{LAST}=1,cp=2,ep=2",
             "pp=2,vpp=2,ep=2,dp=2",
         ],
