@@ -58,7 +58,7 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The layout of one role over its ranks; data parallel size is what remains of the world."""
+    """The layout of one role over its ranks; data parallel size is what remains of them."""
 
     tp: int = key(1, "ranks", "Tensor parallel size.", ge=1)
     pp: int = key(1, "ranks", "Pipeline parallel size.", ge=1)
@@ -81,8 +81,12 @@ class ParallelConfig(Section):
 
 
 class RoleConfig(Section):
-    """One model in the world: its layout and how much it computes at once."""
+    """One model in the world: its ranks, its layout over them, and how much it computes at once."""
 
+    first_rank: int = key(0, "rank", "First rank of the world that has a part of this model.", ge=0)
+    num_ranks: int | None = key(
+        None, "ranks", "How many ranks from first_rank on have a part of this model; all of them when not given.", ge=1
+    )
     parallel: ParallelConfig = key(ParallelConfig, "-", "Layout of this role.")
     max_tokens_per_micro_batch: int = key(
         16384, "tokens", "Most tokens that one packed micro-batch of one data parallel replica holds, over all its cp ranks.", ge=1
@@ -93,6 +97,11 @@ class RoleConfig(Section):
     recompute: Literal["none", "selective", "full"] = key(
         "none", "-", "Activation recomputation: none, attention only, or whole transformer layers."
     )
+
+    def ranks(self, world_size: int) -> range:
+        """Its ranks in a world of ``world_size``; they may reach beyond it in a config that was not checked."""
+        num_ranks = world_size - self.first_rank if self.num_ranks is None else self.num_ranks
+        return range(self.first_rank, self.first_rank + num_ranks)
 
 
 class ReferenceConfig(RoleConfig):

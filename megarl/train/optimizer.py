@@ -1,13 +1,17 @@
 """megatron-core's Adam and learning-rate schedule for one engine, with non-finite gradients skipped and counted."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed import distributed_c10d
 
 from megarl.config.schema import OptimizerConfig
 from megarl.errors import TrainingError
@@ -40,13 +44,14 @@ class EngineOptimizer:
             use_distributed_optimizer=engine.role.parallel.distributed_optimizer,
             clip_grad=config.clip_gradient,
         )
-        self.megatron = get_megatron_optimizer(
-            megatron_config,
-            engine.ddp_chunks,
-            config_overrides=get_standard_config_overrides(megatron_config),
-            use_gloo_process_groups=False,
-            pg_collection=engine.layout.groups,
-        )
+        with _as_world(engine.layout.groups.intra_dist_opt):
+            self.megatron = get_megatron_optimizer(
+                megatron_config,
+                engine.ddp_chunks,
+                config_overrides=get_standard_config_overrides(megatron_config),
+                use_gloo_process_groups=False,
+                pg_collection=engine.layout.groups,
+            )
         transformer.grad_scale_func = self.megatron.scale_loss
         self.scheduler = OptimizerParamScheduler(
             self.megatron,
@@ -121,6 +126,17 @@ class EngineOptimizer:
                         }
         if self._is_distributed:
             _keep_step_where_there_are_no_parameters(adams)
+
+
+@contextmanager
+def _as_world(group: dist.ProcessGroup) -> Iterator[None]:
+    """Let megatron-core, which compares parameter groups over all ranks there are, ask those of one role."""
+    world = distributed_c10d._get_default_group()
+    distributed_c10d._update_default_pg(group)
+    try:
+        yield
+    finally:
+        distributed_c10d._update_default_pg(world)
 
 
 def _keep_step_where_there_are_no_parameters(adams: list[Any]) -> None:

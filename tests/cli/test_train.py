@@ -3,7 +3,6 @@
 import contextlib
 import json
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -55,11 +54,11 @@ def test_the_run_folder_is_complete(finished: Path) -> None:
     assert not processes_naming(finished.parent)
 
 
-def start_and_kill(config: Path, run_dir: Path, seed: int, *, parent_only: bool) -> int:
+def start_and_kill(config: Path, run_dir: Path, seed: int, *, parent_only: bool, num_ranks: int = 2) -> int:
     """Start a run, kill it at a random moment after its first checkpoint, wait until all is gone; the steps it had done."""
     moment = random.Random(seed)
     num_lines, delay = moment.randint(2, 3), moment.uniform(0, 0.4)
-    command = [MEGARL, "train", config, "--nproc", "2", "--run-dir", run_dir]
+    command = [MEGARL, "train", config, "--nproc", str(num_ranks), "--run-dir", run_dir]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
         deadline = time.monotonic() + TIMEOUT
         while not whole_checkpoints(run_dir / "checkpoints") or num_logged(run_dir) < num_lines:
@@ -67,7 +66,7 @@ def start_and_kill(config: Path, run_dir: Path, seed: int, *, parent_only: bool)
             time.sleep(0.02)
         time.sleep(delay)  # this is the random moment
         processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-        assert len(processes) >= 3
+        assert len(processes) > num_ranks
         for process in processes[:1] if parent_only else processes:
             with contextlib.suppress(psutil.NoSuchProcess):  # a writer of the checkpoint that has done its work
                 process.kill()
@@ -137,21 +136,25 @@ def test_what_a_method_carries_from_step_to_step_is_resumed(workspace: Path, tmp
     assert coefficients[0] == 0.01 and len(set(coefficients)) == 4
 
 
-def test_ppo_with_four_models_in_four_layouts_resumes(workspace: Path, tmp_path: Path) -> None:
-    """The critic starts from the reward model, learns alone in the first step at its own rate, and is saved with its optimizer."""
-    (tmp_path / "model").symlink_to(workspace / "model")
+def test_ppo_with_four_models_killed_and_resumed_equals_uninterrupted(finished: Path, tmp_path: Path) -> None:
+    """Critic and frozen models on other ranks than the policy, each in its own layout.
+
+    The critic starts from the reward model, learns alone in the first step at its own rate, and is saved with its optimizer.
+    """
+    (tmp_path / "model").symlink_to(finished.parent / "model")
     torch.manual_seed(0)
     scorer = str(tmp_path / "scorer")
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1).save_pretrained(scorer)
-    roles: dict[str, Any] = {"policy": {"parallel": {"pp": 2}}, "reference": {"parallel": {"tp": 2}}}
-    roles["reward_model"] = {"path": scorer, "weight": 0.5}
-    critic = {"path": scorer, "parallel": {"cp": 2}, "optimizer": {"learning_rate": 1e-3}, "warmup_steps": 1}
+    roles: dict[str, Any] = {"policy": {"num_ranks": 4, "parallel": {"tp": 2, "pp": 2}}}
+    roles["reference"] = {"first_rank": 4, "num_ranks": 2, "parallel": {"cp": 2}}
+    roles["reward_model"] = {"path": scorer, "weight": 0.5, "first_rank": 5}
+    critic = {"path": scorer, "first_rank": 4, "parallel": {"pp": 2}, "optimizer": {"learning_rate": 1e-3}, "warmup_steps": 1}
     algorithm = {"preset": "ppo", "updates_per_step": 2}
-    checkpoint = {"every": 1, "keep": 4, "asynchronous": True}
-    path = write_config(tmp_path, algorithm=algorithm, checkpoint=checkpoint, critic=critic, evaluation={}, **roles)
-    launch_training(load_config(path), num_ranks=2, resume=False)
-    copy_of_interrupted(tmp_path / "run", tmp_path / "resumed", 2, first_logged=1)
-    launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
+    path = write_config(tmp_path, algorithm=algorithm, checkpoint={"every": 1, "keep": 4}, critic=critic, evaluation={}, **roles)
+    launch_training(load_config(path), num_ranks=6, resume=False)
+    start_and_kill(path, tmp_path / "resumed", seed=3, parent_only=False, num_ranks=6)
+    assert not (tmp_path / "resumed" / "hf").exists()
+    launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=6, resume=True)
     assert_same_run(tmp_path / "resumed", tmp_path / "run")
     lines = [metrics for _, metrics in logged(tmp_path / "run")]
     assert ["gradient_norm" in metrics for metrics in lines] == [False, True, True, True]
@@ -160,12 +163,9 @@ def test_ppo_with_four_models_in_four_layouts_resumes(workspace: Path, tmp_path:
     rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
     assert all(r["reward"] == pytest.approx(r["parts"]["regex"] + 0.5 * r["parts"]["reward_model"]) for r in rollouts)
     assert len({r["parts"]["reward_model"] for r in rollouts}) > 1
-    without = load_config(path, ["algorithm.preset=reinforce", "critic=null", "reward_model=null", f"run_dir={tmp_path / 'other'}"])
-    launch_training(without, num_ranks=2, resume=False)
-    shutil.rmtree(tmp_path / "resumed")
-    copy_of_interrupted(tmp_path / "other", tmp_path / "resumed", 2, first_logged=1)
+    copy_of_interrupted(finished, tmp_path / "without", 3)
     with pytest.raises(CheckpointError, match="has no critic; resume from a checkpoint of a run with one"):
-        launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
+        launch_training(load_config(path, [f"run_dir={tmp_path / 'without'}"]), num_ranks=6, resume=True)
 
 
 def test_remax_trains_against_greedy_responses_and_is_resumed(workspace: Path, tmp_path: Path) -> None:
