@@ -147,8 +147,9 @@ def _check_idle_ranks(config: Config, world_size: int) -> Iterator[str]:
         with_reference, with_critic = config.algorithm.kl.place != "none", config.algorithm.advantage == "gae"
         used = ((config.reference, with_reference), (config.critic, with_critic), (config.reward_model, True))
         roles += [role for role, is_used in used if role is not None and is_used]
-    idle = sorted(set(range(world_size)).difference(*(role.ranks(world_size) for role in roles)))
-    if idle:
+    ranks = [role.ranks(world_size) for role in roles]
+    idle = sorted(set(range(world_size)).difference(*ranks))
+    if idle and all(0 <= part.start < part.stop <= world_size for part in ranks):  # else check_ranks says what is wrong
         yield (
             f"policy.num_ranks: rank{'s' * (len(idle) > 1)} {', '.join(map(str, idle))} of a world of {world_size} would have no "
             "part of any model; start fewer ranks, or change first_rank and num_ranks of the models"

@@ -83,11 +83,11 @@ class ParallelConfig(Section):
 class RoleConfig(Section):
     """One model in the world: its ranks, its layout over them, and how much it computes at once."""
 
+    parallel: ParallelConfig = key(ParallelConfig, "-", "Layout of this role.")
     first_rank: int = key(0, "rank", "First rank of the world that has a part of this model.", ge=0)
     num_ranks: int | None = key(
         None, "ranks", "How many ranks from first_rank on have a part of this model; all of them when not given.", ge=1
     )
-    parallel: ParallelConfig = key(ParallelConfig, "-", "Layout of this role.")
     max_tokens_per_micro_batch: int = key(
         16384, "tokens", "Most tokens that one packed micro-batch of one data parallel replica holds, over all its cp ranks.", ge=1
     )
@@ -96,6 +96,12 @@ class RoleConfig(Section):
     )
     recompute: Literal["none", "selective", "full"] = key(
         "none", "-", "Activation recomputation: none, attention only, or whole transformer layers."
+    )
+    offload: Literal["none", "optimizer", "all"] = key(
+        "none",
+        "-",
+        "What waits in host memory while the model is idle: nothing, optimizer state (and gradients, which are dropped), or the "
+        "weights too.",
     )
 
     def ranks(self, world_size: int) -> range:

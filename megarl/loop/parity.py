@@ -260,7 +260,7 @@ def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]
     if unused:
         raise ConfigError(f"layout {layout}: the run has no {unused[0]}; leave out the keys that start with {unused[0]}.")
     policy = _in_layout(config.policy, keys.get("policy", {}), layout)
-    place = policy.model_dump(include={"first_rank", "num_ranks", "parallel", "max_tokens_per_micro_batch"})
+    place = policy.model_dump(include={"first_rank", "num_ranks", "parallel", "max_tokens_per_micro_batch", "offload"})
     changed: dict[str, RoleConfig] = {"policy": policy}
     for name, kind in FOLLOWERS.items():
         role = getattr(config, name)
@@ -280,7 +280,7 @@ def _in_layout(role: RoleConfig, keys: dict[str, object], layout: dict[str, obje
     try:
         parallel = ParallelConfig.model_validate(sizes)
         num_ranks = parallel.tp * parallel.pp * parallel.cp * dp
-        place = {"first_rank": 0, "num_ranks": num_ranks, "parallel": parallel.model_dump()}
+        place = {"first_rank": 0, "num_ranks": num_ranks, "parallel": parallel.model_dump(), "offload": "none"}
         return type(role).model_validate(role.model_dump() | place | own)
     except ValidationError as error:
         problem = error.errors()[0]

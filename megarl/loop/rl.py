@@ -31,8 +31,8 @@ def run_rl(config: Config, resume: bool) -> None:
                 prepared = algorithm.prepare(collected.packed, scores, run.step)
             with run.timer.phase("update"):
                 learns = run.step >= critic_warmup
-                updates = [policy.update(batch, algorithm.objective) for batch in prepared.batches if learns]
-                critic_updates = [critic.update(batch, algorithm.value_objective) for batch in prepared.batches if critic]
+                updates = policy.update_each(prepared.batches if learns else (), algorithm.objective)
+                critic_updates = critic.update_each(prepared.batches, algorithm.value_objective) if critic else []
                 results = share_results(policy, updates)
                 critic_results = share_results(critic, critic_updates) if critic else []
             algorithm.finish_step(collected.packed, scores)

@@ -1,6 +1,7 @@
 """What every training run has around its loop: position, sampling, checkpoints, and what people watch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -111,15 +112,24 @@ class Run:
             state["critic"] = self._critic.sharded_state(is_loading=is_loading)
         return state
 
+    @contextmanager
+    def _learners_on_device(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for learner in (self._policy, self._critic):
+                if learner is not None:
+                    stack.enter_context(learner.on_device())
+            yield
+
     def _restore_models(self) -> RunState:
         checkpoint = whole_checkpoints(self._config.run_dir / "checkpoints")[-1]
         state = read_run_state(checkpoint, self._policy.weight_map)
         if self._critic is not None and not state.has_critic:
             raise CheckpointError(f"{checkpoint} has no critic; resume from a checkpoint of a run with one, or start a new run")
-        tensors = load_policy(checkpoint, self._sharded_state(is_loading=True))
-        self._policy.load_state(tensors)
-        if self._critic is not None:
-            self._critic.load_state(tensors["critic"])
+        with self._learners_on_device():
+            tensors = load_policy(checkpoint, self._sharded_state(is_loading=True))
+            self._policy.load_state(tensors)
+            if self._critic is not None:
+                self._critic.load_state(tensors["critic"])
         if self._algorithm is not None:
             self._algorithm.restore(state.algorithm)
         return state
@@ -213,7 +223,8 @@ class Run:
             algorithm={} if self._algorithm is None else self._algorithm.state(),
             has_critic=self._critic is not None,
         )
-        self._checkpoints.save(self._sharded_state(), state)
+        with self._learners_on_device():
+            self._checkpoints.save(self._sharded_state(), state)
 
     def export(self) -> None:
         """Write the policy as the run's Hugging Face folder ``hf``; collective."""

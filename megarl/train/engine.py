@@ -20,6 +20,7 @@ from megarl.parallel.layout import Layout
 from megarl.parallel.pipeline import PipelineCommunicator
 from megarl.train.heads import Head
 from megarl.train.micro_batch import MicroBatch, build_micro_batch
+from megarl.train.offload import Offloaded
 from megarl.types import PackedBatch, TrainBatch
 
 
@@ -32,6 +33,9 @@ class TrainingEngine:
         layout: this rank's place.
         head: what it computes for each trained token.
         trainable: build gradient buffers; a frozen model has none.
+
+    Attributes:
+        weights: the parameters, which may be in host memory.
     """
 
     def __init__(self, chunks: list[CausalLM], role: RoleConfig, layout: Layout, *, head: Head, trainable: bool) -> None:
@@ -41,6 +45,15 @@ class TrainingEngine:
         self.device = torch.device(torch.cuda.current_device())
         self._head = head
         self.ddp_chunks: list[DistributedDataParallel] = self._wrap() if trainable and layout.is_member else []
+        self.weights = Offloaded(self._parameters, "changing" if trainable else "constant", enabled=role.offload == "all")
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (parameter.data for chunk in self.chunks for parameter in chunk.parameters())
+
+    def gradient_buffers(self) -> Iterator[Tensor]:
+        """megatron-core's, for all parameters of this rank."""
+        for chunk in self.ddp_chunks:
+            yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))
 
     def _wrap(self) -> list[DistributedDataParallel]:
         parallel, config = self.role.parallel, self.chunks[0].config
@@ -84,7 +97,7 @@ class TrainingEngine:
         def collect(micro_batch: MicroBatch, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
             return outputs[0].sum(), (micro_batch.index, torch.stack(outputs))
 
-        with torch.no_grad():
+        with torch.no_grad(), self.weights.on_device():
             scored = self._run(batch, self.chunks, collect, forward_only=True)
         for index, rows in scored:
             values[:, index.to(self.device)] = rows
@@ -93,6 +106,8 @@ class TrainingEngine:
 
     def forward_backward(self, batch: TrainBatch, objective: ObjectiveFunction) -> dict[str, float]:
         """Accumulate the gradient of the objective over the whole batch into the gradient buffers; on the role's ranks only.
+
+        Weights and gradient buffers must be on the device.
 
         Returns:
             The objective's metrics, reduced over the batch; equal on all ranks of the role.

@@ -11,11 +11,13 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from megarl.config.schema import OptimizerConfig
 from megarl.errors import TrainingError
 from megarl.train.engine import TrainingEngine
+from megarl.train.offload import storages
 
 NO_PARAMETER = "no parameter"  # key in the state of an Adam without parameters
 
@@ -69,6 +71,7 @@ class EngineOptimizer:
             override_opt_param_scheduler=True,
         )
         self._config = config
+        self._chunks = engine.chunks
         self._is_distributed = engine.role.parallel.distributed_optimizer
         self.num_skipped = 0
         self.num_consecutive_skipped = 0
@@ -111,6 +114,15 @@ class EngineOptimizer:
                 f"gradient norm {norm} in {self.num_consecutive_skipped} consecutive steps, more than optimizer.max_skipped_steps "
                 f"{self._config.max_skipped_steps}; lower the learning rate or look at the last rollouts"
             )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """State on the device and float32 main parameters, without those that are the model's own parameters."""
+        own = storages(parameter.data for chunk in self._chunks for parameter in chunk.parameters())
+        for optimizer in self.megatron.chained_optimizers:
+            adam = optimizer.optimizer
+            main = [parameter.data for group in adam.param_groups for parameter in group["params"]]
+            moments = [value for state in adam.state.values() for name, value in state.items() if name != "step"]
+            yield from (tensor for tensor in (*main, *moments) if tensor.untyped_storage()._cdata not in own)
 
     def fill_state(self) -> None:
         """Give a fresh Adam its zero state (step 0): checkpoints are written from it and loaded into it."""

@@ -1,6 +1,7 @@
 """The models of a run: policy and critic, which learn, and reference and reward model, which do not."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megarl.models.transformer_config import DTYPES
 from megarl.parallel.layout import build_layout
 from megarl.train.engine import TrainingEngine
 from megarl.train.heads import LogProbHead, ValueHead
+from megarl.train.offload import Offloaded
 from megarl.train.optimizer import EngineOptimizer
 from megarl.types import PackedBatch, TokenScores, TrainBatch, UpdateResult
 from megarl.weights.distributed_checkpoint import is_distributed_checkpoint
@@ -74,6 +76,7 @@ class Reference:
         role = config.reference or config.policy
         path = (config.reference.path if config.reference else None) or config.model.path
         self.engine, _ = _build_engine(config, role, path, trainable=False)
+        self.engine.weights.release()
 
 
 class RewardModel:
@@ -82,6 +85,7 @@ class RewardModel:
     def __init__(self, config: Config, role: RewardModelConfig) -> None:
         self.weight = role.weight
         self.engine, _ = _build_value_model(config, role)
+        self.engine.weights.release()
 
     def score(self, packed: PackedBatch) -> Tensor:
         """Its score of each sequence, read at the last token as transformers does: float32 [num_sequences] on the CPU."""
@@ -108,6 +112,11 @@ class Learner:
         self.weight_map = weight_map
         self._dtype = dtype
         self._optimizer = EngineOptimizer(engine, optimizer, total_updates) if engine.layout.is_member else None
+        enabled = engine.role.offload != "none"
+        self._gradients = Offloaded(engine.gradient_buffers, "zeros", enabled=enabled)
+        self._optimizer_state = Offloaded(self._optimizer_tensors, "changing", enabled=enabled)
+        for part in (self._gradients, self._optimizer_state, engine.weights):
+            part.release()
 
     @property
     def optimizer(self) -> EngineOptimizer:
@@ -115,23 +124,39 @@ class Learner:
         assert self._optimizer is not None
         return self._optimizer
 
+    def _optimizer_tensors(self) -> Iterable[Tensor]:
+        return () if self._optimizer is None else self._optimizer.tensors()
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Within it weights, gradients and optimizer state can be used."""
+        with self.engine.weights.on_device(), self._gradients.on_device(), self._optimizer_state.on_device():
+            yield
+
+    def update_each(self, batches: Sequence[TrainBatch], objective: ObjectiveFunction) -> list[UpdateResult | None]:
+        """``update`` on one batch after another."""
+        with self.on_device():
+            return [self.update(batch, objective) for batch in batches]
+
     def update(self, batch: TrainBatch, objective: ObjectiveFunction) -> UpdateResult | None:
         """One optimizer step on one batch; None on a rank outside the role, which does not wait for it (see ``share_results``)."""
         if not self.engine.layout.is_member:
             return None
-        metrics = self.engine.forward_backward(batch, objective)
-        norm, learning_rate, skipped = self.optimizer.step()
+        with self.on_device():
+            metrics = self.engine.forward_backward(batch, objective)
+            norm, learning_rate, skipped = self.optimizer.step()
         return UpdateResult(metrics=metrics, gradient_norm=norm, learning_rate=learning_rate, skipped=skipped)
 
     def hugging_face_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights as whole Hugging Face tensors on rank 0; every rank must exhaust it."""
-        return hugging_face_tensors(self.engine.chunks, self.weight_map, self.engine.layout, self._dtype)
+        with self.engine.weights.on_device():
+            yield from hugging_face_tensors(self.engine.chunks, self.weight_map, self.engine.layout, self._dtype)
 
     def _metadata(self) -> dict[str, Any]:
         return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": self.engine.layout.groups.dp_cp}
 
     def sharded_weights(self) -> dict[str, Any]:
-        """The model's part of ``sharded_state``."""
+        """The model's part of ``sharded_state``, like that a view of what must be on the device until it is saved or loaded."""
         return {
             f"model{number}": chunk.sharded_state_dict(metadata=self._metadata()) for number, chunk in enumerate(self.engine.chunks)
         }

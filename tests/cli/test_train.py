@@ -110,10 +110,18 @@ def copy_of_interrupted(run: Path, copy: Path, step: int, first_logged: int = 0)
     (copy / "metrics.jsonl").write_text("".join(lines[: step - first_logged + 1]))
 
 
-def test_rl_goes_on_in_another_layout(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks"),
+    [
+        (["policy.parallel.tp=1"], 2),
+        # rank 0 has the reference alone: what it exports, evaluates and gives to the engine comes from the others
+        (["policy.first_rank=1", "reference.num_ranks=1"], 3),
+    ],
+)
+def test_rl_goes_on_in_another_layout(finished: Path, tmp_path: Path, overrides: list[str], num_ranks: int) -> None:
     copy_of_interrupted(finished, tmp_path / "run", 3)
-    config = load_config(finished.parent / "config.yaml", ["policy.parallel.tp=1", f"run_dir={tmp_path / 'run'}"])
-    launch_training(config, num_ranks=2, resume=True)
+    config = load_config(finished.parent / "config.yaml", [*overrides, f"run_dir={tmp_path / 'run'}"])
+    launch_training(config, num_ranks=num_ranks, resume=True)
     (*kept, (step, metrics)) = logged(tmp_path / "run")
     assert (kept, step) == (logged(finished)[:4], 4)
     assert metrics["logprob_gap_max"] <= 1e-5
@@ -121,6 +129,11 @@ def test_rl_goes_on_in_another_layout(finished: Path, tmp_path: Path) -> None:
     assert (metrics["loss"], metrics["gradient_norm"]) == pytest.approx(
         tuple(logged(finished)[4][1][name] for name in ("loss", "gradient_norm")), rel=1e-3
     )
+    if num_ranks == 3:
+        last = launch_evaluation(config, whole_checkpoints(tmp_path / "run" / "checkpoints")[-1], num_ranks=3)
+        assert last == {name: metrics[name] for name in ("accuracy", "pass@4")}
+        exported = launch_evaluation(config, tmp_path / "run" / "hf", num_ranks=3)
+        assert exported == last
 
 
 def test_what_a_method_carries_from_step_to_step_is_resumed(workspace: Path, tmp_path: Path) -> None:

@@ -50,10 +50,12 @@ class LiveSync:
 
 
 @contextmanager
-def live_sync(folder: Path, name: str, parallel: dict[str, int], transfer: dict[str, Any], **section: Any) -> Iterator[LiveSync]:
+def live_sync(
+    folder: Path, name: str, parallel: dict[str, int], transfer: dict[str, Any], first_rank: int = 0, **section: Any
+) -> Iterator[LiveSync]:
     """The policy of ``folder``/model in a layout; on rank 0 the engine, started, and ended with all its processes."""
     engine, main, warnings = None, None, []
-    policy_settings = {"parallel": parallel, "max_tokens_per_micro_batch": 64}
+    policy_settings = {"first_rank": first_rank, "parallel": parallel, "max_tokens_per_micro_batch": 64}
     values: dict[str, Any] = make_engine(name, folder, **section).config.model_dump()
     values |= {"policy": policy_settings, "distributed_timeout": 120.0}
     values["rollout"]["weight_transfer"] = transfer
