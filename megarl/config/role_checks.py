@@ -35,6 +35,8 @@ def check_role(role: Role, config: Config, world_size: int) -> Iterator[str]:
     yield from check_context_parallel(role)
     yield from check_experts(role)
     yield from check_lengths(role, config)
+    if role.name in ("reference", "reward_model") and role.config.offload == "optimizer":
+        yield f"{role.name}.offload: is optimizer, and a frozen model has none; choose all, or none"
 
 
 def check_architecture(role: Role) -> Iterator[str]:

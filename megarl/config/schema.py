@@ -440,7 +440,7 @@ class CheckpointConfig(Section):
     every: int = key(0, "steps", "Save after every so many steps; 0 means only at the end.", ge=0)
     keep: int = key(2, "checkpoints", "Keep the newest so many; older ones are deleted after a newer one is whole.", ge=1)
     asynchronous: bool = key(False, "-", "Write in the background while training goes on.")
-    export: bool = key(True, "-", "Write the policy as a Hugging Face folder at the end.")
+    export: bool = key(True, "-", "Write the policy, and the critic if there is one, as Hugging Face folders at the end.")
 
 
 class ObserveConfig(Section):

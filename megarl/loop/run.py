@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from megarl.observe.progress import RunProgress
 from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
 from megarl.observe.sinks import MetricsWriter, RolloutWriter
 from megarl.observe.timers import PhaseTimer
-from megarl.train.roles import Critic, Policy, is_main_rank
+from megarl.train.roles import Critic, Learner, Policy, is_main_rank
 from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
 from megarl.weights.checkpoint import CheckpointWriter, RunState, load_policy, read_run_state, whole_checkpoints
 from megarl.weights.export import write_hugging_face_folder
@@ -227,18 +228,24 @@ class Run:
             self._checkpoints.save(self._sharded_state(), state)
 
     def export(self) -> None:
-        """Write the policy as the run's Hugging Face folder ``hf``; collective."""
+        """Write the policy as the run's Hugging Face folder ``hf``, and the critic as ``hf_critic``; collective."""
         self._checkpoints.poll(blocking=True)
         if not self._config.checkpoint.export:
             return
-        config, tensors = self._config, self._policy.hugging_face_tensors()
+        self._export(self._policy, self._config.model.path, "hf")
+        if self._critic is not None:
+            critic = self._config.critic
+            self._export(self._critic, (critic and critic.path) or self._config.model.path, "hf_critic")
+
+    def _export(self, learner: Learner, source: Path, name: str) -> None:
+        tensors, folder = learner.hugging_face_tensors(), self._config.run_dir / name
         if is_main_rank():
-            tokenizer = config.model.tokenizer or config.model.path
-            write_hugging_face_folder(tensors, config.model.path, tokenizer, config.run_dir / "hf")
+            tokenizer = self._config.model.tokenizer or self._config.model.path
+            write_hugging_face_folder(tensors, source, tokenizer, folder, with_value_head=learner is self._critic)
         else:
             for _ in tensors:
                 pass
-        self.message(f"exported {config.run_dir / 'hf'}")
+        self.message(f"exported {folder}")
 
     def __enter__(self) -> Self:
         return self

@@ -167,8 +167,11 @@ def test_ppo_with_four_models_killed_and_resumed_equals_uninterrupted(finished: 
     launch_training(load_config(path), num_ranks=6, resume=False)
     start_and_kill(path, tmp_path / "resumed", seed=3, parent_only=False, num_ranks=6)
     assert not (tmp_path / "resumed" / "hf").exists()
-    launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=6, resume=True)
+    offload = [f"{model}.offload=all" for model in ("policy", "critic", "reference", "reward_model")]  # changes no number
+    launch_training(load_config(path, [*offload, f"run_dir={tmp_path / 'resumed'}"]), num_ranks=6, resume=True)
     assert_same_run(tmp_path / "resumed", tmp_path / "run")
+    critics = [(tmp_path / name / "hf_critic" / "model.safetensors").read_bytes() for name in ("run", "resumed")]
+    assert critics[0] == critics[1] != (tmp_path / "scorer" / "model.safetensors").read_bytes()
     lines = [metrics for _, metrics in logged(tmp_path / "run")]
     assert ["gradient_norm" in metrics for metrics in lines] == [False, True, True, True]
     assert all(metrics["critic_gradient_norm"] > 0 and metrics["critic_learning_rate"] == 1e-3 for metrics in lines)

@@ -230,6 +230,10 @@ RUN = [
         "algorithm.advantage: greedy_baseline with a reward_model",
         "reward_model.path: absent",
     ),
+    (
+        ['algorithm.preset="grpo"', 'reference={"offload": "optimizer"}'],
+        "reference.offload: is optimizer, and a frozen model has none; choose all, or none",
+    ),
     (["evaluation.every=5"], "evaluation.every: is 5 but there is no evaluation.data"),
     (
         ['evaluation={"data": {"type": "reasoning_gym", "task": "a"}, "samples_per_prompt": 4}'],
