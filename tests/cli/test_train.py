@@ -266,14 +266,22 @@ def supervised_loss(model: PreTrainedModel, examples: list[SFTExample]) -> float
 
 def test_parity_accepts_good_layouts_and_refuses_an_impossible_bound(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ("parity", workspace / "config.yaml", "--num-prompts", 2)
-    assert megarl_here(*arguments, "--layouts", "tp=2", "pp=2,vpp=2") == 0
+    of_its_own = "tp=2,reference.first_rank=2"
+    assert megarl_here(*arguments, "--layouts", "pp=2,vpp=2", of_its_own) == 0
     out, err = capfd.readouterr()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
-    assert [(row[0], row[1], row[-1]) for row in rows] == [("tp=2", "2", "ok"), ("pp=2,vpp=2", "2", "ok")]
-    assert all(float(gap) <= 1e-5 for row in rows for gap in row[3:6])
+    assert [(row[0], row[1], row[-1]) for row in rows] == [("pp=2,vpp=2", "2", "ok"), (of_its_own, "3", "ok")]
+    assert all(float(gap) <= 1e-5 for row in rows for gap in (*row[3:6], row[7]))
     assert err == ""
     assert megarl_here(*arguments, "--layouts", "tp=2", "--bound", "1e-30") == 1
     assert "ABOVE BOUND" in capfd.readouterr().out
+    for layout, words in {
+        "critic.tp=2": "the run has no critic; leave out the keys that start with critic.",
+        "actor.tp=2": "unknown key 'actor.tp'; known: tp, pp,",
+        "first_rank=1": "policy.num_ranks: rank 0 of a world of 2 would have no part of any model",
+    }.items():
+        assert megarl_here(*arguments, "--layouts", layout) != 0
+        assert words in capfd.readouterr().err
 
 
 def test_config_prints_what_can_be_loaded(workspace: Path, tmp_path: Path) -> None:
