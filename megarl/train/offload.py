@@ -16,13 +16,13 @@ class Offloaded:
 
     Args:
         tensors: gives them; asked each time they leave, for an optimizer makes its state late.
-        contents: what has to be kept: tensors that change while they are used, constant ones, or, of gradients, nothing; these
-            come back as zeros.
+        contents: what has to be kept: tensors that change while they are used, constant ones, or nothing of them: gradient
+            buffers, which are cleared before each use anyway, come back with arbitrary values.
         enabled: otherwise they always stay.
     """
 
     def __init__(
-        self, tensors: Callable[[], Iterable[Tensor]], contents: Literal["changing", "constant", "zeros"], *, enabled: bool
+        self, tensors: Callable[[], Iterable[Tensor]], contents: Literal["changing", "constant", "dropped"], *, enabled: bool
     ) -> None:
         self._tensors = tensors
         self._contents = contents
@@ -52,7 +52,8 @@ class Offloaded:
     def _move_out(self) -> None:
         for key, storage in storages(self._tensors()).items():
             num_bytes = storage.nbytes()
-            if self._contents != "zeros" and (self._contents == "changing" or key not in self._copies):
+            needs_no_copy = self._contents == "dropped" or (self._contents == "constant" and key in self._copies)
+            if not needs_no_copy:
                 if key not in self._copies:
                     self._copies[key] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
                 self._copies[key].copy_(_bytes_of(storage))
@@ -63,9 +64,7 @@ class Offloaded:
     def _move_in(self) -> None:
         for storage, num_bytes in self._emptied:
             storage.resize_(num_bytes)
-            if self._contents == "zeros":
-                _bytes_of(storage).zero_()
-            else:
+            if self._contents != "dropped":
                 _bytes_of(storage).copy_(self._copies[storage._cdata])
         self._emptied.clear()
 

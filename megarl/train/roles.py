@@ -113,7 +113,7 @@ class Learner:
         self._dtype = dtype
         self._optimizer = EngineOptimizer(engine, optimizer, total_updates) if engine.layout.is_member else None
         enabled = engine.role.offload != "none"
-        self._gradients = Offloaded(engine.gradient_buffers, "zeros", enabled=enabled)
+        self._gradients = Offloaded(engine.gradient_buffers, "dropped", enabled=enabled)
         self._optimizer_state = Offloaded(self._optimizer_tensors, "changing", enabled=enabled)
         for part in (self._gradients, self._optimizer_state, engine.weights):
             part.release()
