@@ -58,7 +58,7 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The layout of one role over its ranks; data parallel size is what remains of the world."""
+    """The layout of one role over its ranks; data parallel size is what remains of them."""
 
     tp: int = key(1, "ranks", "Tensor parallel size.", ge=1)
     pp: int = key(1, "ranks", "Pipeline parallel size.", ge=1)
@@ -87,9 +87,13 @@ class ParallelConfig(Section):
 
 
 class RoleConfig(Section):
-    """One model in the world: its layout and how much it computes at once."""
+    """One model in the world: its ranks, its layout over them, and how much it computes at once."""
 
     parallel: ParallelConfig = key(ParallelConfig, "-", "Layout of this role.")
+    first_rank: int = key(0, "rank", "First rank of the world that has a part of this model.", ge=0)
+    num_ranks: int | None = key(
+        None, "ranks", "How many ranks from first_rank on have a part of this model; all of them when not given.", ge=1
+    )
     max_tokens_per_micro_batch: int = key(
         16384, "tokens", "Most tokens that one packed micro-batch of one data parallel replica holds, over all its cp ranks.", ge=1
     )
@@ -99,6 +103,17 @@ class RoleConfig(Section):
     recompute: Literal["none", "selective", "full"] = key(
         "none", "-", "Activation recomputation: none, attention only, or whole transformer layers."
     )
+    offload: Literal["none", "optimizer", "all"] = key(
+        "none",
+        "-",
+        "What waits in host memory while the model is idle: nothing, optimizer state (and gradients, which are dropped), or the "
+        "weights too.",
+    )
+
+    def ranks(self, world_size: int) -> range:
+        """Its ranks in a world of ``world_size``; they may reach beyond it in a config that was not checked."""
+        num_ranks = world_size - self.first_rank if self.num_ranks is None else self.num_ranks
+        return range(self.first_rank, self.first_rank + num_ranks)
 
 
 class ReferenceConfig(RoleConfig):
@@ -434,7 +449,7 @@ class CheckpointConfig(Section):
     every: int = key(0, "steps", "Save after every so many steps; 0 means only at the end.", ge=0)
     keep: int = key(2, "checkpoints", "Keep the newest so many; older ones are deleted after a newer one is whole.", ge=1)
     asynchronous: bool = key(False, "-", "Write in the background while training goes on.")
-    export: bool = key(True, "-", "Write the policy as a Hugging Face folder at the end.")
+    export: bool = key(True, "-", "Write the policy, and the critic if there is one, as Hugging Face folders at the end.")
 
 
 class ObserveConfig(Section):

@@ -4,7 +4,7 @@ from megarl.algorithms.algorithm import Algorithm
 from megarl.config.schema import Config
 from megarl.loop.rollout import add_model_rewards
 from megarl.loop.run import Run
-from megarl.train.roles import Critic, Policy, Reference, RewardModel, score
+from megarl.train.roles import Critic, Policy, Reference, RewardModel, score, share_results
 
 
 def run_rl(config: Config, resume: bool) -> None:
@@ -31,8 +31,10 @@ def run_rl(config: Config, resume: bool) -> None:
                 prepared = algorithm.prepare(collected.packed, scores, run.step)
             with run.timer.phase("update"):
                 learns = run.step >= critic_warmup
-                results = [policy.update(batch, algorithm.objective) for batch in prepared.batches if learns]
-                critic_results = [critic.update(batch, algorithm.value_objective) for batch in prepared.batches if critic]
+                updates = policy.update_each(prepared.batches if learns else (), algorithm.objective)
+                critic_updates = critic.update_each(prepared.batches, algorithm.value_objective) if critic else []
+                results = share_results(policy, updates)
+                critic_results = share_results(critic, critic_updates) if critic else []
             algorithm.finish_step(collected.packed, scores)
             with run.timer.phase("sync"):
                 run.rollout.push_weights(run.weight_version + 1)

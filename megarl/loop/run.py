@@ -1,6 +1,8 @@
 """What every training run has around its loop: position, sampling, checkpoints, and what people watch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +19,7 @@ from megarl.observe.progress import RunProgress
 from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
 from megarl.observe.sinks import MetricsWriter, RolloutWriter
 from megarl.observe.timers import PhaseTimer
-from megarl.train.roles import Critic, Policy, is_main_rank
+from megarl.train.roles import Critic, Learner, Policy, is_main_rank
 from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
 from megarl.weights.checkpoint import CheckpointWriter, RunState, load_policy, read_run_state, whole_checkpoints
 from megarl.weights.export import write_hugging_face_folder
@@ -111,15 +113,24 @@ class Run:
             state["critic"] = self._critic.sharded_state(is_loading=is_loading)
         return state
 
+    @contextmanager
+    def _learners_on_device(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for learner in (self._policy, self._critic):
+                if learner is not None:
+                    stack.enter_context(learner.on_device())
+            yield
+
     def _restore_models(self) -> RunState:
         checkpoint = whole_checkpoints(self._config.run_dir / "checkpoints")[-1]
         state = read_run_state(checkpoint, self._policy.weight_map)
         if self._critic is not None and not state.has_critic:
             raise CheckpointError(f"{checkpoint} has no critic; resume from a checkpoint of a run with one, or start a new run")
-        tensors = load_policy(checkpoint, self._sharded_state(is_loading=True))
-        self._policy.load_state(tensors)
-        if self._critic is not None:
-            self._critic.load_state(tensors["critic"])
+        with self._learners_on_device():
+            tensors = load_policy(checkpoint, self._sharded_state(is_loading=True))
+            self._policy.load_state(tensors)
+            if self._critic is not None:
+                self._critic.load_state(tensors["critic"])
         if self._algorithm is not None:
             self._algorithm.restore(state.algorithm)
         return state
@@ -213,21 +224,28 @@ class Run:
             algorithm={} if self._algorithm is None else self._algorithm.state(),
             has_critic=self._critic is not None,
         )
-        self._checkpoints.save(self._sharded_state(), state)
+        with self._learners_on_device():
+            self._checkpoints.save(self._sharded_state(), state)
 
     def export(self) -> None:
-        """Write the policy as the run's Hugging Face folder ``hf``; collective."""
+        """Write the policy as the run's Hugging Face folder ``hf``, and the critic as ``hf_critic``; collective."""
         self._checkpoints.poll(blocking=True)
         if not self._config.checkpoint.export:
             return
-        config, tensors = self._config, self._policy.hugging_face_tensors()
+        self._export(self._policy, self._config.model.path, "hf")
+        if self._critic is not None:
+            critic = self._config.critic
+            self._export(self._critic, (critic and critic.path) or self._config.model.path, "hf_critic")
+
+    def _export(self, learner: Learner, source: Path, name: str) -> None:
+        tensors, folder = learner.hugging_face_tensors(), self._config.run_dir / name
         if is_main_rank():
-            tokenizer = config.model.tokenizer or config.model.path
-            write_hugging_face_folder(tensors, config.model.path, tokenizer, config.run_dir / "hf")
+            tokenizer = self._config.model.tokenizer or self._config.model.path
+            write_hugging_face_folder(tensors, source, tokenizer, folder, with_value_head=learner is self._critic)
         else:
             for _ in tensors:
                 pass
-        self.message(f"exported {config.run_dir / 'hf'}")
+        self.message(f"exported {folder}")
 
     def __enter__(self) -> Self:
         return self

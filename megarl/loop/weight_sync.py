@@ -93,7 +93,7 @@ class WeightSync:
     def _push_slices(self, version: int) -> None:
         if self._transfer is None:
             self._transfer = self._plan_transfer()
-        with self._meeting("weight update"):
+        with self._meeting("weight update"), self._policy.engine.weights.on_device():
             if self._main is not None:
                 self._main.run(_server(self._main).update_slices(self._transfer, version))
             else:

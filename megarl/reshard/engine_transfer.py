@@ -51,7 +51,8 @@ class EngineTransfer:
             ConfigError: the engine's layout does not divide the model.
         """
         tensors = tensor_table(weight_map, dtype.itemsize)
-        trainer = place(source[1].config, dist.get_world_size())
+        ranks = source[1].ranks
+        trainer = place(source[1].config, len(ranks))
         self.plan = build_plan(
             megatron_side(weight_map, trainer, tensors),
             engine_side(weight_map.architecture, engine, tensors),
@@ -64,7 +65,7 @@ class EngineTransfer:
         self._timeout = datetime.timedelta(seconds=settings.timeout_seconds)
         self._rank, self.first_worker = dist.get_rank(), dist.get_world_size()
         self.world_size = self.first_worker + engine.ranks_per_engine
-        ranks, workers = range(self.first_worker), range(self.first_worker, self.world_size)
+        workers = range(self.first_worker, self.world_size)
         self._buckets = [work.outgoing for work in bucket_work(self.plan, ranks, workers, self._rank)]
         self._buffer = torch.empty(
             max((sum(parcel.num_bytes for parcel in bucket) for bucket in self._buckets), default=0), dtype=torch.uint8

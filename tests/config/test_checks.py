@@ -94,6 +94,8 @@ def model(tmp_path: Path) -> Path:
         (["rollout.stop_token_ids=[0, 99]"], 1),
         (['algorithm.preset="ppo"'], 1),
         (['algorithm.preset="ppo"', 'critic={"parallel": {"tp": 2}, "warmup_steps": 9}'], 2),
+        (['algorithm.preset="ppo"', "policy.num_ranks=4", "policy.parallel.tp=4", 'critic={"first_rank": 4}'], 6),
+        (["policy.first_rank=1", 'algorithm.preset="grpo"', 'reference={"num_ranks": 1}'], 2),
         (['rewards.scorers=[{"type": "regex", "pattern": "a+"}, {"type": "python", "function": "a.b:c"}]'], 1),
         (['kind="sft"', "rewards.scorers=[]", "sft.max_tokens=2048", "rollout.max_new_tokens=5000"], 1),
     ],
@@ -109,6 +111,20 @@ LAYOUT = [
         "policy.parallel: world size 8 = tp 3 × pp 2 × cp 1 × dp ?: 8 is not divisible by 6; use 6 or 12 ranks",
         "tp 3 does not divide the model's num_attention_heads 8",
         "tp 3 does not divide the model's num_key_value_heads 4",
+    ),
+    (["policy.first_rank=2"], 2, "policy.first_rank: there is no rank 2 in a world of 2; give at most 1"),
+    (["policy.first_rank=1", "policy.num_ranks=4"], 4, "policy.num_ranks: 4 ranks from rank 1 on reach beyond a world of 4"),
+    (
+        ["policy.first_rank=1", "policy.num_ranks=3", "policy.parallel.tp=2"],
+        4,
+        "policy.parallel: number of ranks 3 = tp 2 × pp 1 × cp 1 × dp ?: 3 is not divisible by 2; use 2 or 4 ranks",
+        "policy.num_ranks: rank 0 of a world of 4 would have no part of any model",
+    ),
+    (
+        # no KL, so no reference
+        ["policy.num_ranks=2", 'reference={"first_rank": 2}'],
+        4,
+        "policy.num_ranks: ranks 2, 3 of a world of 4 would have no part of any model; start fewer ranks",
     ),
     (["policy.parallel.cp=4"], 2, "world size 2 = tp 1 × pp 1 × cp 4 × dp ?: 2 is not divisible by 4; use 4 ranks"),
     (
@@ -230,6 +246,10 @@ RUN = [
         ['algorithm.preset="remax"', 'reward_model={"path": "absent"}'],
         "algorithm.advantage: greedy_baseline with a reward_model",
         "reward_model.path: absent",
+    ),
+    (
+        ['algorithm.preset="grpo"', 'reference={"offload": "optimizer"}'],
+        "reference.offload: is optimizer, and a frozen model has none; choose all, or none",
     ),
     (["evaluation.every=5"], "evaluation.every: is 5 but there is no evaluation.data"),
     (
