@@ -59,6 +59,7 @@ def sampling(**changes: Any) -> SamplingParams:
         "top_p": 1.0,
         "top_k": 0,
         "stop_token_ids": (),
+        "repetition_stop": None,
         "seed": 2**62 - 1,
     }
     return SamplingParams(**(settings | changes))
