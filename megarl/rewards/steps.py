@@ -36,18 +36,6 @@ def decoded_lengths(token_ids: Sequence[int], decode: Callable[[Sequence[int]], 
     character, or with the last token. Only a few tokens are decoded at a time, beginning where a character began; the tokens just
     before go with them, because some decoders drop a space at the start of what they are given.
     """
-    lengths = decoded_lengths(token_ids, decode)
-    ends = [bisect_left(lengths, characters) for characters in accumulate(map(len, steps))]
-    return [*ends[:-1], len(token_ids) - 1] if ends else []
-
-
-def decoded_lengths(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[int]:
-    """How many characters of the whole text are complete after each token; ascending, the last is the length of the text.
-
-    A token may hold a part of a character, several characters, or none; bytes that make no character count with the next one that does,
-    or with the last token. Only a few tokens are decoded at a time, beginning where a
-    character began; the tokens just before go with them, because some decoders drop a space at the start of what they are given.
-    """
     lengths: list[int] = []
     context, start, complete = 0, 0, 0  # complete: characters up to token ``start``
     for index in range(len(token_ids)):
