@@ -264,8 +264,8 @@ class AlgorithmConfig(Section):
     over_sampling: float = key(
         1.0,
         "-",
-        "Each wave of dynamic sampling asks for this many times the prompts that are missing; groups beyond the step's wait for the "
-        "next steps.",
+        "Each wave of dynamic sampling asks for this many times the prompts that are missing; groups beyond the step's wait "
+        "for the next steps.",
         ge=1,
     )
     max_surplus_age: int = key(1, "steps", "A group that waited longer than this is dropped; 0 keeps none for later steps.", ge=0)

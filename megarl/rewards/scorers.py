@@ -1,7 +1,7 @@
 """What each scorer computes. Worker processes import this, so it stays light: no torch, hence no megarl.types.
 
-A scorer is called with the decoded response and the prompt's reference and returns a number; a scorer of steps is called with the list
-of them and returns a list of numbers. Whatever it raises is a failure.
+A scorer is called with the decoded response and the prompt's reference and returns a number; a scorer of steps is called with the
+list of them and returns a list of numbers. Whatever it raises is a failure.
 """
 
 import importlib

@@ -1,5 +1,6 @@
 """Reasoning steps of a response: where its text is divided, and with which token each step ends."""
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -8,9 +9,12 @@ _INCOMPLETE = "\ufffd"  # what decoders write for the bytes of a character that 
 
 
 def split_steps(text: str, separator: str) -> list[str]:
-    """The text divided after each separator, which stays at the end of its step; together they are the text, and none is empty."""
-    parts = text.split(separator)
-    return [step for step in (*(part + separator for part in parts[:-1]), parts[-1]) if step]
+    """The text divided after each separator, which stays at the end of its step; together the steps are the text.
+
+    Several separators in a row divide once, and those at the start of the text belong to the first step, so that no step is blank.
+    """
+    mark = f"(?:{re.escape(separator)})"
+    return re.findall(rf"{mark}*.+?(?:{mark}+|\Z)", text, re.DOTALL)
 
 
 def step_ends(steps: Sequence[str], token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[int]:
