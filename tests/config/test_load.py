@@ -140,7 +140,7 @@ def test_every_mistake_has_its_line(file: Path) -> None:
         "run.yaml: optimizer.learning_rate: is nan, input should be a finite number; give number > 0",
         "run.yaml: optimizer.beta1: is 1.5, input should be less than 1; give number ≥ 0 and < 1",
         "run.yaml: rollout.stop_token_ids.0: is 'end', input should be a valid integer",
-        "run.yaml: data.train.type: is 'json'; give jsonl or datasets or reasoning_gym",
+        "run.yaml: data.train.type: is 'json'; give jsonl or datasets or reasoning_gym or mixture",
     ]
     for line, start in zip(lines, starts, strict=True):
         assert line.startswith(start)
