@@ -492,7 +492,7 @@ class SFTConfig(Section):
 class RewardsConfig(Section):
     """Scoring of responses."""
 
-    scorers: list[ScorerConfig] = key(list, "-", "The scorers; RL needs at least one.")
+    scorers: list[ScorerConfig] = key(list, "-", "The scorers of every task that has none of its own; RL needs at least one.")
     timeout: float = key(10.0, "seconds", "Time one scorer has for one response.", gt=0)
     on_failure: Literal["drop", "zero", "stop"] = key(
         "stop", "-", "When a scorer raises or times out: drop the whole group, count its score as 0, or end the run."

@@ -45,9 +45,9 @@ class SuccessRates:
 class RowSampler:
     """Row indices, pass after pass.
 
-    Passes over all rows depend only on seed, task and the number of the pass. With order prioritised the rows after the first pass
-    are drawn, and depend on the success rates too: without replacement within one call, and never a row that was taken since the
-    last ``record``, while others are left.
+    Passes over all rows depend only on seed, task, difficulties and the number of the pass. With order prioritised the rows after
+    the first pass are drawn, and depend on the success rates too: without replacement within one call, and never a row that was
+    taken since the last ``record``, while others are left.
 
     Args:
         num_rows: rows of the task, at least 1.
