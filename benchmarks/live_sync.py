@@ -35,7 +35,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "vllm": {"block_size": 32, "kv_cache_memory_bytes": 64 << 20},
     "sglang": {"max_total_tokens": 4096},
 }
-GREEDY = SamplingParams(num_samples=1, max_new_tokens=4, temperature=0.0, top_p=1.0, top_k=0, stop_token_ids=(), seed=0)
+GREEDY = SamplingParams(
+    num_samples=1, max_new_tokens=4, temperature=0.0, top_p=1.0, top_k=0, stop_token_ids=(), repetition_stop=None, seed=0
+)
 
 
 def write_models(folder: Path) -> None:

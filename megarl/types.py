@@ -23,6 +23,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # a stop token was sampled (it is the last of token_ids)
     LENGTH = "length"  # max_new_tokens were sampled
+    REPETITION = "repetition"  # the response only repeated itself (rollout.repetition_stop)
     ABORT = "abort"  # the engine gave the request up
 
 

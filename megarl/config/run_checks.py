@@ -1,11 +1,13 @@
 """Checks across keys that need neither the model nor the number of ranks; one line for each mistake."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from megarl.config.algorithm_checks import check_algorithm
+from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks
 from megarl.config.names import FUNCTION_PATTERN
-from megarl.config.schema import Config, DataSource, EngineServerConfig, JsonlSource, ReasoningGymSource, ScorerConfig
+from megarl.config.schema import Config, EngineServerConfig, JsonlSource, ReasoningGymSource, RowSource, ScorerConfig
+from megarl.config.tasks import placed_tasks, scorers_of
 
 
 def check_run(config: Config) -> Iterator[str]:
@@ -41,16 +43,11 @@ def check_batch(config: Config) -> Iterator[str]:
     """A step can be split into mini-batches of whole groups."""
     if config.kind != "rl":
         return
-    rollout, algorithm, train = config.rollout, config.algorithm, config.data.train
+    rollout, algorithm = config.rollout, config.algorithm
     if rollout.prompts_per_step % algorithm.updates_per_step:
         yield (
             f"algorithm.updates_per_step: rollout.prompts_per_step {rollout.prompts_per_step} does not divide into "
             f"{algorithm.updates_per_step} mini-batches of whole groups; make it a multiple of {algorithm.updates_per_step}"
-        )
-    if isinstance(train, ReasoningGymSource) and train.size < rollout.prompts_per_step:
-        yield (
-            f"data.train.size: {train.size} prompts are fewer than rollout.prompts_per_step {rollout.prompts_per_step}, so one "
-            "step would hold a prompt twice; raise size"
         )
 
 
@@ -112,38 +109,60 @@ def check_evaluation(config: Config) -> Iterator[str]:
 
 def check_rewards(config: Config) -> Iterator[str]:
     """There is a scorer where responses are scored, and the log can tell scorers apart."""
-    scorers = config.rewards.scorers
-    needs_scorers = config.kind == "rl" and config.reward_model is None
-    user = "kind: rl" if needs_scorers else "evaluation.data" if config.evaluation.data is not None else None
-    if user is not None and not scorers:
-        yield f"rewards.scorers: is empty and {user} needs at least one; add for example - type: math"
+    yield from check_scorers("rewards.scorers", config.rewards.scorers)
+    for path, task in placed_tasks(config):
+        if task.scorers:
+            yield from check_scorers(f"{path.removesuffix('source')}scorers", task.scorers)
+    scored = [(path, task) for path, task in placed_tasks(config) if config.kind == "rl" or path.startswith("evaluation")]
+    for path, task in scored:
+        scorers = scorers_of(config, task)
+        is_training = path.startswith("data.train")
+        if not scorers and not (is_training and config.reward_model is not None):
+            user = "kind: rl" if is_training else "evaluation.data"
+            yield f"rewards.scorers: is empty and {user} needs at least one; add for example - type: math"
+            break
+        if any(scorer.type == "reasoning_gym" for scorer in scorers) and not isinstance(task.source, ReasoningGymSource):
+            key = f"{path.removesuffix('source')}scorers" if task.scorers else "rewards.scorers"
+            yield f"{key}: reasoning_gym scores only its own tasks, and {path} has type {task.source.type}; use another scorer"
+
+
+def check_scorers(path: str, scorers: Sequence[ScorerConfig]) -> Iterator[str]:
+    """Each scorer of one list is whole, and has a name of its own."""
     seen: dict[str, int] = {}
     for index, scorer in enumerate(scorers):
         name = scorer.name or scorer.type
         if name in seen:
-            yield f"rewards.scorers.{index}.name: {name!r} is also the name of scorer {seen[name]}; give one of them another name"
+            yield f"{path}.{index}.name: {name!r} is also the name of scorer {seen[name]}; give one of them another name"
         seen.setdefault(name, index)
         for line in check_scorer(scorer):
-            yield f"rewards.scorers.{index}.{line}"
-        if scorer.type == "reasoning_gym":
-            scored = [("data.train", config.data.train)] if config.kind == "rl" else []
-            scored += [("evaluation.data", config.evaluation.data)] if config.evaluation.data is not None else []
-            for path, source in scored:
-                if not isinstance(source, ReasoningGymSource):
-                    yield (
-                        f"rewards.scorers.{index}.type: reasoning_gym scores only its own tasks, and {path} has type "
-                        f"{source.type}; use another scorer"
-                    )
+            yield f"{path}.{index}.{line}"
+
+
+SCORER_FIELDS = {
+    "pattern": ("regex", "format", "exact", "math", "reasoning_gym"),
+    "tags": ("format",),
+    "ngram": ("repetition",),
+    "script": ("language",),
+    "function": ("python",),
+    "step_separator": ("python",),
+}
+REQUIRED_SCORER_FIELDS = {"ngram": "for example 4", "script": "for example latin"}
 
 
 def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
     """A scorer has the fields that its type needs, and only those; lines start with the field's name."""
+    for name, users in SCORER_FIELDS.items():
+        value = getattr(scorer, name)
+        if value and scorer.type not in users:
+            yield f"{name}: {value!r} has no use for type {scorer.type}; remove it or use type {' or '.join(users)}"
+        if value is None and users == (scorer.type,) and name in REQUIRED_SCORER_FIELDS:
+            yield f"{name}: is required for type {scorer.type}; give {REQUIRED_SCORER_FIELDS[name]}"
     if scorer.type == "regex" and scorer.pattern is None:
         yield "pattern: is required for type regex; give a regular expression"
-    if scorer.type == "python" and scorer.pattern is not None:
-        yield f"pattern: {scorer.pattern!r} has no use for type python; remove it"
-    if scorer.type != "python" and scorer.function is not None:
-        yield f"function: {scorer.function!r} has no use for type {scorer.type}; remove it or use type python"
+    if scorer.type == "format" and bool(scorer.tags) == (scorer.pattern is not None):
+        yield "tags: type format needs either tags or a pattern; give for example tags: [think, answer]"
+    if any(re.search(r"[<>/\s]", tag) or not tag for tag in scorer.tags):
+        yield f"tags: {scorer.tags!r} must be names without <, >, / and spaces; give for example [think, answer]"
     if scorer.type == "python" and (scorer.function is None or not FUNCTION_PATTERN.fullmatch(scorer.function)):
         given = "is required" if scorer.function is None else f"{scorer.function!r} is not module:function"
         yield f"function: {given} for type python; give for example my_package.rewards:score"
@@ -158,13 +177,12 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
         yield f"pattern: {scorer.pattern!r} has no group to take the answer from; put the answer's part in ( )"
 
 
-def _sources(config: Config) -> Iterator[tuple[str, DataSource]]:
-    """Every data source with its dotted path."""
-    yield "data.train", config.data.train
+def _sources(config: Config) -> Iterator[tuple[str, RowSource]]:
+    """Every source of rows with its dotted path."""
+    for path, task in placed_tasks(config):
+        yield path, task.source
     for index, source in enumerate(config.data.exclude):
         yield f"data.exclude.{index}", source
-    if config.evaluation.data is not None:
-        yield "evaluation.data", config.evaluation.data
 
 
 CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
@@ -175,6 +193,11 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_sampling,
     check_engine_server,
     check_data,
+    check_tasks,
+    check_order,
+    check_mixture,
+    check_surplus,
+    check_repetition_stop,
     check_evaluation,
     check_rewards,
 )

@@ -22,6 +22,7 @@ ADVANTAGES = (
     "group_mean_task_std",
 )
 SURROGATES = ("ppo_clip", "gmpo", "cispo", "policy_gradient", "mirror_descent")
+SCRIPTS = ("latin", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai", "chinese", "japanese", "korean")
 
 
 def key(default: Any, unit: str, sentence: str, **constraints: Any) -> Any:
@@ -281,6 +282,14 @@ class AlgorithmConfig(Section):
     max_sampling_waves: int = key(
         10, "waves", "Dynamic sampling gives up with an error after this many waves of prompts for one step.", ge=1
     )
+    over_sampling: float = key(
+        1.0,
+        "-",
+        "Each wave of dynamic sampling asks for this many times the prompts that are missing; groups beyond the step's wait "
+        "for the next steps.",
+        ge=1,
+    )
+    max_surplus_age: int = key(1, "steps", "A group that waited longer than this is dropped; 0 keeps none for later steps.", ge=0)
     updates_per_step: int = key(1, "optimizer steps", "Mini-batches that the rollouts of one step are split into, in order.", ge=1)
 
     @model_validator(mode="before")
@@ -332,6 +341,14 @@ class WeightTransferConfig(Section):
     )
 
 
+class RepetitionStopConfig(Section):
+    """When a response counts as one that only repeats itself: its end is one pattern of tokens several times in a row."""
+
+    max_pattern_size: int = key(..., "tokens", "Longest pattern that is looked for.", ge=1)
+    min_pattern_size: int = key(1, "tokens", "Shortest pattern that is looked for.", ge=1)
+    min_count: int = key(..., "-", "The response ends when the pattern stands there this many times in a row.", ge=2)
+
+
 class RolloutConfig(Section):
     """Sampling of responses."""
 
@@ -344,6 +361,9 @@ class RolloutConfig(Section):
     top_p: float = key(1.0, "-", "Nucleus sampling mass; 1 means off.", gt=0, le=1)
     top_k: int = key(0, "tokens", "Sample among the k most probable tokens; 0 means off.", ge=0)
     stop_token_ids: list[int] = key(list, "token ids", "More stop tokens than the tokenizer's end-of-sequence token.")
+    repetition_stop: RepetitionStopConfig | None = key(
+        None, "-", "End responses that repeat themselves (Kimi k1.5, arXiv 2501.12599); none are ended when not given."
+    )
     request_timeout: float = key(
         600.0, "seconds", "Time one prompt has to be answered and scored; the error names the prompt.", gt=0
     )
@@ -353,6 +373,45 @@ class RolloutConfig(Section):
     embedded: EmbeddedEngineConfig = key(EmbeddedEngineConfig, "-", "Settings of engine: embedded.")
     sglang: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: sglang.")
     vllm: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: vllm.")
+
+
+class ScorerConfig(Section):
+    """One reward; the reward of a response is the weighted sum of all."""
+
+    type: Literal["exact", "regex", "math", "reasoning_gym", "format", "repetition", "language", "python"] = key(
+        ..., "-", "Which scorer."
+    )
+    name: str | None = key(None, "-", "Name in the log; the type when not given.")
+    weight: float = key(1.0, "-", "Factor of this score in the reward.")
+    pattern: str | None = key(
+        None,
+        "regular expression",
+        "For regex: 1 if it is found in the response; for format: 1 if it is the whole response; for exact, math and "
+        "reasoning_gym: its first group is the answer.",
+    )
+    tags: list[str] = key(
+        list,
+        "-",
+        "For format, in place of a pattern: 1 if the response is one <tag>...</tag> of each, in this order, and nothing else.",
+    )
+    ngram: int | None = key(
+        None,
+        "words",
+        "For repetition: minus the share of the response's word sequences of this length that stood in it before.",
+        ge=1,
+    )
+    script: Annotated[str, Name(SCRIPTS)] | None = key(
+        None, "-", "For language: the share of the response's words that are written in this script."
+    )
+    function: str | None = key(
+        None,
+        "module:function",
+        "For python: called with (response: str, reference: mapping), sync or async, returns a number; with step_separator called "
+        "with (steps: list of str, reference) and returns a list with a number for each.",
+    )
+    step_separator: str | None = key(
+        None, "text", "For python: the response is divided into steps after each such text, and each step is scored.", min_length=1
+    )
 
 
 class JsonlSource(Section):
@@ -384,15 +443,65 @@ class ReasoningGymSource(Section):
     options: dict[str, Any] = key(dict, "-", "The generator's own options, e.g. min_digits: 1.")
 
 
-DataSource = Annotated[JsonlSource | DatasetsSource | ReasoningGymSource, Field(discriminator="type")]
+RowSource = Annotated[JsonlSource | DatasetsSource | ReasoningGymSource, Field(discriminator="type")]
+
+
+class TaskConfig(Section):
+    """One task of a mixture."""
+
+    name: str = key(..., "-", "Name in the log and in prompt ids.", min_length=1)
+    weight: float = key(1.0, "-", "The task's share of the prompts is its weight over the sum of all weights.", gt=0)
+    source: RowSource = key(..., "-", "Rows of the task.")
+    scorers: list[ScorerConfig] = key(list, "-", "Scorers of the task's responses, in place of rewards.scorers.")
+
+
+class MixtureSource(Section):
+    """Several tasks, each with rows and, where it wants, scorers of its own."""
+
+    type: Literal["mixture"] = key("mixture", "-", "The rows come from several named sources.")
+    tasks: list[TaskConfig] = key(..., "-", "The tasks.", min_length=1)
+
+
+DataSource = Annotated[JsonlSource | DatasetsSource | ReasoningGymSource | MixtureSource, Field(discriminator="type")]
+
+
+class SamplingConfig(Section):
+    """Which training prompts come next; the seed, the position and what is known of the prompts decide."""
+
+    order: Literal["shuffle", "sequential", "curriculum", "prioritised"] = key(
+        "shuffle",
+        "-",
+        "Every pass over a task's rows is shuffled, in their order, or from easy to hard; prioritised: after a first pass rows are "
+        "drawn in proportion to 1 - success rate (Kimi k1.5, arXiv 2501.12599).",
+    )
+    mixture: Literal["weights", "balanced"] = key(
+        "weights",
+        "-",
+        "Of a mixture: each prompt's task is drawn by the weights, or every step has equally many prompts of each task "
+        "(QwenLong-L1.5, arXiv 2512.12967).",
+    )
+    difficulty_field: str | None = key(
+        None,
+        "-",
+        "Field of the rows with a number that is larger for harder ones, dotted for nested fields; curriculum needs it, and "
+        "prioritised takes its first pass from easy to hard when it is given.",
+    )
+    priority_floor: float = key(0.05, "-", "For prioritised: the least priority, so that solved prompts come back.", gt=0, le=1)
+    success_update: float = key(
+        0.5,
+        "-",
+        "Weight of a prompt's newest group in its success rate, the share of responses with at least evaluation.pass_threshold.",
+        gt=0,
+        le=1,
+    )
 
 
 class DataConfig(Section):
     """Where prompts come from and how they are written for the model."""
 
     train: DataSource = key(..., "-", "Training rows.")
-    exclude: list[DataSource] = key(list, "-", "Rows whose prompt text appears here are left out of training.")
-    shuffle: bool = key(True, "-", "Shuffle each pass over the rows with the run's seed.")
+    exclude: list[RowSource] = key(list, "-", "Rows whose prompt text appears here are left out of training.")
+    sampling: SamplingConfig = key(SamplingConfig, "-", "Order of the training rows.")
     template: str = key("chat", "-", "'chat' for the tokenizer's chat template, or a text with {prompt} in it.")
     response_suffix: str = key("", "-", "Text put after each SFT response, before the end-of-sequence token.")
 
@@ -404,26 +513,10 @@ class SFTConfig(Section):
     max_tokens: int = key(2048, "tokens", "Longest example, prompt and response; a longer one is an error that names it.", ge=2)
 
 
-class ScorerConfig(Section):
-    """One reward; the reward of a response is the weighted sum of all."""
-
-    type: Literal["exact", "regex", "math", "reasoning_gym", "python"] = key(..., "-", "Which scorer.")
-    name: str | None = key(None, "-", "Name in the log; the type when not given.")
-    weight: float = key(1.0, "-", "Factor of this score in the reward.")
-    pattern: str | None = key(
-        None,
-        "regular expression",
-        "For regex: 1 if it is found in the response; for exact, math and reasoning_gym: its first group is the answer.",
-    )
-    function: str | None = key(
-        None, "module:function", "For python: called with (response: str, reference: mapping), sync or async, returns a number."
-    )
-
-
 class RewardsConfig(Section):
     """Scoring of responses."""
 
-    scorers: list[ScorerConfig] = key(list, "-", "The scorers; RL needs at least one.")
+    scorers: list[ScorerConfig] = key(list, "-", "The scorers of every task that has none of its own; RL needs at least one.")
     timeout: float = key(10.0, "seconds", "Time one scorer has for one response.", gt=0)
     on_failure: Literal["drop", "zero", "stop"] = key(
         "stop", "-", "When a scorer raises or times out: drop the whole group, count its score as 0, or end the run."

@@ -81,7 +81,8 @@ class ParityRow:
 def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedBatch:
     """Groups of random responses, lengths 1 to max_new_tokens (one empty), rewards in [0, 1]; a function of the seed.
 
-    Each group has the reward and the length of a greedy response, whether the method uses them or not.
+    Each group has the reward and the length of a greedy response, two tasks take turns, and steps end at about every fourth token,
+    whether the method uses them or not.
 
     Args:
         prompts: token ids; each is answered samples_per_prompt times.
@@ -103,15 +104,17 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
     rewards = torch.rand(len(lengths), generator=generator)
     greedy_rewards = torch.rand(len(prompts), generator=generator)
     greedy_lengths = torch.randint(0, limit + 1, (len(prompts),), generator=generator)
+    step_rewards = torch.rand(len(loss_mask), generator=generator)
+    ends_step = loss_mask & (torch.rand(len(loss_mask), generator=generator) < 0.25)
     return PackedBatch(
         token_ids=torch.cat(tokens),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         loss_mask=loss_mask,
         sampler_logprobs=torch.zeros(len(loss_mask)),
         weight_versions=torch.where(loss_mask, 0, NO_VERSION),
-        step_rewards=torch.full((len(loss_mask),), torch.nan),
+        step_rewards=torch.where(ends_step, step_rewards, torch.nan),
         group_ids=group_ids,
-        task_ids=torch.zeros_like(group_ids),
+        task_ids=group_ids % 2,
         rewards=rewards,
         truncated=torch.tensor(truncated),
         greedy_rewards=greedy_rewards[group_ids],

@@ -1,18 +1,20 @@
 """Sampling and scoring as the loops see it: rank 0 does the work, every rank gets the batch."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config.schema import Config
+from megarl.config.tasks import task_scorers
 from megarl.data.packing import pack_groups
 from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_prompt_source
 from megarl.loop.broadcast import broadcast_batch, broadcast_metrics
+from megarl.loop.saved_groups import load_groups, save_groups
 from megarl.loop.weight_sync import MainRankEngine, WeightSync
-from megarl.observe.metrics import pass_at_k, rollout_metrics
+from megarl.observe.metrics import accuracy_metrics, rollout_metrics
 from megarl.rewards.combine import RewardScorer
 from megarl.rollout.build import build_engine
 from megarl.rollout.collector import Collector
@@ -76,14 +78,18 @@ class MainRankRollout:
         self.config = config
         self.prompts: PromptSource | None = build_prompt_source(config, tokenizer) if config.kind == "rl" else None
         self.evaluation_prompts = build_evaluation_prompts(config, tokenizer)
-        self.scorer = RewardScorer(config.rewards)
+
+        def decode(token_ids: Sequence[int]) -> str:
+            return tokenizer.decode(token_ids, skip_special_tokens=True)
+
+        self.scorer = RewardScorer(config.rewards, task_scorers(config), decode)
         self.engine = build_engine(config, config.run_dir, weight_shapes)
         stop_token_ids = {*config.rollout.stop_token_ids, tokenizer.eos_token_id}
         self.collector = Collector(
             self.engine,
             config,
             stop_token_ids=tuple(sorted(stop_token_ids)),
-            decode=lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True),
+            decode=decode,
             score=self.scorer.score,
             warn=warn,
             with_greedy=with_greedy,
@@ -126,8 +132,9 @@ class Rollout:
         main = self._main
         assert main.prompts is not None
         result = main.runner.run(main.collector.collect(main.prompts.take, step))
+        main.prompts.record(result.sampled, main.config.evaluation.pass_threshold)
         packed = broadcast_batch(pack_groups(result.groups), PackedBatch)
-        metrics = rollout_metrics(result.groups) | result.stats.metrics()
+        metrics = rollout_metrics(result.groups) | result.stats.metrics() | main.prompts.metrics()
         score_seconds = result.stats.wall_seconds - result.stats.generating_seconds
         return Collected(packed=packed, groups=result.groups, metrics=metrics, score_seconds=score_seconds)
 
@@ -137,20 +144,20 @@ class Rollout:
             return broadcast_metrics(None), ()
         main, evaluation = self._main, self._main.config.evaluation
         groups = main.runner.run(main.collector.evaluate(main.evaluation_prompts))
-        metrics = {"accuracy": pass_at_k(groups, 1, evaluation.pass_threshold)}
-        if evaluation.samples_per_prompt > 1:
-            k = evaluation.samples_per_prompt
-            metrics[f"pass@{k}"] = pass_at_k(groups, k, evaluation.pass_threshold)
+        metrics = accuracy_metrics(groups, evaluation.pass_threshold, evaluation.samples_per_prompt)
         return broadcast_metrics(metrics), tuple(groups)
 
     def data_state(self) -> dict[str, Any]:
-        """Position in the training prompts, on rank 0."""
-        return {} if self._main is None or self._main.prompts is None else self._main.prompts.state()
+        """Position in the training prompts, what is known of them, and the groups that wait for the next step; on rank 0."""
+        if self._main is None or self._main.prompts is None:
+            return {}
+        return {"prompts": self._main.prompts.state(), "surplus": save_groups(self._main.collector.surplus)}
 
     def restore_data(self, state: dict[str, Any]) -> None:
-        """Go on from that position."""
+        """Go on from there."""
         if self._main is not None and self._main.prompts is not None:
-            self._main.prompts.restore(state)
+            self._main.prompts.restore(state["prompts"])
+            self._main.collector.surplus = load_groups(state["surplus"], self._main.prompts.prompt)
 
     def close(self) -> None:
         """End the engine and the scorers."""

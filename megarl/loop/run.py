@@ -207,7 +207,9 @@ class Run:
         packed = collected.packed
         num_trained = max(1, int(packed.loss_mask.sum()))
         entropy = float(scores.entropies.double().sum()) / num_trained
-        mean_gap, max_gap = masked_mean_gap(scores.old, packed.sampler_logprobs, packed.loss_mask)
+        # weights before the step's sampled what waited from an earlier step, and are meant to differ
+        by_step = packed.loss_mask & (packed.weight_versions == self.weight_version - 1)
+        mean_gap, max_gap = masked_mean_gap(scores.old, packed.sampler_logprobs, by_step)
         gap_warning = check_logprob_gap(
             mean_gap, self._config.observe.max_logprob_gap, self.step, first=self.step == self._first_step
         )

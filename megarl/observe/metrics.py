@@ -19,9 +19,11 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
     Returns:
         ``reward_mean, reward_min, reward_max, reward_std`` (population), ``score_<scorer>`` (mean raw score),
+        ``reward_mean/<task>`` and ``prompts/<task>`` (where there are several tasks),
         ``zero_variance_share`` (groups whose rewards, a greedy response's included, are all equal: they teach nothing),
         ``greedy_reward_mean`` (where there are greedy responses), ``response_length_mean`` and
-        ``response_length_max`` (tokens), ``truncated_share`` (responses that ended at max_new_tokens),
+        ``response_length_max`` (tokens), ``truncated_share`` (responses that ended at max_new_tokens), ``repetition_stopped_share``
+        (responses ended by rollout.repetition_stop),
         ``reward_length_correlation`` (Pearson, over responses; NaN when either is constant), ``repetition_share`` (responses
         with a ``repetition`` above 0.5) and ``scorer_failures`` (count, a greedy response's included).
     """
@@ -39,16 +41,45 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "response_length_mean": lengths.mean(),
         "response_length_max": lengths.max(),
         "truncated_share": np.mean([item.rollout.finish_reason is FinishReason.LENGTH for item in scored]),
+        "repetition_stopped_share": np.mean([item.rollout.finish_reason is FinishReason.REPETITION for item in scored]),
         "reward_length_correlation": correlation(rewards, lengths),
         "repetition_share": np.mean([repetition(item.rollout.token_ids) > REPETITION_LIMIT for item in scored]),
         "scorer_failures": sum(len(item.failures) for item in (*scored, *greedy)),
     }
     if greedy:
         metrics["greedy_reward_mean"] = np.mean([item.reward for item in greedy])
+    by_task = groups_by_task(groups)
+    if len(by_task) > 1:
+        for task, own in by_task.items():
+            metrics[f"reward_mean/{task}"] = np.mean([item.reward for group in own for item in group.rollouts])
+            metrics[f"prompts/{task}"] = len(own)
     names = sorted({name for item in scored for name in item.parts})
     for name in names:
         metrics[f"score_{name}"] = np.mean([item.parts[name] for item in scored if name in item.parts])
     return {name: float(value) for name, value in metrics.items()}
+
+
+def groups_by_task(groups: Sequence[RolloutGroup]) -> dict[str, list[RolloutGroup]]:
+    """The groups of each task, tasks in alphabetical order."""
+    tasks = sorted({group.prompt.task for group in groups})
+    return {task: [group for group in groups if group.prompt.task == task] for task in tasks}
+
+
+def accuracy_metrics(groups: Sequence[RolloutGroup], threshold: float, samples_per_prompt: int) -> dict[str, float]:
+    """``accuracy`` (pass@1), with several samples ``pass@<samples>``, and both for each task (``accuracy/<task>``) of a mixture."""
+
+    def rates(own: Sequence[RolloutGroup], suffix: str) -> dict[str, float]:
+        metrics = {f"accuracy{suffix}": pass_at_k(own, 1, threshold)}
+        if samples_per_prompt > 1:
+            metrics[f"pass@{samples_per_prompt}{suffix}"] = pass_at_k(own, samples_per_prompt, threshold)
+        return metrics
+
+    by_task = groups_by_task(groups)
+    metrics = rates(groups, "")
+    if len(by_task) > 1:
+        for task, own in by_task.items():
+            metrics |= rates(own, f"/{task}")
+    return metrics
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:

@@ -12,8 +12,8 @@ import signal
 import struct
 import sys
 import threading
-from collections.abc import Mapping
-from typing import BinaryIO
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
 
 from megarl.rewards.scorers import Scorer, ScorerSpec, build_scorer, one_line
 
@@ -29,6 +29,7 @@ def pack_frame(value: object) -> bytes:
 def main() -> None:
     """Answer requests ``(name of scorer, response, reference)`` with ``(score, None)`` or ``(None, reason of the failure)``.
 
+    For a scorer of steps, a list of steps is in the place of the response, and a list of numbers in that of the score.
     The first frame in is the list of ScorerSpec; the first frame out is the reason why they cannot be built, or None.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the run decides what ends
@@ -55,10 +56,20 @@ def checked_score(value: object) -> float:
     return float(value)
 
 
-def _score(scorers: Mapping[str, Scorer], request: bytes) -> tuple[float, None] | tuple[None, str]:
+def checked_scores(value: object, response: str | Sequence[str]) -> float | list[float]:
+    """What a scorer returned for a response, or for a list of steps; ValueError when it is not one finite number for each."""
+    if isinstance(response, str):
+        return checked_score(value)
+    if not isinstance(value, list | tuple) or len(value) != len(response):
+        given = f"{len(value)} numbers" if isinstance(value, list | tuple) else repr(value)
+        raise ValueError(f"the scorer returned {given}, not a list with one number for each of {len(response)} steps")
+    return [checked_score(one) for one in value]
+
+
+def _score(scorers: Mapping[str, Scorer], request: bytes) -> tuple[Any, None] | tuple[None, str]:
     try:
         name, response, reference = pickle.loads(request)
-        return checked_score(scorers[name](response, reference)), None
+        return checked_scores(scorers[name](response, reference), response), None
     except Exception as error:
         return None, one_line(error)
 

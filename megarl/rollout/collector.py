@@ -2,8 +2,10 @@
 
 import asyncio
 import hashlib
+import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import Any, TypeVar
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 from megarl.config.schema import Config
 from megarl.errors import RolloutError, listed
 from megarl.rollout.protocol import Generation, RolloutEngine, SamplingParams
+from megarl.rollout.surplus import SurplusGroup, fill_step, groups_per_task
 from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 
 T = TypeVar("T")
@@ -18,6 +21,7 @@ T = TypeVar("T")
 PROMPTS_NAMED = 5
 
 Score = Callable[[Rollout], Awaitable[ScoredRollout | None]]
+Take = Callable[[int, Mapping[str, int]], Sequence[Prompt]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +36,9 @@ class CollectStats:
         waves: rounds of prompts.
         dropped_unscored: groups dropped because a scorer failed and rewards.on_failure is drop.
         dropped_filtered: groups dropped by dynamic sampling for equal rewards.
+        reused: groups of the step that waited from an earlier one.
+        dropped_surplus: groups dropped because they waited longer than algorithm.max_surplus_age.
+        surplus: groups that wait for the next step.
         retries: requests sent again.
         failures: one line for each failed request or scorer.
     """
@@ -43,6 +50,9 @@ class CollectStats:
     waves: int = 0
     dropped_unscored: int = 0
     dropped_filtered: int = 0
+    reused: int = 0
+    dropped_surplus: int = 0
+    surplus: int = 0
     retries: int = 0
     failures: list[str] = field(default_factory=list)
 
@@ -56,10 +66,18 @@ class CollectStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectResult:
-    """Groups in the order of their prompts, and what collecting them took; ``filtered`` are those of equal rewards."""
+    """What collecting one step gave.
+
+    Attributes:
+        groups: those to train on, in the order of their prompts; of balanced tasks in turn.
+        filtered: those that dynamic sampling dropped for equal rewards.
+        sampled: all that were sampled and scored now, filtered ones and those that wait for the next step included.
+        stats: what it took.
+    """
 
     groups: tuple[RolloutGroup, ...]
     filtered: tuple[RolloutGroup, ...]
+    sampled: tuple[RolloutGroup, ...]
     stats: CollectStats
 
 
@@ -137,35 +155,48 @@ class Collector:
         self._score_rollout = score
         self._warn = warn
         self._with_greedy = with_greedy
+        self.surplus: list[SurplusGroup] = []
 
-    async def collect(self, take: Callable[[int], Sequence[Prompt]], step: int) -> CollectResult:
+    async def collect(self, take: Take, step: int) -> CollectResult:
         """Collect exactly ``rollout.prompts_per_step`` groups, asking ``take`` in waves for as many prompts as are missing.
 
-        With dynamic sampling, groups whose rewards are all equal are dropped and replaced.
+        With dynamic sampling, groups whose rewards are all equal are dropped and replaced; what is sampled beyond the step's groups
+        (``algorithm.over_sampling``) waits in ``surplus`` for the next steps, which take it first.
 
         Args:
-            take: gives the next so many prompts.
+            take: gives the next so many prompts, knowing how many groups of each task the step has.
             step: of the run; part of the seeds.
 
         Raises:
             RolloutError: the engine died, a prompt got no answer after all retries, or the waves did not suffice.
         """
         stats = CollectStats()
-        kept: list[RolloutGroup] = []
+        num_groups, algorithm = self._rollout.prompts_per_step, self._config.algorithm
+        per_task = groups_per_task(self._config)
+        waiting = [one for one in self.surplus if step - one.step <= algorithm.max_surplus_age]
+        stats.dropped_surplus = len(self.surplus) - len(waiting)
+        sampled: list[RolloutGroup] = []
         filtered: list[RolloutGroup] = []
         position = 0
-        num_groups, algorithm = self._rollout.prompts_per_step, self._config.algorithm
-        while len(kept) < num_groups:
+        while len(kept := fill_step(waiting, num_groups, per_task)) < num_groups:
             if stats.waves == algorithm.max_sampling_waves:
-                raise RolloutError(_exhausted(stats, kept, filtered, num_groups))
-            prompts = take(num_groups - len(kept))
+                raise RolloutError(_exhausted(stats, [one.group for one in kept], filtered, num_groups))
+            num_prompts = math.ceil((num_groups - len(kept)) * algorithm.over_sampling)
+            prompts = take(num_prompts, Counter(one.group.prompt.task for one in kept))
             requests = [self._training_request(prompt, step, position + offset) for offset, prompt in enumerate(prompts)]
             position += len(prompts)
-            for group in await self._wave(requests, stats):
-                uninformative = algorithm.dynamic_sampling and group.has_equal_rewards
-                (filtered if uninformative else kept).append(group)
+            groups = await self._wave(requests, stats)
+            sampled += groups
+            for group in groups:
+                if algorithm.dynamic_sampling and group.has_equal_rewards:
+                    filtered.append(group)
+                else:
+                    waiting.append(SurplusGroup(step=step, group=group))
             stats.dropped_filtered = len(filtered)
-        return CollectResult(groups=tuple(kept), filtered=tuple(filtered), stats=stats)
+        self.surplus = [one for one in waiting if not any(one is other for other in kept)]
+        stats.surplus, stats.reused = len(self.surplus), sum(one.step < step for one in kept)
+        groups_of_step = tuple(one.group for one in kept)
+        return CollectResult(groups=groups_of_step, filtered=tuple(filtered), sampled=tuple(sampled), stats=stats)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """Sample and score every prompt as ``evaluation`` says; seeds do not depend on the step, so that evaluations compare.
@@ -312,6 +343,7 @@ class Collector:
             top_p=self._rollout.top_p,
             top_k=self._rollout.top_k,
             stop_token_ids=self._stop_token_ids,
+            repetition_stop=self._rollout.repetition_stop,
             seed=seed,
         )
 

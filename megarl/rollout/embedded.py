@@ -9,12 +9,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
 from megarl.config.schema import EmbeddedEngineConfig
 from megarl.errors import RolloutError
 from megarl.rollout.checkpoint_views import checkpoint_views
 from megarl.rollout.protocol import Generation, SamplingParams
+from megarl.rollout.repetition import RepetitionStop
 from megarl.rollout.sampler import GumbelSampler
 from megarl.rollout.weight_checklist import WeightChecklist
 from megarl.types import FinishReason
@@ -41,7 +49,14 @@ class _Row:
     def batch_key(self) -> tuple[object, ...]:
         """Rows that differ in it cannot be decoded together."""
         sampling = self.request.sampling
-        return (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids)
+        return (
+            sampling.max_new_tokens,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.stop_token_ids,
+            sampling.repetition_stop,
+        )
 
 
 class EmbeddedEngine:
@@ -189,6 +204,7 @@ class EmbeddedEngine:
             eos_token_id=list(sampling.stop_token_ids) or None,
             pad_token_id=0,
         )
+        repetition = RepetitionStop(sampling.repetition_stop, len(rows), width) if sampling.repetition_stop is not None else None
         threads_before = torch.get_num_threads()
         torch.set_num_threads(self._config.threads or torch.multiprocessing.cpu_count())
         try:
@@ -198,23 +214,32 @@ class EmbeddedEngine:
                     attention_mask=attention_mask,
                     generation_config=generation_config,
                     logits_processor=LogitsProcessorList([sampler]),
+                    stopping_criteria=StoppingCriteriaList([repetition] if repetition is not None else []),
                 )
         finally:
             torch.set_num_threads(threads_before)
         responses = sequences[:, width:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
+        repeating = [None] * len(rows) if repetition is None else repetition.lengths
         return [
-            _generation(response, row_logprobs, sampling.stop_token_ids, self._version)
-            for response, row_logprobs in zip(responses, logprobs, strict=True)
+            _generation(response, row_logprobs, sampling, length, self._version)
+            for response, row_logprobs, length in zip(responses, logprobs, repeating, strict=True)
         ]
 
 
-def _generation(response: list[int], logprobs: list[float], stop_token_ids: tuple[int, ...], version: int) -> Generation:
-    """Cut a row of a batch after its first stop token: what follows is padding."""
-    length = next((index + 1 for index, token in enumerate(response) if token in stop_token_ids), None)
+def _generation(
+    response: list[int], logprobs: list[float], sampling: SamplingParams, repeating: int | None, version: int
+) -> Generation:
+    """Cut a row of a batch where it ended: what follows is padding. ``repeating`` is its length when it first repeated itself."""
+    length, reason = sampling.max_new_tokens, FinishReason.LENGTH
+    if repeating is not None and repeating < length:
+        length, reason = repeating, FinishReason.REPETITION
+    stop = next((index + 1 for index, token in enumerate(response[:length]) if token in sampling.stop_token_ids), None)
+    if stop is not None:
+        length, reason = stop, FinishReason.STOP
     return Generation(
         token_ids=tuple(response[:length]),
         logprobs=tuple(logprobs[:length]),
-        weight_versions=(version,) * len(response[:length]),
-        finish_reason=FinishReason.LENGTH if length is None else FinishReason.STOP,
+        weight_versions=(version,) * length,
+        finish_reason=reason,
     )

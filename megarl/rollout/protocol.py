@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megarl.config.schema import RepetitionStopConfig
 from megarl.types import FinishReason
 
 
@@ -20,6 +21,7 @@ class SamplingParams:
         top_p: nucleus mass, 1 means off.
         top_k: 0 means off.
         stop_token_ids: sampling stops after one of these.
+        repetition_stop: when a response ends because it repeats itself, if nothing else has ended it; None: never.
         seed: sample ``i`` of the prompt depends only on the weights, the prompt and ``(seed, i)``.
     """
 
@@ -29,6 +31,7 @@ class SamplingParams:
     top_p: float
     top_k: int
     stop_token_ids: tuple[int, ...]
+    repetition_stop: RepetitionStopConfig | None
     seed: int
 
 

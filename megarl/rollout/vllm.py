@@ -155,7 +155,7 @@ class VllmEngine(ServerEngine):
 
 
 def _sampling_params(sampling: SamplingParams) -> dict[str, Any]:
-    greedy = sampling.temperature == 0
+    greedy, repetition = sampling.temperature == 0, sampling.repetition_stop
     return {
         "n": 1 if greedy else sampling.num_samples,
         "max_tokens": sampling.max_new_tokens,
@@ -163,6 +163,7 @@ def _sampling_params(sampling: SamplingParams) -> dict[str, Any]:
         "top_p": 1.0 if greedy else sampling.top_p,
         "top_k": 0 if greedy else sampling.top_k,
         "stop_token_ids": list(sampling.stop_token_ids),
+        "repetition_detection": None if repetition is None else repetition.model_dump(),  # the same names
         "ignore_eos": True,  # stop_token_ids are the only ones that stop
         "seed": sampling.seed,
         "logprobs": 0,  # of the sampled token only

@@ -207,6 +207,46 @@ def test_remax_trains_against_greedy_responses_and_is_resumed(workspace: Path, t
     assert any(metrics["rollout/dropped_filtered"] > 0 for metrics in steps)
 
 
+def test_a_mixture_with_surplus_and_priorities_is_resumed(workspace: Path, tmp_path: Path) -> None:
+    """Two balanced tasks with scorers of their own, rows drawn by success, surplus groups, and responses ended for repetition."""
+    (tmp_path / "model").symlink_to(workspace / "model")
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    source = {"type": "reasoning_gym", "task": "chain_sum", "size": 6, "options": options}
+    tasks = [
+        {"name": "letters", "source": source, "scorers": [{"type": "regex", "pattern": "[a-z]"}]},
+        {"name": "digits", "source": source | {"seed": 1}, "scorers": [{"type": "regex", "pattern": "[0-9]{2}", "weight": 5.0}]},
+    ]
+    mixture = {"type": "mixture", "tasks": tasks}
+    path = write_config(
+        tmp_path,
+        steps=5,
+        policy={},
+        algorithm={"preset": "aepo", "dynamic_sampling": True, "over_sampling": 2.0, "max_sampling_waves": 30},
+        data={"template": "{prompt}\n", "train": mixture, "sampling": {"order": "prioritised", "mixture": "balanced"}},
+        rollout={
+            "prompts_per_step": 4,
+            "samples_per_prompt": 4,
+            "max_prompt_tokens": 80,
+            "max_new_tokens": 12,
+            "repetition_stop": {"max_pattern_size": 2, "min_count": 2},
+            "embedded": {"threads": 1},
+        },
+        checkpoint={"every": 1, "keep": 5},
+        evaluation={"data": mixture | {"tasks": [{"name": "letters", "source": source | {"seed": 5}}, tasks[1]]}},
+    )
+    launch_training(load_config(path), num_ranks=2, resume=False)
+    steps = [metrics for step, metrics in logged(tmp_path / "run") if step > 0]
+    reused = [step for step in range(2, 6) if steps[step - 1]["rollout/reused"] > 0]
+    assert reused and all(metrics["prompts/letters"] == metrics["prompts/digits"] == 2 for metrics in steps)
+    assert steps[-1]["data/seen_share"] == 1 and len({metrics["data/success_rate_mean"] for metrics in steps}) > 2
+    assert any(metrics["repetition_stopped_share"] > 0 for metrics in steps)
+    assert {"accuracy", "accuracy/letters", "accuracy/digits"} <= set(steps[-1])
+    resume_from = reused[-1] - 1  # the next step begins with groups of the checkpoint
+    copy_of_interrupted(tmp_path / "run", tmp_path / "resumed", resume_from)
+    launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
+    assert_same_run(tmp_path / "resumed", tmp_path / "run")
+
+
 def test_sft_resumed_in_another_layout_gives_the_same_weights(workspace: Path, tmp_path: Path) -> None:
     # Adam would blow up the rounding noise that is all the gradient of the key biases
     overrides = ["kind=sft", "steps=4", "evaluation.data=null", "checkpoint.keep=4", "optimizer.epsilon=1e-4"]

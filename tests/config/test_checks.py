@@ -183,7 +183,100 @@ def assert_lines(lines: list[str], expected: list[str]) -> None:
         assert part in line
 
 
+EXACT, MATH = '[{"type": "exact"}]', '[{"type": "math"}]'
+REGEX = '[{"type": "regex", "pattern": "(a"}]'
+STEPS = json.dumps([{"type": "python", "function": "a.b:c", "step_separator": "."}])
+
+
+def tasks(*names: str, weights: tuple[float, ...] = (), scorers: str = "[]", size: int = 1000) -> str:
+    """``type: mixture`` with tasks of these names, as JSON."""
+    weights = weights or (1.0,) * len(names)
+    return json.dumps(
+        {
+            "type": "mixture",
+            "tasks": [
+                {
+                    "name": name,
+                    "weight": weight,
+                    "source": {"type": "reasoning_gym", "task": "chain_sum", "size": size},
+                    "scorers": json.loads(scorers),
+                }
+                for name, weight in zip(names, weights, strict=True)
+            ],
+        }
+    )
+
+
+BALANCED = 'data.sampling.mixture="balanced"'
 RUN = [
+    ([f"data.train={tasks('a', 'b', 'a')}"], "data.train.tasks.2.name: 'a' is also the name of task 0"),
+    (
+        [f"data.train={tasks('a', 'b', 'c')}", BALANCED],
+        "rollout.prompts_per_step: 32 prompts are not divisible by the 3 tasks of data.train",
+    ),
+    ([BALANCED], "data.sampling.mixture: balanced needs several tasks, and data.train has one"),
+    (
+        [f"data.train={tasks('a', 'b', size=15)}", BALANCED],
+        "data.train.tasks.0.source.size: 15 prompts are fewer than rollout.prompts_per_step 32, of which 16 are of this task",
+        "data.train.tasks.1.source.size: 15 prompts",
+    ),
+    (
+        [f"data.train={tasks('a', 'b', weights=(1.0, 3.0), size=20)}"],
+        "data.train.tasks.1.source.size: 20 prompts are fewer than rollout.prompts_per_step 32, of which 24 are of this task",
+    ),
+    (
+        [f"data.train={tasks('a', scorers=EXACT)}", f"evaluation.data={tasks('a', scorers=MATH)}"],
+        "evaluation.data.tasks.0.scorers: differ from those of data.train's task 'a'",
+    ),
+    (
+        [f"data.train={tasks('a', scorers=EXACT)}", f"evaluation.data={tasks('b')}", "rewards.scorers=[]"],
+        "rewards.scorers: is empty and evaluation.data needs at least one",
+    ),
+    (
+        [f"data.train={tasks('a', 'b', scorers=REGEX)}"],
+        "data.train.tasks.0.scorers.0.pattern: '(a' is not a regular",
+        "data.train.tasks.1.scorers.0.pattern: '(a' is not a regular",
+    ),
+    (['data.sampling.order="curriculum"'], "data.sampling.order: curriculum needs to know how hard each row is"),
+    (
+        ['data.sampling.difficulty_field="level"'],
+        "data.sampling.difficulty_field: is 'level' and order shuffle does not look at it",
+    ),
+    (['kind="sft"', 'data.sampling.order="prioritised"'], "data.sampling.order: prioritised draws rows by how often the policy"),
+    (
+        ['data.sampling.order="prioritised"', 'reward_model={"path": "absent"}'],
+        "data.sampling.order: prioritised with a reward_model",
+        "reward_model.path: absent",
+    ),
+    (["algorithm.over_sampling=1.5"], "algorithm.over_sampling: is 1.5 and only dynamic sampling drops groups"),
+    (
+        ['rollout.repetition_stop={"max_pattern_size": 4, "min_pattern_size": 5, "min_count": 2}'],
+        "rollout.repetition_stop.min_pattern_size: 5 is above max_pattern_size 4",
+    ),
+    (
+        ['rollout.repetition_stop={"max_pattern_size": 64, "min_pattern_size": 64, "min_count": 8}'],
+        "rollout.repetition_stop.min_count: 8 patterns of 64 tokens or more never fit into fewer than rollout.max_new_tokens 512",
+    ),
+    (
+        ['rollout.engine="sglang"', 'rollout.repetition_stop={"max_pattern_size": 4, "min_count": 2}'],
+        "rollout.repetition_stop: SGLang cannot end responses that repeat themselves",
+    ),
+    (
+        ['algorithm.advantage="process_rewards"'],
+        "process_rewards needs a reward for each step of a response, and task train has no",
+    ),
+    (
+        [
+            'algorithm={"advantage": "process_rewards", "dynamic_sampling": true, "reward_shaping": {"overlong_buffer": 0.1}}',
+            f"rewards.scorers={STEPS}",
+            'reward_model={"path": "absent"}',
+        ],
+        "algorithm.reward_shaping.overlong_buffer: is 0.1 and changes rewards of whole responses",
+        "reward_model: scores whole responses, and advantage process_rewards uses",
+        "algorithm.dynamic_sampling: is true and drops groups by the rewards of whole responses",
+        "algorithm.dynamic_sampling: is true with a reward_model",
+        "reward_model.path: absent",
+    ),
     (["rollout.max_new_tokens=20000"], "= 20512 tokens)", "= 20512 tokens exceed max_position_embeddings 2048"),
     (["policy.max_tokens_per_micro_batch=1023"], "1023 tokens cannot hold the longest sequence (rollout.max_prompt_tokens 512 +"),
     (['kind="sft"', "sft.max_tokens=2049"], "sft.max_tokens 2049 exceed max_position_embeddings 2048"),
@@ -275,6 +368,14 @@ def test_run(model: Path, case: tuple[Any, ...]) -> None:
         ({"type": "python", "function": "a.b.c"}, "function: 'a.b.c' is not module:function"),
         ({"type": "python", "function": "a:b", "pattern": "x"}, "pattern: 'x' has no use for type python"),
         ({"type": "exact", "function": "a:b"}, "function: 'a:b' has no use for type exact"),
+        ({"type": "exact", "name": "b", "step_separator": "."}, "step_separator: '.' has no use for type exact"),
+        ({"type": "math", "tags": ["think"]}, "tags: ['think'] has no use for type math; remove it or use type format"),
+        ({"type": "format"}, "tags: type format needs either tags or a pattern"),
+        ({"type": "format", "tags": ["think"], "pattern": "a"}, "tags: type format needs either tags or a pattern"),
+        ({"type": "format", "tags": ["<think>"]}, "tags: ['<think>'] must be names without <"),
+        ({"type": "repetition"}, "ngram: is required for type repetition; give for example 4"),
+        ({"type": "language", "script": "latin", "ngram": 3}, "ngram: 3 has no use for type language"),
+        ({"type": "language"}, "script: is required for type language; give for example latin"),
     ],
 )
 def test_scorer_fields(model: Path, scorer: dict[str, Any], expected: str) -> None:

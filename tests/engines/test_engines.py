@@ -14,12 +14,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from megarl.config.schema import RepetitionStopConfig
 from megarl.errors import RolloutError, WeightsError
 from megarl.rollout.protocol import SamplingParams
 from megarl.rollout.server_engine import ServerEngine
 from megarl.types import FinishReason
 from real_engines import all_gone, make_engine, server_processes
-from tiny_rollout import exported_weights, generate_all, make_tiny_model, sampling, worst_gap
+from tiny_rollout import exported_weights, generate_all, make_tiny_model, repeats_first_at, sampling, worst_gap
 
 # Longer than two whole cache blocks of 32 tokens: only a reset of the prefix cache makes the engine compute them anew.
 LONG_PROMPT = tuple(5 + (7 * index) % 500 for index in range(90))
@@ -132,6 +133,22 @@ def test_a_response_ends_with_its_first_stop_token(served: Served) -> None:
             assert cut.token_ids == whole.token_ids[:length]
             assert len(cut.logprobs) == length
             assert cut.finish_reason is (FinishReason.STOP if stop[0] in whole.token_ids else FinishReason.LENGTH)
+
+
+def test_vllm_ends_responses_that_repeat_themselves(served: Served) -> None:
+    if served.engine.name != "vLLM":
+        pytest.skip("config/data_checks.py refuses it for SGLang")
+    settings = {"num_samples": 8, "max_new_tokens": 32, "temperature": 0.5}
+    free = served.run(generate_all(served.engine, PROMPTS, sampling(**settings)))
+    stop = RepetitionStopConfig(min_pattern_size=2, max_pattern_size=6, min_count=2)
+    ended = served.run(generate_all(served.engine, PROMPTS, sampling(**settings, repetition_stop=stop)))
+    reasons = []
+    for whole, cut in ((whole, cut) for pair in zip(free, ended, strict=True) for whole, cut in zip(*pair, strict=True)):
+        length = repeats_first_at(whole.token_ids[:31], 2, 6, 2)
+        assert cut.token_ids == whole.token_ids[:length] if length else cut.token_ids == whole.token_ids
+        reasons.append(cut.finish_reason)
+        assert cut.finish_reason is (FinishReason.REPETITION if length else FinishReason.LENGTH)
+    assert len(set(reasons)) == 2
 
 
 def test_wrong_prompts_are_refused_and_the_server_lives(served: Served) -> None:
