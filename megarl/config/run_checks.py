@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from megarl.config.algorithm_checks import check_algorithm
+from megarl.config.environment_checks import check_environment
 from megarl.config.names import FUNCTION_PATTERN
 from megarl.config.schema import Config, DataSource, EngineServerConfig, JsonlSource, ReasoningGymSource, ScorerConfig
 
@@ -115,7 +116,7 @@ def check_rewards(config: Config) -> Iterator[str]:
     scorers = config.rewards.scorers
     needs_scorers = config.kind == "rl" and config.reward_model is None
     user = "kind: rl" if needs_scorers else "evaluation.data" if config.evaluation.data is not None else None
-    if user is not None and not scorers:
+    if user is not None and not scorers and config.rollout.environment is None:
         yield f"rewards.scorers: is empty and {user} needs at least one; add for example - type: math"
     seen: dict[str, int] = {}
     for index, scorer in enumerate(scorers):
@@ -177,4 +178,5 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_data,
     check_evaluation,
     check_rewards,
+    check_environment,
 )

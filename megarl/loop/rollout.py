@@ -1,21 +1,25 @@
 """Sampling and scoring as the loops see it: rank 0 does the work, every rank gets the batch."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config.schema import Config
+from megarl.data.observations import ObservationTemplate
 from megarl.data.packing import pack_groups
 from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_prompt_source
+from megarl.environments.run import Environments, open_environments
 from megarl.loop.broadcast import broadcast_batch, broadcast_metrics
 from megarl.loop.weight_sync import MainRankEngine, WeightSync
 from megarl.observe.metrics import pass_at_k, rollout_metrics
 from megarl.rewards.combine import RewardScorer
+from megarl.rewards.episodes import EpisodeScorer
 from megarl.rollout.build import build_engine
-from megarl.rollout.collector import Collector
+from megarl.rollout.collector import Collector, Score
+from megarl.rollout.episodes import EpisodePlayer
 from megarl.train.roles import Policy, RewardModel, is_main_rank
 from megarl.types import PackedBatch, RolloutGroup, ScoredRollout
 
@@ -54,7 +58,7 @@ def add_model_rewards(collected: Collected, reward_model: RewardModel) -> Collec
 
 
 class MainRankRollout:
-    """Engine, collector, prompts and scorers, on rank 0.
+    """Engine, collector, prompts, scorers and environments, on rank 0.
 
     Args:
         config: the run.
@@ -78,23 +82,38 @@ class MainRankRollout:
         self.evaluation_prompts = build_evaluation_prompts(config, tokenizer)
         self.scorer = RewardScorer(config.rewards)
         self.engine = build_engine(config, config.run_dir, weight_shapes)
+
+        def decode(token_ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+        score: Score = self.scorer.score
+        self.environments: Environments | None = None
+        player = None
+        if (environment := config.rollout.environment) is not None:
+            score = EpisodeScorer(score, weight=environment.weight, on_failure=config.rewards.on_failure).score
+            self.environments = open_environments(environment)
+            encode = ObservationTemplate(tokenizer, environment).encode
+            player = EpisodePlayer(self.environments, encode, decode, environment.max_turns)
         stop_token_ids = {*config.rollout.stop_token_ids, tokenizer.eos_token_id}
         self.collector = Collector(
             self.engine,
             config,
             stop_token_ids=tuple(sorted(stop_token_ids)),
-            decode=lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True),
-            score=self.scorer.score,
+            decode=decode,
+            score=score,
             warn=warn,
             with_greedy=with_greedy,
+            player=player,
         )
         self.runner = asyncio.Runner()
         self.runner.run(self.engine.start())
 
     def close(self) -> None:
-        """End the engine and the scorers."""
+        """End the engine, the scorers and the environments."""
         self.runner.run(self.engine.close())
         self.runner.run(self.scorer.close())
+        if self.environments is not None:
+            self.runner.run(self.environments.close())
         self.runner.close()
 
 

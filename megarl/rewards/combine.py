@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from megarl.config.schema import RewardsConfig
-from megarl.errors import ConfigError, RewardError
+from megarl.errors import ConfigError, RewardError, one_line
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
-from megarl.rewards.scorers import ScorerSpec, compile_pattern, import_function, one_line
+from megarl.rewards.scorers import ScorerSpec, compile_pattern, import_function
 from megarl.rewards.worker import checked_score
 from megarl.types import Rollout, ScoredRollout
 

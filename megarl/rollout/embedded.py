@@ -9,7 +9,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from megarl.config.schema import EmbeddedEngineConfig
 from megarl.errors import RolloutError
@@ -41,7 +49,7 @@ class _Row:
     def batch_key(self) -> tuple[object, ...]:
         """Rows that differ in it cannot be decoded together."""
         sampling = self.request.sampling
-        return (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids)
+        return (sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids)
 
 
 class EmbeddedEngine:
@@ -183,9 +191,10 @@ class EmbeddedEngine:
         sampler = GumbelSampler(
             [(row.request.sampling.seed, row.sample_index) for row in rows], sampling.temperature, sampling.top_k, sampling.top_p
         )
+        limits = [row.request.sampling.max_new_tokens for row in rows]
         generation_config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=max(limits),
             eos_token_id=list(sampling.stop_token_ids) or None,
             pad_token_id=0,
         )
@@ -198,15 +207,28 @@ class EmbeddedEngine:
                     attention_mask=attention_mask,
                     generation_config=generation_config,
                     logits_processor=LogitsProcessorList([sampler]),
+                    stopping_criteria=StoppingCriteriaList([_RowLimits(torch.tensor(limits, device=self._device), width)]),
                 )
         finally:
             torch.set_num_threads(threads_before)
         responses = sequences[:, width:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
         return [
-            _generation(response, row_logprobs, sampling.stop_token_ids, self._version)
-            for response, row_logprobs in zip(responses, logprobs, strict=True)
+            _generation(response[:limit], row_logprobs[:limit], sampling.stop_token_ids, self._version)
+            for response, row_logprobs, limit in zip(responses, logprobs, limits, strict=True)
         ]
+
+
+class _RowLimits(StoppingCriteria):
+    """Ends each row at its own number of new tokens."""
+
+    def __init__(self, limits: Tensor, prompt_width: int) -> None:
+        self._limits = limits
+        self._prompt_width = prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        """Int64 [batch, prompt width + new tokens] to bool [batch], True for rows that are done."""
+        return input_ids.shape[1] - self._prompt_width >= self._limits
 
 
 def _generation(response: list[int], logprobs: list[float], stop_token_ids: tuple[int, ...], version: int) -> Generation:
