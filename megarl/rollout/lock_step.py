@@ -16,7 +16,6 @@ class LockStep:
     def __init__(self, num_places: int) -> None:
         self._num_places = num_places
         self._num_queued = 0
-        self._num_prompts = 0
         self._playing: set[EpisodeKey] = set()
         self._waiting: dict[EpisodeKey, asyncio.Future[None]] = {}
 
@@ -27,7 +26,6 @@ class LockStep:
     def admit(self, episodes: Iterable[EpisodeKey]) -> None:
         """It got one."""
         self._num_queued -= 1
-        self._num_prompts += 1
         self._playing.update(episodes)
 
     def give_up(self) -> None:
@@ -37,7 +35,6 @@ class LockStep:
 
     def leave(self, episodes: Iterable[EpisodeKey]) -> None:
         """It gave its place back."""
-        self._num_prompts -= 1
         self._playing.difference_update(episodes)
         self._advance()
 
@@ -56,7 +53,8 @@ class LockStep:
             self._waiting.pop(episode, None)
 
     def _advance(self) -> None:
-        is_full = self._num_queued == 0 or self._num_prompts >= self._num_places
+        # a prompt whose episodes are over is about to make room for the next one
+        is_full = self._num_queued == 0 or len({seed for seed, _ in self._playing}) >= self._num_places
         if is_full and self._waiting.keys() >= self._playing:
             for _, waiting in sorted(self._waiting.items()):
                 if not waiting.done():
