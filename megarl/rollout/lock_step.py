@@ -50,13 +50,18 @@ class LockStep:
         try:
             await waiting
         finally:
-            self._waiting.pop(episode, None)
+            if self._waiting.get(episode) is waiting:
+                del self._waiting[episode]
 
     def _advance(self) -> None:
         # a prompt whose episodes are over is about to make room for the next one
         is_full = self._num_queued == 0 or len({seed for seed, _ in self._playing}) >= self._num_places
-        if is_full and self._waiting.keys() >= self._playing:
-            for _, waiting in sorted(self._waiting.items()):
-                if not waiting.done():
-                    waiting.set_result(None)
+        if is_full and self._waiting and self._waiting.keys() >= self._playing:
+            # not here: the last to come would go on at once, before those that wait
+            asyncio.get_running_loop().call_soon(self._begin, list(self._waiting.items()))
             self._waiting.clear()
+
+    def _begin(self, waiting: list[tuple[EpisodeKey, asyncio.Future[None]]]) -> None:
+        for _, future in sorted(waiting, key=lambda item: item[0]):
+            if not future.done():
+                future.set_result(None)
