@@ -58,7 +58,7 @@ def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
     Returns:
         ``turns_mean`` and ``turns_max`` (of the policy), ``out_of_turns_share`` (episodes that ended at max_turns),
-        ``environment_token_share`` (of all tokens behind the prompts) and ``environment_seconds_mean`` (an episode's wait for it).
+        ``environment_token_share`` (of all tokens behind the prompts) and ``environment_seconds`` (an episode's wait for it, mean).
     """
     episodes = [rollout.episode for rollout in rollouts if rollout.episode is not None]
     if not episodes:
@@ -71,7 +71,7 @@ def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "turns_max": float(max(turns)),
         "out_of_turns_share": float(np.mean([episode.is_out_of_turns for episode in episodes])),
         "environment_token_share": num_environment_tokens / max(1, num_tokens),
-        "environment_seconds_mean": float(np.mean([episode.seconds for episode in episodes])),
+        "environment_seconds": float(np.mean([episode.seconds for episode in episodes])),
     }
 
 
