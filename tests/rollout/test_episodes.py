@@ -297,6 +297,31 @@ def test_an_engine_that_fails_in_a_later_turn_is_asked_again_from_the_start() ->
     assert (len(engine.asked), len(environments.resets), result.stats.retries) == (4, 2, 1)
 
 
+def test_prompts_that_are_sent_again_do_not_hold_up_the_others() -> None:
+    """Episodes take turns together; every third request fails, and one prompt's environment hangs at first."""
+
+    class FailingEngine(ScriptedEngine):
+        async def generate(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
+            answers = await super().generate(prompt_token_ids, sampling)
+            if len(self.asked) % 3 == 0 and len(self.asked) < 20:
+                raise RolloutError("connection reset")
+            return answers
+
+    class HangingOnce(ScriptedEnvironments):
+        async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[int, str | None]:
+            answer = await super().reset(prompt, reference, seed)
+            if [one for one, _, _ in self.resets].count("q2") == 1 and prompt == "q2":
+                await asyncio.Event().wait()
+            return answer
+
+    environments = HangingOnce(("a", 0.5, False), (None, 1.0, True))
+    settings = {"prompts_per_step": 7, "samples_per_prompt": 2, "concurrency": 3, "max_retries": 9, "request_timeout": 0.5}
+    result = collect(FailingEngine(), environments, **settings)
+    assert [group.prompt.text for group in result.groups] == [f"q{number}" for number in range(7)]
+    assert {scored.reward for group in result.groups for scored in group.rollouts} == {3.0}
+    assert result.stats.retries >= 7
+
+
 def test_an_episode_that_takes_too_long_names_its_prompt() -> None:
     class Hanging(ScriptedEnvironments):
         async def step(self, state: int, response: str) -> tuple[int, Step]:
