@@ -186,7 +186,7 @@ class PackedBatch:
         truncated: bool [num_sequences], True where sampling was ended by the length limit.
         greedy_rewards: float32 [num_sequences], reward of the greedy response to the sequence's prompt; NaN where none was
             generated.
-        greedy_lengths: int64 [num_sequences], tokens of that response; 0 where none was generated.
+        greedy_lengths: int64 [num_sequences], tokens of that response that the policy sampled; 0 where none was generated.
     """
 
     token_ids: Tensor

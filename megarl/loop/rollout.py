@@ -32,7 +32,7 @@ class Collected:
         packed: the batch, on every rank.
         groups: the same as people read it, on rank 0; empty elsewhere.
         metrics: what was seen while sampling and scoring, on rank 0.
-        score_seconds: wall time in which nothing was generated any more, only scored.
+        score_seconds: wall time in which nothing was generated, only scored or waited for environments.
     """
 
     packed: PackedBatch

@@ -29,7 +29,8 @@ class CollectStats:
 
     Attributes:
         wall_seconds: from the first request to the last score.
-        generating_seconds: wall time with at least one request at the engine; the rest of ``wall_seconds`` only scored.
+        generating_seconds: wall time with at least one request at the engine; in the rest of ``wall_seconds`` responses were only
+            scored or waited for their environments.
         generate_seconds: time at the engine, summed over requests.
         score_seconds: time in scorers, summed over responses.
         waves: rounds of prompts.
