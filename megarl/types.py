@@ -8,9 +8,9 @@ the same sequence. The first token of a sequence is never predicted, so its ``lo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -47,6 +47,38 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What the policy or the environment said, as people read it."""
+
+    speaker: Literal["policy", "environment"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """A response in several turns, with an environment's answers between them.
+
+    Attributes:
+        turns: who said what, in order; a last message of the environment that no tokens were made of is there too.
+        reward: the environment's rewards, summed over the turns.
+        failure: why the environment failed, with the turn; None where it did not. The episode ended with it.
+        is_out_of_turns: whether it ended because the policy had no more turns.
+        seconds: waited for the environment.
+    """
+
+    turns: tuple[Turn, ...]
+    reward: float
+    failure: str | None
+    is_out_of_turns: bool
+    seconds: float = field(compare=False)
+
+    @property
+    def num_turns(self) -> int:
+        """Turns of the policy."""
+        return sum(turn.speaker == "policy" for turn in self.turns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One response.
 
@@ -58,9 +90,11 @@ class Rollout:
         from_policy: whether the policy sampled the token; False for an environment's.
         logprobs: the sampler's log-probability of each token (nats), under softmax(logits / temperature) over the whole
             vocabulary; of the greedy response under softmax(logits); 0 for an environment's token.
-        weight_versions: version of the policy weights that sampled each token; that of the token before for an environment's.
-        finish_reason: why sampling ended.
-        text: the decoded response without special tokens.
+        weight_versions: version of the policy weights that sampled each token; for an environment's that of the token
+            before, NO_VERSION before the first.
+        finish_reason: why sampling ended; LENGTH also where an environment's message left no room.
+        text: the decoded response without special tokens; of an episode the policy's last turn.
+        episode: its turns, where there is an environment.
     """
 
     prompt: Prompt
@@ -71,12 +105,25 @@ class Rollout:
     weight_versions: tuple[int, ...]
     finish_reason: FinishReason
     text: str
+    episode: Episode | None = None
+
+    @property
+    def num_policy_tokens(self) -> int:
+        """Tokens that the policy sampled: what every length of a response counts."""
+        return sum(self.from_policy)
 
     @property
     def name(self) -> str:
         """What messages call it: ``"train/17 sample 3"``, ``"train/17 greedy response"``."""
         which = "greedy response" if self.sample_index == GREEDY_INDEX else f"sample {self.sample_index}"
         return f"{self.prompt.prompt_id} {which}"
+
+    @property
+    def environment_failure(self) -> str | None:
+        """One line with prompt, sample, turn and reason; None where the environment did not fail, or there is none."""
+        if self.episode is None or self.episode.failure is None:
+            return None
+        return f"environment failed on {self.name}, {self.episode.failure}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +187,7 @@ class PackedBatch:
         truncated: bool [num_sequences], True where sampling was ended by the length limit.
         greedy_rewards: float32 [num_sequences], reward of the greedy response to the sequence's prompt; NaN where none was
             generated.
-        greedy_lengths: int64 [num_sequences], tokens of that response; 0 where none was generated.
+        greedy_lengths: int64 [num_sequences], tokens of that response that the policy sampled; 0 where none was generated.
     """
 
     token_ids: Tensor

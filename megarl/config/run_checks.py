@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from megarl.config.algorithm_checks import check_algorithm
 from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks
+from megarl.config.environment_checks import check_environment
 from megarl.config.names import FUNCTION_PATTERN
 from megarl.config.schema import Config, EngineServerConfig, JsonlSource, ReasoningGymSource, RowSource, ScorerConfig
-from megarl.config.tasks import placed_tasks, scorers_of
+from megarl.config.tasks import placed_scorers, placed_tasks, scorers_of
 
 
 def check_run(config: Config) -> Iterator[str]:
@@ -109,15 +110,14 @@ def check_evaluation(config: Config) -> Iterator[str]:
 
 def check_rewards(config: Config) -> Iterator[str]:
     """There is a scorer where responses are scored, and the log can tell scorers apart."""
-    yield from check_scorers("rewards.scorers", config.rewards.scorers)
-    for path, task in placed_tasks(config):
-        if task.scorers:
-            yield from check_scorers(f"{path.removesuffix('source')}scorers", task.scorers)
+    for path, scorers in placed_scorers(config):
+        yield from check_scorers(path, scorers)
     scored = [(path, task) for path, task in placed_tasks(config) if config.kind == "rl" or path.startswith("evaluation")]
     for path, task in scored:
         scorers = scorers_of(config, task)
         is_training = path.startswith("data.train")
-        if not scorers and not (is_training and config.reward_model is not None):
+        has_others = config.rollout.environment is not None or (is_training and config.reward_model is not None)
+        if not scorers and not has_others:
             user = "kind: rl" if is_training else "evaluation.data"
             yield f"rewards.scorers: is empty and {user} needs at least one; add for example - type: math"
             break
@@ -200,4 +200,5 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_repetition_stop,
     check_evaluation,
     check_rewards,
+    check_environment,
 )

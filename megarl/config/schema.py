@@ -349,6 +349,29 @@ class RepetitionStopConfig(Section):
     min_count: int = key(..., "-", "The response ends when the pattern stands there this many times in a row.", ge=2)
 
 
+class EnvironmentConfig(Section):
+    """An environment that answers the policy's turns (docs/environments.md)."""
+
+    type: Literal["python", "calculator", "tower_of_hanoi"] = key(
+        ..., "-", "A class of your own, a calculator as a tool, or reasoning-gym's tower_of_hanoi played move by move."
+    )
+    function: str | None = key(None, "module:Class", "For python: a class with reset and step, sync or async.")
+    options: dict[str, Any] = key(dict, "-", "Keyword arguments of the class.")
+    max_turns: int = key(8, "turns", "The episode ends after so many turns of the policy.", ge=1)
+    timeout: float = key(10.0, "seconds", "Time one reset or step may take.", gt=0)
+    in_process: bool = key(
+        False,
+        "-",
+        "Run it on the trainer's event loop, for async environments that cannot be pickled; else in worker processes, where a "
+        "time-out kills what never returns.",
+    )
+    weight: float = key(1.0, "-", "Factor of the episode's summed rewards in the reward of a response.")
+    role: Literal["user", "tool"] = key("user", "-", "Role of its messages in the tokenizer's chat template.")
+    observation_template: str | None = key(
+        None, "-", "A text with {observation} in it that follows a turn; the tokenizer's chat template when not given."
+    )
+
+
 class RolloutConfig(Section):
     """Sampling of responses."""
 
@@ -356,7 +379,7 @@ class RolloutConfig(Section):
     prompts_per_step: int = key(32, "prompts", "Groups that one step trains on.", ge=1)
     samples_per_prompt: int = key(8, "responses", "Responses per group.", ge=1)
     max_prompt_tokens: int = key(512, "tokens", "Longest prompt; a longer one is an error that names it.", ge=1)
-    max_new_tokens: int = key(512, "tokens", "Longest response.", ge=1)
+    max_new_tokens: int = key(512, "tokens", "Longest response; with an environment all turns and its messages together.", ge=1)
     temperature: float = key(1.0, "-", "Softmax temperature of sampling; the trainer's log-probabilities use it too.", gt=0)
     top_p: float = key(1.0, "-", "Nucleus sampling mass; 1 means off.", gt=0, le=1)
     top_k: int = key(0, "tokens", "Sample among the k most probable tokens; 0 means off.", ge=0)
@@ -369,6 +392,7 @@ class RolloutConfig(Section):
     )
     max_retries: int = key(2, "retries", "How often a failed or timed-out request is sent again.", ge=0)
     concurrency: int = key(256, "prompts", "Most prompts in flight at the same time.", ge=1)
+    environment: EnvironmentConfig | None = key(None, "-", "What answers the policy's turns; one turn when not given.")
     weight_transfer: WeightTransferConfig = key(WeightTransferConfig, "-", "Updates of a server's weights.")
     embedded: EmbeddedEngineConfig = key(EmbeddedEngineConfig, "-", "Settings of engine: embedded.")
     sglang: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: sglang.")
@@ -516,10 +540,12 @@ class SFTConfig(Section):
 class RewardsConfig(Section):
     """Scoring of responses."""
 
-    scorers: list[ScorerConfig] = key(list, "-", "The scorers of every task that has none of its own; RL needs at least one.")
+    scorers: list[ScorerConfig] = key(
+        list, "-", "The scorers of every task that has none of its own; RL needs at least one, or an environment."
+    )
     timeout: float = key(10.0, "seconds", "Time one scorer has for one response.", gt=0)
     on_failure: Literal["drop", "zero", "stop"] = key(
-        "stop", "-", "When a scorer raises or times out: drop the whole group, count its score as 0, or end the run."
+        "stop", "-", "When a scorer or the environment fails: drop the whole group, count its score as 0, or end the run."
     )
     concurrency: int = key(32, "responses", "Most responses scored at the same time.", ge=1)
 

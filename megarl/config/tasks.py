@@ -27,6 +27,14 @@ def task_scorers(config: Config) -> Mapping[str, Sequence[ScorerConfig]]:
     return {task.name: task.scorers for _, task in reversed(list(placed_tasks(config))) if task.scorers}
 
 
+def placed_scorers(config: Config) -> Iterator[tuple[str, Sequence[ScorerConfig]]]:
+    """Every list of scorers of the run with its dotted path."""
+    yield "rewards.scorers", config.rewards.scorers
+    for path, task in placed_tasks(config):
+        if task.scorers:
+            yield f"{path.removesuffix('source')}scorers", task.scorers
+
+
 def scorers_of(config: Config, task: TaskConfig) -> Sequence[ScorerConfig]:
     """The scorers of a task's responses."""
     return task_scorers(config).get(task.name, config.rewards.scorers)

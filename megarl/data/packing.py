@@ -152,7 +152,7 @@ def _response(scored: ScoredRollout, group_id: int, task_ids: Mapping[str, int],
         reward=scored.reward,
         truncated=rollout.finish_reason is FinishReason.LENGTH,
         greedy_reward=math.nan if greedy is None else greedy.reward,
-        greedy_length=0 if greedy is None else len(greedy.rollout.token_ids),
+        greedy_length=0 if greedy is None else greedy.rollout.num_policy_tokens,
     )
 
 

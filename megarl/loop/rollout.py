@@ -9,15 +9,19 @@ from transformers import PreTrainedTokenizerBase
 
 from megarl.config.schema import Config
 from megarl.config.tasks import task_scorers
+from megarl.data.observations import ObservationTemplate
 from megarl.data.packing import pack_groups
 from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_prompt_source
+from megarl.environments.run import Environments, open_environments
 from megarl.loop.broadcast import broadcast_batch, broadcast_metrics
 from megarl.loop.saved_groups import load_groups, save_groups
 from megarl.loop.weight_sync import MainRankEngine, WeightSync
 from megarl.observe.metrics import accuracy_metrics, rollout_metrics
 from megarl.rewards.combine import RewardScorer
+from megarl.rewards.episodes import EpisodeScorer
 from megarl.rollout.build import build_engine
-from megarl.rollout.collector import Collector
+from megarl.rollout.collector import Collector, Score
+from megarl.rollout.episodes import EpisodePlayer
 from megarl.train.roles import Policy, RewardModel, is_main_rank
 from megarl.types import PackedBatch, RolloutGroup, ScoredRollout
 
@@ -30,7 +34,7 @@ class Collected:
         packed: the batch, on every rank.
         groups: the same as people read it, on rank 0; empty elsewhere.
         metrics: what was seen while sampling and scoring, on rank 0.
-        score_seconds: wall time in which nothing was generated any more, only scored.
+        score_seconds: wall time in which nothing was generated, only scored or waited for environments.
     """
 
     packed: PackedBatch
@@ -56,7 +60,7 @@ def add_model_rewards(collected: Collected, reward_model: RewardModel) -> Collec
 
 
 class MainRankRollout:
-    """Engine, collector, prompts and scorers, on rank 0.
+    """Engine, collector, prompts, scorers and environments, on rank 0.
 
     Args:
         config: the run.
@@ -80,27 +84,39 @@ class MainRankRollout:
         self.evaluation_prompts = build_evaluation_prompts(config, tokenizer)
 
         def decode(token_ids: Sequence[int]) -> str:
-            return tokenizer.decode(token_ids, skip_special_tokens=True)
+            return str(tokenizer.decode(token_ids, skip_special_tokens=True))
 
         self.scorer = RewardScorer(config.rewards, task_scorers(config), decode)
         self.engine = build_engine(config, config.run_dir, weight_shapes)
+
+        score: Score = self.scorer.score
+        self.environments: Environments | None = None
+        player = None
+        if (environment := config.rollout.environment) is not None:
+            score = EpisodeScorer(score, weight=environment.weight, on_failure=config.rewards.on_failure).score
+            self.environments = open_environments(environment)
+            encode = ObservationTemplate(tokenizer, environment).encode
+            player = EpisodePlayer(self.environments, encode, decode, environment.max_turns)
         stop_token_ids = {*config.rollout.stop_token_ids, tokenizer.eos_token_id}
         self.collector = Collector(
             self.engine,
             config,
             stop_token_ids=tuple(sorted(stop_token_ids)),
             decode=decode,
-            score=self.scorer.score,
+            score=score,
             warn=warn,
             with_greedy=with_greedy,
+            player=player,
         )
         self.runner = asyncio.Runner()
         self.runner.run(self.engine.start())
 
     def close(self) -> None:
-        """End the engine and the scorers."""
+        """End the engine, the scorers and the environments."""
         self.runner.run(self.engine.close())
         self.runner.run(self.scorer.close())
+        if self.environments is not None:
+            self.runner.run(self.environments.close())
         self.runner.close()
 
 

@@ -3,12 +3,13 @@
 import base64
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy
 
 from megarl.rollout.surplus import SurplusGroup
-from megarl.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
+from megarl.types import Episode, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout, Turn
 
 # numbers of each token, and how they are kept: a batch holds log-probabilities in float32
 _TOKEN_TYPES = {"token_ids": "<i4", "from_policy": "|b1", "logprobs": "<f4", "weight_versions": "<i4"}
@@ -54,6 +55,7 @@ def _save(scored: ScoredRollout) -> dict[str, Any]:
         "sample_index": rollout.sample_index,
         "finish_reason": rollout.finish_reason.value,
         "text": rollout.text,
+        "episode": None if rollout.episode is None else asdict(rollout.episode),
         "reward": scored.reward,
         "parts": dict(scored.parts),
         "step_rewards": [list(one) for one in scored.step_rewards],
@@ -61,8 +63,12 @@ def _save(scored: ScoredRollout) -> dict[str, Any]:
     }
 
 
+def _load_episode(saved: dict[str, Any]) -> Episode:
+    return Episode(**(saved | {"turns": tuple(Turn(**turn) for turn in saved["turns"])}))
+
+
 def _load(saved: dict[str, Any], prompt: Prompt) -> ScoredRollout:
-    tokens = {
+    tokens: dict[str, Any] = {
         name: tuple(numpy.frombuffer(zlib.decompress(base64.b64decode(saved[name])), dtype=kind).tolist())
         for name, kind in _TOKEN_TYPES.items()
     }
@@ -72,6 +78,7 @@ def _load(saved: dict[str, Any], prompt: Prompt) -> ScoredRollout:
             sample_index=saved["sample_index"],
             finish_reason=FinishReason(saved["finish_reason"]),
             text=saved["text"],
+            episode=None if saved["episode"] is None else _load_episode(saved["episode"]),
             **tokens,
         ),
         reward=saved["reward"],

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megarl.errors import CheckpointError
-from megarl.types import RolloutGroup, ScoredRollout
+from megarl.types import NO_VERSION, RolloutGroup, ScoredRollout
 
 
 class MetricsWriter:
@@ -122,7 +122,7 @@ def _in_turn(groups: Sequence[RolloutGroup]) -> Iterator[ScoredRollout]:
 
 def _readable(scored: ScoredRollout) -> dict[str, Any]:
     rollout = scored.rollout
-    return {
+    readable = {
         "prompt_id": rollout.prompt.prompt_id,
         "sample_index": rollout.sample_index,
         "prompt": rollout.prompt.text,
@@ -131,10 +131,14 @@ def _readable(scored: ScoredRollout) -> dict[str, Any]:
         "parts": _finite(scored.parts),
         "finish_reason": rollout.finish_reason.value,
         "prompt_tokens": len(rollout.prompt.token_ids),
-        "response_tokens": len(rollout.token_ids),
-        "weight_versions": sorted(set(rollout.weight_versions)),
+        "response_tokens": rollout.num_policy_tokens,
+        "weight_versions": sorted({version for version in rollout.weight_versions if version != NO_VERSION}),
         "failures": list(scored.failures),
     }
+    if rollout.episode is not None:
+        readable["environment_tokens"] = len(rollout.token_ids) - rollout.num_policy_tokens
+        readable["turns"] = [{turn.speaker: turn.text} for turn in rollout.episode.turns]
+    return readable
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:

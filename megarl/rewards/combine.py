@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megarl.config.schema import RewardsConfig, ScorerConfig
-from megarl.errors import ConfigError, RewardError
+from megarl.errors import ConfigError, RewardError, one_line
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
-from megarl.rewards.scorers import ScorerSpec, compile_pattern, import_function, one_line
+from megarl.rewards.scorers import ScorerSpec, compile_pattern, import_function
 from megarl.rewards.steps import split_steps, step_ends
 from megarl.rewards.worker import checked_scores
 from megarl.types import Rollout, ScoredRollout

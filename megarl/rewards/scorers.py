@@ -13,7 +13,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, one_line
 from megarl.rewards.text_scorers import ngram_repetition, script_share, tagged_sections
 
 Scorer = Callable[[Any, Mapping[str, Any]], Any]
@@ -182,8 +182,3 @@ def load_reasoning_gym() -> Scorer:
         return generators[key].score_answer(answer.strip(), reference["entry"])
 
     return score
-
-
-def one_line(error: BaseException) -> str:
-    """The error's type and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -15,6 +15,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 
@@ -49,14 +50,7 @@ class _Row:
     def batch_key(self) -> tuple[object, ...]:
         """Rows that differ in it cannot be decoded together."""
         sampling = self.request.sampling
-        return (
-            sampling.max_new_tokens,
-            sampling.temperature,
-            sampling.top_p,
-            sampling.top_k,
-            sampling.stop_token_ids,
-            sampling.repetition_stop,
-        )
+        return (sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids, sampling.repetition_stop)
 
 
 class EmbeddedEngine:
@@ -198,12 +192,14 @@ class EmbeddedEngine:
         sampler = GumbelSampler(
             [(row.request.sampling.seed, row.sample_index) for row in rows], sampling.temperature, sampling.top_k, sampling.top_p
         )
+        limits = [row.request.sampling.max_new_tokens for row in rows]
         generation_config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=max(limits),
             eos_token_id=list(sampling.stop_token_ids) or None,
             pad_token_id=0,
         )
+        limit = _RowLimits(torch.tensor(limits, device=self._device), width)
         repetition = RepetitionStop(sampling.repetition_stop, len(rows), width) if sampling.repetition_stop is not None else None
         threads_before = torch.get_num_threads()
         torch.set_num_threads(self._config.threads or torch.multiprocessing.cpu_count())
@@ -214,7 +210,7 @@ class EmbeddedEngine:
                     attention_mask=attention_mask,
                     generation_config=generation_config,
                     logits_processor=LogitsProcessorList([sampler]),
-                    stopping_criteria=StoppingCriteriaList([repetition] if repetition is not None else []),
+                    stopping_criteria=StoppingCriteriaList([limit, repetition] if repetition is not None else [limit]),
                 )
         finally:
             torch.set_num_threads(threads_before)
@@ -222,19 +218,36 @@ class EmbeddedEngine:
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
         repeating = [None] * len(rows) if repetition is None else repetition.lengths
         return [
-            _generation(response, row_logprobs, sampling, length, self._version)
-            for response, row_logprobs, length in zip(responses, logprobs, repeating, strict=True)
+            _generation(response, row_logprobs, sampling.stop_token_ids, limit, length, self._version)
+            for response, row_logprobs, limit, length in zip(responses, logprobs, limits, repeating, strict=True)
         ]
 
 
+class _RowLimits(StoppingCriteria):
+    """Ends each row at its own number of new tokens."""
+
+    def __init__(self, limits: Tensor, prompt_width: int) -> None:
+        self._limits = limits
+        self._prompt_width = prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        """Int64 [batch, prompt width + new tokens] to bool [batch], True for rows that are done."""
+        return input_ids.shape[1] - self._prompt_width >= self._limits
+
+
 def _generation(
-    response: list[int], logprobs: list[float], sampling: SamplingParams, repeating: int | None, version: int
+    response: list[int], logprobs: list[float], stop_token_ids: tuple[int, ...], limit: int, repeating: int | None, version: int
 ) -> Generation:
-    """Cut a row of a batch where it ended: what follows is padding. ``repeating`` is its length when it first repeated itself."""
-    length, reason = sampling.max_new_tokens, FinishReason.LENGTH
-    if repeating is not None and repeating < length:
+    """Cut a row of a batch where it ended: what follows is padding.
+
+    Args:
+        limit: most tokens of this row.
+        repeating: how many there were when it first repeated itself.
+    """
+    length, reason = limit, FinishReason.LENGTH
+    if repeating is not None and repeating < limit:
         length, reason = repeating, FinishReason.REPETITION
-    stop = next((index + 1 for index, token in enumerate(response[:length]) if token in sampling.stop_token_ids), None)
+    stop = next((index + 1 for index, token in enumerate(response[:length]) if token in stop_token_ids), None)
     if stop is not None:
         length, reason = stop, FinishReason.STOP
     return Generation(

@@ -383,6 +383,60 @@ def test_scorer_fields(model: Path, scorer: dict[str, Any], expected: str) -> No
     assert_lines(failures(config), [f"rewards.scorers.1.{expected}"])
 
 
+ENVIRONMENT = {"type": "calculator"}
+ENVIRONMENTS: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
+    ({}, {}, None),
+    ({}, {"rewards": {"scorers": []}}, None),
+    ({"observation_template": "[{observation}]"}, {"data": RL["data"] | {"template": "{prompt}"}}, None),
+    (
+        {},
+        {"data": RL["data"] | {"template": "{prompt}"}},
+        "rollout.environment.observation_template: is not given and data.template '{prompt}' is no chat; give a text with "
+        "{observation} in it",
+    ),
+    (
+        {"observation_template": "{observation}{observation}"},
+        {},
+        "rollout.environment.observation_template: '{observation}{observation}' must have {observation} in it, once",
+    ),
+    (
+        {"type": "python"},
+        {},
+        "rollout.environment.function: is required for type python; give for example my_package.environments:Shop",
+    ),
+    (
+        {"type": "python", "function": "shop"},
+        {},
+        "rollout.environment.function: 'shop' is not module:Class for type python; give for example my_package.environments:Shop",
+    ),
+    (
+        {"function": "shop:Shop"},
+        {},
+        "rollout.environment.function: 'shop:Shop' has no use for type calculator; remove it or use type python",
+    ),
+    (
+        {},
+        {"rewards": {"scorers": [{"type": "exact", "name": "environment"}]}},
+        "rewards.scorers.0.name: 'environment' is the name of the environment's rewards; give another name",
+    ),
+    (
+        {"type": "tower_of_hanoi"},
+        {},
+        "rollout.environment.type: tower_of_hanoi plays reasoning_gym's task tower_of_hanoi and data.train is chain_sum; use "
+        "another source or environment",
+    ),
+]
+
+
+@pytest.mark.parametrize(("environment", "top", "expected"), ENVIRONMENTS)
+def test_environments(model: Path, environment: dict[str, Any], top: dict[str, Any], expected: str | None) -> None:
+    config = build(model, "rollout.environment=" + json.dumps(ENVIRONMENT | environment), **top)
+    if expected is None:
+        check(config, 1)
+    else:
+        assert failures(config) == [expected]
+
+
 def test_scorers_together(model: Path, tmp_path: Path) -> None:
     config = build(model, 'rewards.scorers=[{"type": "exact"}, {"type": "math", "name": "exact"}]')
     assert_lines(failures(config), ["rewards.scorers.1.name: 'exact' is also the name of scorer 0"])

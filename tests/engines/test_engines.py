@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,22 @@ import torch
 from transformers import PreTrainedModel
 
 from megarl.config.schema import RepetitionStopConfig
+from megarl.environments.protocol import Step
 from megarl.errors import RolloutError, WeightsError
-from megarl.rollout.protocol import SamplingParams
+from megarl.rollout.episodes import EpisodePlayer
+from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.server_engine import ServerEngine
-from megarl.types import FinishReason
+from megarl.types import FinishReason, Prompt, Rollout
 from real_engines import all_gone, make_engine, server_processes
-from tiny_rollout import exported_weights, generate_all, make_tiny_model, repeats_first_at, sampling, worst_gap
+from tiny_rollout import (
+    exported_weights,
+    generate_all,
+    make_tiny_model,
+    reference_logprobs,
+    repeats_first_at,
+    sampling,
+    worst_gap,
+)
 
 # Longer than two whole cache blocks of 32 tokens: only a reset of the prefix cache makes the engine compute them anew.
 LONG_PROMPT = tuple(5 + (7 * index) % 500 for index in range(90))
@@ -89,6 +99,39 @@ def test_logprobs_and_samples_follow_every_update(served: Served) -> None:
                 assert len({one.token_ids for one in groups[0]}) == 1
                 greedy.add(groups[0][0].token_ids)
     assert len(greedy) == 3  # three sets of weights, three greedy answers
+
+
+class Echo:
+    """An environment that answers the first turn, and ends the episode after the second."""
+
+    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[int, None]:
+        return 1, None
+
+    async def step(self, state: int, response: str) -> tuple[int, Step]:
+        return state + 1, Step(observation=response, reward=0.0, done=state == 2)
+
+    async def close(self) -> None: ...
+
+
+def test_an_episode_of_two_turns_has_the_models_logprobs(served: Served) -> None:
+    prompt = Prompt(prompt_id="train/0", token_ids=LONG_PROMPT, text="", reference={}, task="train")
+    params = sampling(stop_token_ids=tuple(range(0, 512, 4)), max_new_tokens=30)
+    player = EpisodePlayer(Echo(), lambda text, last: (7, len(text) % 500, 9), lambda ids: " ".join(map(str, ids)), max_turns=2)
+
+    async def generate(token_ids: tuple[int, ...], one: SamplingParams) -> Generation:
+        return (await served.engine.generate(token_ids, one))[0]
+
+    async def play() -> list[Rollout]:
+        return await asyncio.gather(*(player.play(prompt, index, params, generate) for index in range(6)))
+
+    rollouts = served.run(play())
+    assert len({rollout.token_ids for rollout in rollouts}) == 6
+    assert 2 in {rollout.episode.num_turns for rollout in rollouts if rollout.episode is not None}
+    for rollout in rollouts:
+        sampled = torch.tensor(rollout.from_policy)
+        expected = reference_logprobs(served.model(3), LONG_PROMPT, rollout.token_ids, 1.0)[sampled]
+        assert (torch.tensor(rollout.logprobs).double()[sampled] - expected).abs().max() <= 1e-4
+        assert set(rollout.weight_versions) == {2}
 
 
 def test_greedy_takes_the_most_probable_token(served: Served) -> None:

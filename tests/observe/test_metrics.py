@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megarl.observe.metrics import accuracy_metrics, pass_at_k, repetition, rollout_metrics
-from megarl.types import FinishReason
+from megarl.types import Episode, FinishReason, Turn
 from observe.rollouts import group
 
 
@@ -63,6 +63,40 @@ def test_tasks_are_told_apart_where_there_are_several() -> None:
         | {"accuracy/sums": 0.25, "pass@4/sums": 1.0, "accuracy/words": 3 / 8, "pass@4/words": 0.5}
     )
     assert accuracy_metrics([sums], 1.0, 1) == {"accuracy": 0.25}
+
+
+def test_episodes_worked_by_hand() -> None:
+    """Three of five, and two of two tokens are the policy's; one turn of two, and one."""
+    policy, environment = Turn(speaker="policy", text="x"), Turn(speaker="environment", text="y")
+    episode = Episode(turns=(policy, environment, policy), reward=1.0, failure=None, is_out_of_turns=True, seconds=0.5)
+    short = replace(episode, turns=(policy, environment), is_out_of_turns=False, seconds=1.0)
+    plain = group("a", [1.0, 0.0], responses=[[1, 2, 8, 8, 3], [1, 2]])
+    masks = ((True, True, False, False, True), (True, True))
+    rollouts = tuple(
+        replace(one, rollout=replace(one.rollout, from_policy=mask, episode=played))
+        for one, mask, played in zip(plain.rollouts, masks, (episode, short), strict=True)
+    )
+    metrics = rollout_metrics([replace(plain, rollouts=rollouts)])
+    expected = {
+        "turns_mean": 1.5,
+        "turns_max": 2.0,
+        "out_of_turns_share": 0.5,
+        "environment_token_share": 2 / 7,
+        "environment_seconds": 0.75,
+        "response_length_mean": 2.5,
+        "response_length_max": 3.0,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert not expected.keys() - {"response_length_mean", "response_length_max"} & rollout_metrics([plain]).keys()
+
+
+def test_what_an_environment_repeats_is_no_repetition_of_the_policy() -> None:
+    plain = group("a", [1.0], responses=[[1, *[7] * 20, 2, 3, 4]])
+    (one,) = plain.rollouts
+    mask = (True,) + (False,) * 20 + (True,) * 3
+    masked = replace(plain, rollouts=(replace(one, rollout=replace(one.rollout, from_policy=mask)),))
+    assert rollout_metrics([plain])["repetition_share"] == 1.0
+    assert rollout_metrics([masked])["repetition_share"] == 0.0
 
 
 def test_greedy_responses_count_as_baselines_only() -> None:
