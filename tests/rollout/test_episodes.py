@@ -132,7 +132,7 @@ def make_collector(engine: Any, environments: Any, *, max_turns: int = 5, on_fai
 
 
 def collect(engine: Any, environments: Any, *, step: int = 3, **settings: Any) -> CollectResult:
-    return asyncio.run(make_collector(engine, environments, **settings).collect(prompts, step))
+    return asyncio.run(make_collector(engine, environments, **settings).collect(lambda count, held: prompts(count), step))
 
 
 def only(result: CollectResult) -> ScoredRollout:
@@ -270,7 +270,7 @@ def test_a_failure_drops_the_group_and_another_prompt_takes_its_place() -> None:
 
     taken: list[int] = []
 
-    def take(count: int) -> list[Prompt]:
+    def take(count: int, held: Mapping[str, int]) -> list[Prompt]:
         taken.append(count)
         return prompts(count, sum(taken[:-1]))
 
@@ -384,7 +384,7 @@ def test_what_is_sampled_does_not_depend_on_the_environments_speed(model_folder:
                     with_greedy=False,
                     player=player,
                 )
-                return (await collector.collect(prompts, 3)).groups
+                return (await collector.collect(lambda count, held: prompts(count), 3)).groups
             finally:
                 await engine.close()
 
