@@ -8,7 +8,7 @@ the same sequence. The first token of a sequence is never predicted, so its ``lo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 GREEDY_INDEX = -1  # sample_index of a prompt's greedy response
 NO_VERSION = -1  # weight version of a token that no weights of the run sampled
+NO_EXPERT = -1  # expert of a token whose routing the engine did not report
 
 
 class FinishReason(StrEnum):
@@ -60,6 +61,8 @@ class Rollout:
         weight_versions: version of the policy weights that sampled each token; that of the token before for an environment's.
         finish_reason: why sampling ended.
         text: the decoded response without special tokens.
+        routed_experts: int16 [prompt and response tokens, num_moe_layers, top_k], the experts that the engine sent each token to
+            when it read it, NO_EXPERT where it is not known; None when the engine was not asked.
     """
 
     prompt: Prompt
@@ -70,6 +73,7 @@ class Rollout:
     weight_versions: tuple[int, ...]
     finish_reason: FinishReason
     text: str
+    routed_experts: Tensor | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -133,6 +137,9 @@ class PackedBatch:
         sampler_logprobs: float32 [num_tokens], nats; 0 where ``loss_mask`` is False.
         weight_versions: int64 [num_tokens], version of the weights that sampled the token; -1 where ``loss_mask`` is False.
         step_rewards: float32 [num_tokens], reward of the reasoning step that ends with the token; NaN where none ends.
+        routed_experts: int16 [num_tokens, num_moe_layers, top_k], the experts that the engine sent the token to when it *read* it,
+            NO_EXPERT where that is not known; [num_tokens, 0, 0] without routing replay. Unlike the rest it belongs to the token as
+            an input: entry ``t`` routes the position whose output predicts ``token_ids[t + 1]``.
         group_ids: int64 [num_sequences], sequences with equal id answer the same prompt.
         task_ids: int64 [num_sequences], sequences with equal id have prompts of the same data source.
         rewards: float32 [num_sequences].
@@ -148,6 +155,7 @@ class PackedBatch:
     sampler_logprobs: Tensor
     weight_versions: Tensor
     step_rewards: Tensor
+    routed_experts: Tensor
     group_ids: Tensor
     task_ids: Tensor
     rewards: Tensor

@@ -323,6 +323,12 @@ class RolloutConfig(Section):
     top_p: float = key(1.0, "-", "Nucleus sampling mass; 1 means off.", gt=0, le=1)
     top_k: int = key(0, "tokens", "Sample among the k most probable tokens; 0 means off.", ge=0)
     stop_token_ids: list[int] = key(list, "token ids", "More stop tokens than the tokenizer's end-of-sequence token.")
+    routing_replay: bool = key(
+        False,
+        "-",
+        "For mixtures of experts: the engine reports the experts of every token, and the policy's routers choose the same ones "
+        "(arXiv 2510.11370).",
+    )
     request_timeout: float = key(
         600.0, "seconds", "Time one prompt has to be answered and scored; the error names the prompt.", gt=0
     )

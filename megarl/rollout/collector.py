@@ -283,6 +283,7 @@ class Collector:
                 weight_versions=generation.weight_versions,
                 finish_reason=generation.finish_reason,
                 text=self._decode(generation.token_ids),
+                routed_experts=generation.routed_experts,
             )
             for index, generation in enumerate(generations)
         ]
