@@ -1,5 +1,6 @@
 """Which experts an engine sent each token to: recorded in a transformers model, or read from a server's answer."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -51,7 +52,7 @@ def reported_experts(engine: str, report: "numpy.ndarray[Any, Any] | None", num_
 
     Args:
         engine: its name.
-        report: integer [num_tokens - 1, num_layers, top_k], layers without experts included.
+        report: integer [num_tokens - 1, num_layers, top_k], or the same as one row; layers without experts are included.
         num_tokens: of prompt and response.
 
     Returns:
@@ -66,9 +67,10 @@ def reported_experts(engine: str, report: "numpy.ndarray[Any, Any] | None", num_
             "started with --enable-return-routed-experts"
         )
     expected = (num_tokens - 1, facts.num_layers, facts.top_k)
-    if report.shape != expected:
-        raise RolloutError(f"{engine} reports experts of [tokens, layers, top_k] = {report.shape}, not {expected}")
-    experts = numpy.sort(report[:, facts.moe_layers].astype(numpy.int16), axis=-1)
+    if report.size != math.prod(expected):
+        raise RolloutError(f"{engine} reports experts of shape {report.shape}, not [tokens, layers, top_k] = {expected}")
+    report = report.reshape(expected)
+    experts = numpy.sort(report[:, list(facts.moe_layers)].astype(numpy.int16), axis=-1)
     if experts.size and not (0 <= experts.min() <= experts.max() < facts.num_experts and (numpy.diff(experts, axis=-1) > 0).all()):
         raise RolloutError(f"{engine} reports experts that are not {facts.top_k} different ones of 0..{facts.num_experts - 1}")
     return with_unread_token(torch.from_numpy(experts))
