@@ -140,13 +140,14 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
     """A scorer has the fields that its type needs, and only those; lines start with the field's name."""
     if scorer.type == "regex" and scorer.pattern is None:
         yield "pattern: is required for type regex; give a regular expression"
-    if scorer.type == "python" and scorer.pattern is not None:
-        yield f"pattern: {scorer.pattern!r} has no use for type python; remove it"
+    if scorer.type in ("python", "reward_server") and scorer.pattern is not None:
+        yield f"pattern: {scorer.pattern!r} has no use for type {scorer.type}; remove it"
     if scorer.type != "python" and scorer.function is not None:
         yield f"function: {scorer.function!r} has no use for type {scorer.type}; remove it or use type python"
     if scorer.type == "python" and (scorer.function is None or not FUNCTION_PATTERN.fullmatch(scorer.function)):
         given = "is required" if scorer.function is None else f"{scorer.function!r} is not module:function"
         yield f"function: {given} for type python; give for example my_package.rewards:score"
+    yield from _check_reward_server(scorer)
     if scorer.pattern is None:
         return
     try:
@@ -156,6 +157,20 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
         return
     if scorer.type in ("exact", "math", "reasoning_gym") and groups == 0:
         yield f"pattern: {scorer.pattern!r} has no group to take the answer from; put the answer's part in ( )"
+
+
+def _check_reward_server(scorer: ScorerConfig) -> Iterator[str]:
+    given = {"url": scorer.url, "engine": scorer.engine}
+    if scorer.type != "reward_server":
+        for name, value in given.items():
+            if value is not None:
+                yield f"{name}: {value!r} has no use for type {scorer.type}; remove it or use type reward_server"
+        return
+    if scorer.url is None or not scorer.url.startswith(("http://", "https://")):
+        words = "is required" if scorer.url is None else f"{scorer.url!r} is not a URL"
+        yield f"url: {words} for type reward_server; give for example http://127.0.0.1:8000"
+    if scorer.engine is None:
+        yield "engine: is required for type reward_server; give vllm or sglang"
 
 
 def _sources(config: Config) -> Iterator[tuple[str, DataSource]]:

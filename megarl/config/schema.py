@@ -392,7 +392,7 @@ class SFTConfig(Section):
 class ScorerConfig(Section):
     """One reward; the reward of a response is the weighted sum of all."""
 
-    type: Literal["exact", "regex", "math", "reasoning_gym", "python"] = key(..., "-", "Which scorer.")
+    type: Literal["exact", "regex", "math", "reasoning_gym", "python", "reward_server"] = key(..., "-", "Which scorer.")
     name: str | None = key(None, "-", "Name in the log; the type when not given.")
     weight: float = key(1.0, "-", "Factor of this score in the reward.")
     pattern: str | None = key(
@@ -403,6 +403,12 @@ class ScorerConfig(Section):
     function: str | None = key(
         None, "module:function", "For python: called with (response: str, reference: mapping), sync or async, returns a number."
     )
+    url: str | None = key(
+        None,
+        "URL",
+        "For reward_server: a running server of a ...ForSequenceClassification with one label that reads the policy's tokens.",
+    )
+    engine: Literal["vllm", "sglang"] | None = key(None, "-", "For reward_server: whose server it is.")
 
 
 class RewardsConfig(Section):

@@ -11,6 +11,7 @@ from typing import Any
 from megarl.config.schema import RewardsConfig
 from megarl.errors import ConfigError, RewardError
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
+from megarl.rewards.reward_server import RewardServer
 from megarl.rewards.scorers import ScorerSpec, compile_pattern, import_function, one_line
 from megarl.rewards.worker import checked_score
 from megarl.types import Rollout, ScoredRollout
@@ -23,8 +24,8 @@ logger = logging.getLogger(__name__)
 class RewardScorer:
     """Scores responses; used from one event loop, closed at the end.
 
-    Async functions run on the event loop. All other scorers run in worker processes, where a regular expression or a
-    comparison that never ends can be killed and does not hold the loop up.
+    Async functions and requests to reward servers run on the event loop. All other scorers run in worker processes, where a regular
+    expression or a comparison that never ends can be killed and does not hold the loop up.
     """
 
     def __init__(self, config: RewardsConfig) -> None:
@@ -42,8 +43,14 @@ class RewardScorer:
             compile_pattern(spec)
             if spec.type == "python" and _is_async(function := import_function(spec)):
                 self._async_functions[spec.name] = function
+        self._servers = {
+            spec.name: RewardServer(scorer, spec.name)
+            for scorer, spec in zip(config.scorers, self._specs, strict=True)
+            if scorer.type == "reward_server"
+        }
         num_workers = min(config.concurrency, len(os.sched_getaffinity(0)))
-        self._pool = WorkerPool([spec for spec in self._specs if spec.name not in self._async_functions], num_workers)
+        on_event_loop = self._async_functions.keys() | self._servers.keys()
+        self._pool = WorkerPool([spec for spec in self._specs if spec.name not in on_event_loop], num_workers)
         self._responses = asyncio.Semaphore(config.concurrency)
         self._failure_counts: Counter[str] = Counter()
 
@@ -51,6 +58,11 @@ class RewardScorer:
     def failure_counts(self) -> dict[str, int]:
         """Failures so far of each scorer that failed, by name."""
         return dict(self._failure_counts)
+
+    async def check_servers(self) -> None:
+        """Let every reward server score something; raises RewardError when one cannot."""
+        for server in self._servers.values():
+            await server.check()
 
     async def score(self, rollout: Rollout) -> ScoredRollout | None:
         """The scored response; None when a scorer failed and ``on_failure`` is drop: leave its whole group out.
@@ -83,8 +95,10 @@ class RewardScorer:
         return ScoredRollout(rollout=rollout, reward=float(reward), parts=parts, step_rewards=(), failures=tuple(failures))
 
     async def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes and the connections to reward servers."""
         await self._pool.close()
+        for server in self._servers.values():
+            await server.close()
 
     async def _run_all(self, rollout: Rollout) -> list[float | ScorerFailure]:
         try:
@@ -98,17 +112,19 @@ class RewardScorer:
         reference = rollout.prompt.reference
         try:
             if name in self._async_functions:
-                return await self._run_async(self._async_functions[name], rollout.text, reference)
+                return await self._limited(self._async_functions[name], rollout.text, reference)
+            if name in self._servers:
+                return await self._limited(self._servers[name].score, rollout.prompt.token_ids + rollout.token_ids)
             return await self._pool.score(name, rollout.text, reference, self._config.timeout)
         except ScorerFailure as failure:
             return failure
 
-    async def _run_async(self, function: AsyncScorer, response: str, reference: Mapping[str, Any]) -> float:
+    async def _limited(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> float:
         deadline = asyncio.timeout(self._config.timeout)
         try:
             async with deadline:
-                return checked_score(await function(response, reference))
-        except Exception as error:  # a failure of the user's code, whatever it is
+                return checked_score(await function(*arguments))
+        except Exception as error:  # a failure of the user's code, whatever it is, or of a server
             late = f"no score within rewards.timeout = {self._config.timeout:g} seconds"
             raise ScorerFailure(late if deadline.expired() else one_line(error)) from error
 

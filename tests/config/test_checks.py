@@ -214,6 +214,7 @@ RUN = [
         "algorithm.advantage: greedy_baseline with a reward_model",
         "reward_model.path: absent",
     ),
+    (["rollout.routing_replay=true"], "rollout.routing_replay: is true and "),
     (["evaluation.every=5"], "evaluation.every: is 5 but there is no evaluation.data"),
     (
         ['evaluation={"data": {"type": "reasoning_gym", "task": "a"}, "samples_per_prompt": 4}'],
@@ -238,6 +239,14 @@ def test_run(model: Path, case: tuple[Any, ...]) -> None:
         ({"type": "python", "function": "a.b.c"}, "function: 'a.b.c' is not module:function"),
         ({"type": "python", "function": "a:b", "pattern": "x"}, "pattern: 'x' has no use for type python"),
         ({"type": "exact", "function": "a:b"}, "function: 'a:b' has no use for type exact"),
+        ({"type": "math", "url": "http://a"}, "url: 'http://a' has no use for type math; remove it or use type reward_server"),
+        ({"type": "reward_server", "engine": "vllm"}, "url: is required for type reward_server"),
+        ({"type": "reward_server", "engine": "vllm", "url": "a:80"}, "url: 'a:80' is not a URL"),
+        ({"type": "reward_server", "url": "http://a"}, "engine: is required for type reward_server; give vllm or sglang"),
+        (
+            {"type": "reward_server", "url": "http://a", "engine": "vllm", "pattern": "x"},
+            "pattern: 'x' has no use for type reward_server",
+        ),
     ],
 )
 def test_scorer_fields(model: Path, scorer: dict[str, Any], expected: str) -> None:
