@@ -54,6 +54,11 @@ def plan_micro_batches(
     return plan
 
 
+def no_routing(num_tokens: int) -> Tensor:
+    """``routed_experts`` of a batch without routing replay."""
+    return torch.zeros(num_tokens, 0, 0, dtype=torch.int16)
+
+
 def with_scored_ends(packed: PackedBatch) -> PackedBatch:
     """Each sequence with one more token (0), the only one whose prediction counts: what a model says at the last real token."""
     num_tokens, num_sequences = packed.token_ids.numel(), packed.num_sequences
@@ -71,11 +76,6 @@ def with_scored_ends(packed: PackedBatch) -> PackedBatch:
         step_rewards=torch.full((is_end.numel(),), math.nan),
         routed_experts=no_routing(is_end.numel()),
     )
-
-
-def no_routing(num_tokens: int) -> Tensor:
-    """``routed_experts`` of a batch without routing replay."""
-    return torch.zeros(num_tokens, 0, 0, dtype=torch.int16)
 
 
 def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
