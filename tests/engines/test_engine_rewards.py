@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, Qwen2Tokenizer
 
 from megarl.config.schema import EngineServerConfig, RewardsConfig
 from megarl.errors import RewardError
@@ -30,6 +30,7 @@ COMMANDS = {
         ["-m", "sglang.launch_server"],
         {
             "is_embedding": True,
+            "skip_tokenizer_init": True,
             "device": "cpu",
             "attention_backend": "torch_native",
             "disable_overlap_schedule": True,
@@ -58,6 +59,9 @@ def write_reward_model(folder: Path) -> LlamaForSequenceClassification:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
+    # vLLM's endpoint wants a tokenizer, and has no use for it
+    vocabulary = {chr(ord("a") + index): index for index in range(VOCABULARY)}
+    Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token="a", pad_token="a", unk_token=None).save_pretrained(folder)
     return model
 
 
@@ -89,7 +93,7 @@ async def scores_of(name: str, folder: Path, rollouts: list[Rollout]) -> list[fl
     """Start the server, wait until it scores, score all rollouts at the same time."""
     module, arguments, environment = COMMANDS[name]
     port = free_port(HOST, 0, "")
-    common = {"host": HOST, "port": port, "dtype": "float32", "skip_tokenizer_init": True}
+    common = {"host": HOST, "port": port, "dtype": "float32"}
     model = {"vllm": "model", "sglang": "model_path"}[name]
     command = [server_python(name, EngineServerConfig()), *module]
     command += flags({model: str(folder / "model"), **common, **arguments}, negated=False)
