@@ -76,7 +76,11 @@ def test_replay_brings_trainer_and_sampler_together(tmp_path: Path) -> None:
     ends = packed.cu_seqlens[1:] - 1
     unknown = (packed.routed_experts == NO_EXPERT).all(dim=(1, 2)).nonzero()[:, 0]
     assert torch.equal(unknown, ends)  # all but the last token of each response, which no forward pass read
-    gaps = [(scores - packed.sampler_logprobs)[packed.loss_mask].abs().mean().item() for scores in (replayed, routed)]
-    print(f"mean |trainer - sampler|: {gaps[0]:.4f} nats with replay, {gaps[1]:.4f} without")
-    assert gaps[0] < gaps[1]
+    gaps = [(scores - packed.sampler_logprobs)[packed.loss_mask].abs() for scores in (replayed, routed)]
+    means, largest = [gap.mean().item() for gap in gaps], [gap.max().item() for gap in gaps]
+    print(
+        f"|trainer - sampler|: with replay mean {means[0]:.4f} and largest {largest[0]:.4f} nats, without {means[1]:.4f}, {largest[1]:.4f}"
+    )
+    assert means[0] < means[1]
+    assert largest[0] < 0.5 * largest[1]  # where another expert sees a token
     assert norm > 0
