@@ -16,6 +16,7 @@ from torch import Tensor
 
 GREEDY_INDEX = -1  # sample_index of a prompt's greedy response
 NO_VERSION = -1  # weight version of a token that no weights of the run sampled
+NO_EXPERT = -1  # expert of a token whose routing the engine did not report
 
 
 class FinishReason(StrEnum):
@@ -95,6 +96,8 @@ class Rollout:
         finish_reason: why sampling ended; LENGTH also where an environment's message left no room.
         text: the decoded response without special tokens; of an episode the policy's last turn.
         episode: its turns, where there is an environment.
+        routed_experts: int16 [prompt and response tokens, num_moe_layers, top_k], the experts that the engine sent each token to
+            when it read it, NO_EXPERT where it is not known; None when the engine was not asked.
     """
 
     prompt: Prompt
@@ -106,6 +109,7 @@ class Rollout:
     finish_reason: FinishReason
     text: str
     episode: Episode | None = None
+    routed_experts: Tensor | None = field(default=None, compare=False)
 
     @property
     def num_policy_tokens(self) -> int:
@@ -181,6 +185,9 @@ class PackedBatch:
         sampler_logprobs: float32 [num_tokens], nats; 0 where ``loss_mask`` is False.
         weight_versions: int64 [num_tokens], version of the weights that sampled the token; -1 where ``loss_mask`` is False.
         step_rewards: float32 [num_tokens], reward of the reasoning step that ends with the token; NaN where none ends.
+        routed_experts: int16 [num_tokens, num_moe_layers, top_k], the experts that the engine sent the token to when it *read* it,
+            NO_EXPERT where that is not known; [num_tokens, 0, 0] without routing replay. Unlike the rest it belongs to the token as
+            an input: entry ``t`` routes the position whose output predicts ``token_ids[t + 1]``.
         group_ids: int64 [num_sequences], sequences with equal id answer the same prompt.
         task_ids: int64 [num_sequences], sequences with equal id have prompts of the same data source.
         rewards: float32 [num_sequences].
@@ -196,6 +203,7 @@ class PackedBatch:
     sampler_logprobs: Tensor
     weight_versions: Tensor
     step_rewards: Tensor
+    routed_experts: Tensor
     group_ids: Tensor
     task_ids: Tensor
     rewards: Tensor

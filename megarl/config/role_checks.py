@@ -116,7 +116,7 @@ def check_tensor_parallel(role: Role) -> Iterator[str]:
     sharded = {"num_attention_heads": facts.num_attention_heads}
     if not facts.has_latent_attention:
         sharded["num_key_value_heads"] = facts.num_key_value_heads
-    if facts.experts is None or facts.experts.num_moe_layers < facts.num_layers:
+    if facts.experts is None or len(facts.experts.moe_layers) < facts.num_layers:
         sharded["intermediate_size"] = facts.intermediate_size
     if facts.experts is not None and facts.experts.shared_ffn_size:
         sharded["n_shared_experts × moe_intermediate_size"] = facts.experts.shared_ffn_size

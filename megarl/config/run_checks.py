@@ -96,6 +96,18 @@ def check_data(config: Config) -> Iterator[str]:
             yield f"{path}.path: {source.path} does not exist; give a JSON-lines file (relative to the current directory)"
 
 
+def check_routing_replay(config: Config) -> Iterator[str]:
+    """The experts of tokens are kept where a response is one request and is trained on in its own step."""
+    if not config.rollout.routing_replay:
+        return
+    for name, is_used in (
+        ("rollout.environment", config.rollout.environment is not None),
+        ("algorithm.over_sampling", config.algorithm.over_sampling > 1),
+    ):
+        if is_used:
+            yield f"rollout.routing_replay: is true and does not go together with {name}; remove one of the two"
+
+
 def check_evaluation(config: Config) -> Iterator[str]:
     """Evaluation has data, and more samples only where they can differ."""
     evaluation = config.evaluation
@@ -145,8 +157,15 @@ SCORER_FIELDS = {
     "script": ("language",),
     "function": ("python",),
     "step_separator": ("python",),
+    "url": ("reward_server",),
+    "engine": ("reward_server",),
 }
-REQUIRED_SCORER_FIELDS = {"ngram": "for example 4", "script": "for example latin"}
+REQUIRED_SCORER_FIELDS = {
+    "ngram": "for example 4",
+    "script": "for example latin",
+    "url": "for example http://127.0.0.1:8000",
+    "engine": "vllm or sglang",
+}
 
 
 def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
@@ -166,6 +185,8 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
     if scorer.type == "python" and (scorer.function is None or not FUNCTION_PATTERN.fullmatch(scorer.function)):
         given = "is required" if scorer.function is None else f"{scorer.function!r} is not module:function"
         yield f"function: {given} for type python; give for example my_package.rewards:score"
+    if scorer.url is not None and not scorer.url.startswith(("http://", "https://")):
+        yield f"url: {scorer.url!r} is not a URL; give for example http://127.0.0.1:8000"
     if scorer.pattern is None:
         return
     try:
@@ -198,6 +219,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_mixture,
     check_surplus,
     check_repetition_stop,
+    check_routing_replay,
     check_evaluation,
     check_rewards,
     check_environment,

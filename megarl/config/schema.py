@@ -387,6 +387,12 @@ class RolloutConfig(Section):
     repetition_stop: RepetitionStopConfig | None = key(
         None, "-", "End responses that repeat themselves (Kimi k1.5, arXiv 2501.12599); none are ended when not given."
     )
+    routing_replay: bool = key(
+        False,
+        "-",
+        "For mixtures of experts: the engine reports the experts of every token, and the policy's routers choose the same ones "
+        "(arXiv 2510.11370).",
+    )
     request_timeout: float = key(
         600.0, "seconds", "Time one prompt has to be answered and scored; the error names the prompt.", gt=0
     )
@@ -402,7 +408,7 @@ class RolloutConfig(Section):
 class ScorerConfig(Section):
     """One reward; the reward of a response is the weighted sum of all."""
 
-    type: Literal["exact", "regex", "math", "reasoning_gym", "format", "repetition", "language", "python"] = key(
+    type: Literal["exact", "regex", "math", "reasoning_gym", "format", "repetition", "language", "python", "reward_server"] = key(
         ..., "-", "Which scorer."
     )
     name: str | None = key(None, "-", "Name in the log; the type when not given.")
@@ -436,6 +442,12 @@ class ScorerConfig(Section):
     step_separator: str | None = key(
         None, "text", "For python: the response is divided into steps after each such text, and each step is scored.", min_length=1
     )
+    url: str | None = key(
+        None,
+        "URL",
+        "For reward_server: a running server of a ...ForSequenceClassification with one label that reads the policy's tokens.",
+    )
+    engine: Literal["vllm", "sglang"] | None = key(None, "-", "For reward_server: whose server it is.")
 
 
 class JsonlSource(Section):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from megarl.data.template import SFTExample
 from megarl.errors import DataError
@@ -55,6 +56,11 @@ def plan_micro_batches(
     return plan
 
 
+def no_routing(num_tokens: int) -> Tensor:
+    """``routed_experts`` of a batch without routing replay."""
+    return torch.zeros(num_tokens, 0, 0, dtype=torch.int16)
+
+
 def with_scored_ends(packed: PackedBatch) -> PackedBatch:
     """Each sequence with one more token (0), the only one whose prediction counts: what a model says at the last real token."""
     num_tokens, num_sequences = packed.token_ids.numel(), packed.num_sequences
@@ -70,6 +76,7 @@ def with_scored_ends(packed: PackedBatch) -> PackedBatch:
         sampler_logprobs=torch.zeros(is_end.numel()),
         weight_versions=torch.full((is_end.numel(),), NO_VERSION),
         step_rewards=torch.full((is_end.numel(),), math.nan),
+        routed_experts=no_routing(is_end.numel()),
     )
 
 
@@ -122,7 +129,7 @@ def pack_examples(examples: Sequence[SFTExample]) -> PackedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sequence:
-    """One sequence of a batch; what is per token begins after the prompt."""
+    """One sequence of a batch; what is per token begins after the prompt, but for ``routed_experts``, which has all tokens."""
 
     prompt: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -130,6 +137,7 @@ class _Sequence:
     logprobs: tuple[float, ...]
     weight_versions: tuple[int, ...]
     step_rewards: Mapping[int, float]
+    routed_experts: Tensor
     group_id: int
     task_id: int
     reward: float
@@ -140,6 +148,7 @@ class _Sequence:
 
 def _response(scored: ScoredRollout, group_id: int, task_ids: Mapping[str, int], greedy: ScoredRollout | None) -> _Sequence:
     rollout = scored.rollout
+    num_tokens = len(rollout.prompt.token_ids) + len(rollout.token_ids)
     return _Sequence(
         prompt=rollout.prompt.token_ids,
         token_ids=rollout.token_ids,
@@ -147,6 +156,7 @@ def _response(scored: ScoredRollout, group_id: int, task_ids: Mapping[str, int],
         logprobs=rollout.logprobs,
         weight_versions=rollout.weight_versions,
         step_rewards=dict(scored.step_rewards),
+        routed_experts=no_routing(num_tokens) if rollout.routed_experts is None else rollout.routed_experts,
         group_id=group_id,
         task_id=task_ids[rollout.prompt.task],
         reward=scored.reward,
@@ -165,6 +175,7 @@ def _example(example: SFTExample, group_id: int) -> _Sequence:
         logprobs=(0.0,) * len(response),
         weight_versions=(NO_VERSION,) * len(response),
         step_rewards={},
+        routed_experts=no_routing(len(example.token_ids)),
         group_id=group_id,
         task_id=0,
         reward=0.0,
@@ -183,6 +194,7 @@ def _pack(sequences: Sequence[_Sequence]) -> PackedBatch:
     for sequence in sequences:
         num_prompt, num_response = len(sequence.prompt), len(sequence.token_ids)
         assert num_prompt > 0, "the first token of a sequence is never predicted"
+        assert len(sequence.routed_experts) == num_prompt + num_response
         assert {len(sequence.loss_mask), len(sequence.logprobs), len(sequence.weight_versions)} == {num_response}
         token_ids += [*sequence.prompt, *sequence.token_ids]
         loss_mask += [False] * num_prompt + [*sequence.loss_mask]
@@ -198,6 +210,7 @@ def _pack(sequences: Sequence[_Sequence]) -> PackedBatch:
         sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32),
         weight_versions=torch.tensor(versions, dtype=torch.int64),
         step_rewards=torch.tensor(step_rewards, dtype=torch.float32),
+        routed_experts=torch.cat([sequence.routed_experts for sequence in sequences]),
         group_ids=torch.tensor([sequence.group_id for sequence in sequences], dtype=torch.int64),
         task_ids=torch.tensor([sequence.task_id for sequence in sequences], dtype=torch.int64),
         rewards=torch.tensor([sequence.reward for sequence in sequences], dtype=torch.float32),

@@ -21,6 +21,7 @@ from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.batches import build_supervised_batch
 from megarl.algorithms.objectives import ObjectiveFunction, supervised_objective
 from megarl.config.schema import Config, CriticConfig, ParallelConfig, ReferenceConfig, RewardModelConfig, RoleConfig
+from megarl.data.packing import no_routing
 from megarl.errors import ConfigError
 from megarl.models.architecture import read_architecture
 from megarl.parallel.launch import run_local_ranks
@@ -113,6 +114,7 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
         sampler_logprobs=torch.zeros(len(loss_mask)),
         weight_versions=torch.where(loss_mask, 0, NO_VERSION),
         step_rewards=torch.where(ends_step, step_rewards, torch.nan),
+        routed_experts=no_routing(len(loss_mask)),
         group_ids=group_ids,
         task_ids=group_ids % 2,
         rewards=rewards,

@@ -109,6 +109,7 @@ class MainRankRollout:
             player=player,
         )
         self.runner = asyncio.Runner()
+        self.runner.run(self.scorer.check_servers())
         self.runner.run(self.engine.start())
 
     def close(self) -> None:

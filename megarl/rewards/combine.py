@@ -12,6 +12,7 @@ from typing import Any
 from megarl.config.schema import RewardsConfig, ScorerConfig
 from megarl.errors import ConfigError, RewardError, one_line
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
+from megarl.rewards.reward_server import RewardServer
 from megarl.rewards.scorers import ScorerSpec, compile_pattern, import_function
 from megarl.rewards.steps import split_steps, step_ends
 from megarl.rewards.worker import checked_scores
@@ -36,8 +37,8 @@ class _TaskScorer:
 class RewardScorer:
     """Scores responses; used from one event loop, closed at the end.
 
-    Async functions run on the event loop. All other scorers run in worker processes, where a regular expression or a
-    comparison that never ends can be killed and does not hold the loop up.
+    Async functions and requests to reward servers run on the event loop. All other scorers run in worker processes, where a regular
+    expression or a comparison that never ends can be killed and does not hold the loop up.
     """
 
     def __init__(
@@ -66,8 +67,16 @@ class RewardScorer:
             compile_pattern(spec)
             if spec.type == "python" and _is_async(function := import_function(spec)):
                 self._async_functions[spec.name] = function
+        lists = [(self._default, config.scorers), *((self._of_task[task], task_scorers[task]) for task in task_scorers)]
+        self._servers = {
+            one.spec.name: RewardServer(scorer, one.spec.name)
+            for own, scorers in lists
+            for one, scorer in zip(own, scorers, strict=True)
+            if scorer.type == "reward_server"
+        }
         num_workers = min(config.concurrency, len(os.sched_getaffinity(0)))
-        self._pool = WorkerPool([spec for spec in specs if spec.name not in self._async_functions], num_workers)
+        on_event_loop = self._async_functions.keys() | self._servers.keys()
+        self._pool = WorkerPool([spec for spec in specs if spec.name not in on_event_loop], num_workers)
         self._responses = asyncio.Semaphore(config.concurrency)
         self._failure_counts: Counter[str] = Counter()
 
@@ -75,6 +84,11 @@ class RewardScorer:
     def failure_counts(self) -> dict[str, int]:
         """Failures so far of each scorer that failed, by name."""
         return dict(self._failure_counts)
+
+    async def check_servers(self) -> None:
+        """Let every reward server score something; raises RewardError when one cannot."""
+        for server in self._servers.values():
+            await server.check()
 
     async def score(self, rollout: Rollout) -> ScoredRollout | None:
         """The scored response; None when a scorer failed and ``on_failure`` is drop: leave its whole group out.
@@ -117,8 +131,10 @@ class RewardScorer:
         )
 
     async def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes and the connections to reward servers."""
         await self._pool.close()
+        for server in self._servers.values():
+            await server.close()
 
     def _at_tokens(self, scorer: _TaskScorer, scores: Sequence[float], rollout: Rollout) -> Iterator[tuple[int, float]]:
         """The scores of a response's steps with the index of the last token of each."""
@@ -139,17 +155,19 @@ class RewardScorer:
         response = rollout.text if scorer.step_separator is None else split_steps(rollout.text, scorer.step_separator)
         try:
             if name in self._async_functions:
-                return await self._run_async(self._async_functions[name], response, reference)
+                return await self._limited(self._async_functions[name](response, reference), response)
+            if name in self._servers:
+                return await self._limited(self._servers[name].score(rollout.prompt.token_ids + rollout.token_ids), rollout.text)
             return await self._pool.score(name, response, reference, self._config.timeout)
         except ScorerFailure as failure:
             return failure
 
-    async def _run_async(self, function: AsyncScorer, response: str | list[str], reference: Mapping[str, Any]) -> Score:
+    async def _limited(self, scoring: Awaitable[Any], response: str | list[str]) -> Score:
         deadline = asyncio.timeout(self._config.timeout)
         try:
             async with deadline:
-                return checked_scores(await function(response, reference), response)
-        except Exception as error:  # a failure of the user's code, whatever it is
+                return checked_scores(await scoring, response)
+        except Exception as error:  # a failure of the user's code, whatever it is, or of a server
             late = f"no score within rewards.timeout = {self._config.timeout:g} seconds"
             raise ScorerFailure(late if deadline.expired() else one_line(error)) from error
 

@@ -323,6 +323,7 @@ class Collector:
                 weight_versions=generation.weight_versions,
                 finish_reason=generation.finish_reason,
                 text=self._decode(generation.token_ids),
+                routed_experts=generation.routed_experts,
             )
             for (index, _), generation in zip(request.responses, chain.from_iterable(answers), strict=True)
         ]

@@ -4,7 +4,8 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from megarl.errors import RolloutError
 from megarl.rollout.checkpoint_views import checkpoint_views
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.repetition import RepetitionStop
+from megarl.rollout.routed_experts import experts_of_rows, recorded_experts, with_unread_token
 from megarl.rollout.sampler import GumbelSampler
 from megarl.rollout.weight_checklist import WeightChecklist
 from megarl.types import FinishReason
@@ -62,13 +64,23 @@ class EmbeddedEngine:
     """
 
     def __init__(
-        self, model_path: Path, dtype: torch.dtype, config: EmbeddedEngineConfig, weight_shapes: Mapping[str, tuple[int, ...]]
+        self,
+        model_path: Path,
+        dtype: torch.dtype,
+        config: EmbeddedEngineConfig,
+        weight_shapes: Mapping[str, tuple[int, ...]],
+        *,
+        reports_experts: bool = False,
     ) -> None:
-        """``model_path`` is a Hugging Face folder, of which only config.json is read; ``weight_shapes`` says what updates bring."""
+        """``model_path`` is a Hugging Face folder, of which only config.json is read; ``weight_shapes`` says what updates bring.
+
+        With ``reports_experts`` every generation tells where the routers sent its tokens.
+        """
         self._model_path = model_path
         self._weight_shapes = weight_shapes
         self._dtype = dtype
         self._config = config
+        self._reports_experts = reports_experts
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self._model: PreTrainedModel | None = None
         self._views: dict[str, Tensor] = {}
@@ -204,7 +216,7 @@ class EmbeddedEngine:
         threads_before = torch.get_num_threads()
         torch.set_num_threads(self._config.threads or torch.multiprocessing.cpu_count())
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), recorded_experts(self._model) if self._reports_experts else nullcontext() as recorded:
                 sequences = self._model.generate(
                     input_ids,
                     attention_mask=attention_mask,
@@ -217,9 +229,16 @@ class EmbeddedEngine:
         responses = sequences[:, width:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
         repeating = [None] * len(rows) if repetition is None else repetition.lengths
-        return [
+        generations = [
             _generation(response, row_logprobs, sampling.stop_token_ids, limit, length, self._version)
             for response, row_logprobs, limit, length in zip(responses, logprobs, limits, repeating, strict=True)
+        ]
+        if recorded is None:
+            return generations
+        experts = experts_of_rows(recorded, len(rows))
+        return [
+            replace(generation, routed_experts=_experts_of(row_experts[width - len(prompt) :], len(prompt), generation))
+            for row_experts, prompt, generation in zip(experts, prompts, generations, strict=True)
         ]
 
 
@@ -256,3 +275,8 @@ def _generation(
         weight_versions=(version,) * length,
         finish_reason=reason,
     )
+
+
+def _experts_of(experts: Tensor, num_prompt_tokens: int, generation: Generation) -> Tensor:
+    """Cut the experts of a row, from its first prompt token on, before the generation's last token: no forward pass read it."""
+    return with_unread_token(experts[: num_prompt_tokens + len(generation.token_ids) - 1])

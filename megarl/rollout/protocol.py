@@ -1,7 +1,7 @@
 """What a rollout engine is: token ids in; token ids, log-probabilities, finish reason and weight version out."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -45,12 +45,15 @@ class Generation:
             top-p; at temperature 0 (greedy) under softmax(logits).
         weight_versions: version of the weights that sampled each.
         finish_reason: why it ended.
+        routed_experts: int16 [prompt and response tokens, num_moe_layers, top_k], the experts that each token was sent to when it
+            was read, NO_EXPERT for the last; None without rollout.routing_replay.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     weight_versions: tuple[int, ...]
     finish_reason: FinishReason
+    routed_experts: Tensor | None = field(default=None, compare=False)
 
 
 class RolloutEngine(Protocol):

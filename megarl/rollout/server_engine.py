@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
+import numpy
 from torch import Tensor
 from transformers import AutoConfig
 
+from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import Config, EngineServerConfig
 from megarl.errors import RolloutError
 from megarl.rollout.protocol import Generation, SamplingParams
+from megarl.rollout.routed_experts import reported_experts
 from megarl.rollout.server_connection import LateError, ServerConnection, abandon
 from megarl.rollout.server_launch import HOST
 from megarl.rollout.server_process import ServerProcess, free_port
@@ -80,6 +83,7 @@ class ServerEngine(ABC):
         self.settings: EngineServerConfig = getattr(config.rollout, self.section)
         self._log_path = run_dir / "engine.log"
         self._server: ServerConnection | None = None
+        self._experts = read_model_facts(config.model.path).experts if config.rollout.routing_replay else None
         self._vocabulary_size: int = AutoConfig.from_pretrained(config.model.path).vocab_size
         self._sender: WeightSender | None = None
         self._starts = 0
@@ -251,6 +255,14 @@ class ServerEngine(ABC):
     async def sent(self, send: Callable[..., None], *arguments: Any, task: str, partner: asyncio.Future[Any] | None = None) -> None:
         """One blocking step of the sender, in a thread, while ``partner`` receives."""
         await self.limited(self._in_thread(send, *arguments), task, partner)
+
+    def routed_experts(self, report: "numpy.ndarray[Any, Any] | None", num_tokens: int) -> Tensor | None:
+        """``Generation.routed_experts`` of a response of ``num_tokens`` with its prompt, from the server's report.
+
+        Raises:
+            RolloutError: rollout.routing_replay is set and the report is missing or not of this model.
+        """
+        return None if self._experts is None else reported_experts(self.name, report, num_tokens, self._experts)
 
     @asynccontextmanager
     async def _updating(self, version: int) -> AsyncIterator[None]:

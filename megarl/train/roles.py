@@ -16,6 +16,7 @@ from megarl.config.schema import Config, CriticConfig, OptimizerConfig, RewardMo
 from megarl.data.packing import with_scored_ends
 from megarl.models.architecture import read_architecture
 from megarl.models.build import ValueModel, build_model_chunks, use_transformer_engine
+from megarl.models.routing_replay import replay_routing
 from megarl.models.transformer_config import DTYPES
 from megarl.parallel.layout import build_layout
 from megarl.train.engine import TrainingEngine
@@ -31,7 +32,9 @@ from megarl.weights.transfer import hugging_face_tensors, load_weights
 from megarl.weights.value_head import value_head_source, with_value_head
 
 
-def _build_engine(config: Config, role: RoleConfig, path: Path, *, trainable: bool) -> tuple[TrainingEngine, WeightMap]:
+def _build_engine(
+    config: Config, role: RoleConfig, path: Path, *, trainable: bool, replays_routing: bool = False
+) -> tuple[TrainingEngine, WeightMap]:
     architecture = read_architecture(path)
     weight_map = build_weight_map(
         architecture, config.model.vocabulary_pad_multiple, use_transformer_engine(config.model.transformer_impl)
@@ -44,6 +47,8 @@ def _build_engine(config: Config, role: RoleConfig, path: Path, *, trainable: bo
         load_megatron_weights(chunks, path, layout)
     else:
         load_weights(chunks, SafetensorsSource(path, weight_map), weight_map, layout)
+    if replays_routing:
+        replay_routing(chunks, architecture)
     temperature = config.rollout.temperature if config.kind == "rl" else 1.0
     head = LogProbHead(role=role, layout=layout, vocabulary_size=architecture.vocabulary_size, temperature=temperature)
     return TrainingEngine(chunks, role, layout, head=head, trainable=trainable), weight_map
@@ -212,7 +217,10 @@ class Policy(Learner):
     """
 
     def __init__(self, config: Config, total_updates: int) -> None:
-        engine, weight_map = _build_engine(config, config.policy, config.model.path, trainable=True)
+        replays_routing = config.rollout.routing_replay
+        engine, weight_map = _build_engine(
+            config, config.policy, config.model.path, trainable=True, replays_routing=replays_routing
+        )
         super().__init__(engine, weight_map, DTYPES[config.model.dtype], config.optimizer, total_updates)
 
 

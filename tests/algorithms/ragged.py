@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megarl.data.packing import no_routing
 from megarl.types import NO_VERSION, PackedBatch, TokenScores
 
 # p: prompt, r: response token of the policy, e: token of the environment
@@ -67,6 +68,7 @@ def ragged(seed: int, dtype: torch.dtype = torch.float64, spread: float = 0.3) -
         sampler_logprobs=sampler.to(dtype),
         weight_versions=torch.where(mask, 0, NO_VERSION),
         step_rewards=torch.tensor(step_rewards, dtype=dtype),
+        routed_experts=no_routing(len(text)),
         group_ids=groups,
         task_ids=torch.tensor(TASKS),
         rewards=rewards.to(dtype),

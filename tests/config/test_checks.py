@@ -344,6 +344,12 @@ RUN = [
         ['algorithm.preset="grpo"', 'reference={"offload": "optimizer"}'],
         "reference.offload: is optimizer, and a frozen model has none; choose all, or none",
     ),
+    (["rollout.routing_replay=true"], "rollout.routing_replay: is true and "),
+    (
+        ["rollout.routing_replay=true", "algorithm.over_sampling=1.5", "algorithm.dynamic_sampling=true"],
+        "rollout.routing_replay: is true and does not go together with algorithm.over_sampling",
+        "rollout.routing_replay: is true and ",
+    ),
     (["evaluation.every=5"], "evaluation.every: is 5 but there is no evaluation.data"),
     (
         ['evaluation={"data": {"type": "reasoning_gym", "task": "a"}, "samples_per_prompt": 4}'],
@@ -376,6 +382,14 @@ def test_run(model: Path, case: tuple[Any, ...]) -> None:
         ({"type": "repetition"}, "ngram: is required for type repetition; give for example 4"),
         ({"type": "language", "script": "latin", "ngram": 3}, "ngram: 3 has no use for type language"),
         ({"type": "language"}, "script: is required for type language; give for example latin"),
+        ({"type": "math", "url": "http://a"}, "url: 'http://a' has no use for type math; remove it or use type reward_server"),
+        ({"type": "reward_server", "engine": "vllm"}, "url: is required for type reward_server"),
+        ({"type": "reward_server", "engine": "vllm", "url": "a:80"}, "url: 'a:80' is not a URL"),
+        ({"type": "reward_server", "url": "http://a"}, "engine: is required for type reward_server; give vllm or sglang"),
+        (
+            {"type": "reward_server", "url": "http://a", "engine": "vllm", "pattern": "x"},
+            "pattern: 'x' has no use for type reward_server",
+        ),
     ],
 )
 def test_scorer_fields(model: Path, scorer: dict[str, Any], expected: str) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megarl.data.packing import pack_examples, pack_groups, plan_micro_batches
+from megarl.algorithms.batches import slice_sequences
+from megarl.data.packing import pack_examples, pack_groups, plan_micro_batches, with_scored_ends
 from megarl.data.template import SFTExample
 from megarl.errors import DataError
 from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
@@ -138,6 +139,26 @@ def test_what_an_environment_said_is_not_trained_on():
     assert packed.weight_versions.tolist() == [-1, -1, 4, -1, 5]
     nan = math.nan
     assert packed.step_rewards.tolist() == pytest.approx([nan, nan, 0.5, nan, -1.0], nan_ok=True)
+
+
+def test_experts_are_those_of_prompt_and_response():
+    plain = [group((7, 8), (1.0, [(9, -0.5)]), (0.5, [])), group((11,), (-1.0, [(12, -2.0)]))]
+    assert pack_groups(plain).routed_experts.shape == (7, 0, 0)
+    experts = torch.arange(7 * 3 * 2, dtype=torch.int16).view(7, 3, 2)  # of all tokens, in 3 layers
+    remaining = iter(experts.split([3, 2, 2]))
+    groups = [
+        replace(
+            one,
+            rollouts=tuple(
+                replace(scored, rollout=replace(scored.rollout, routed_experts=next(remaining))) for scored in one.rollouts
+            ),
+        )
+        for one in plain
+    ]
+    packed = pack_groups(groups)
+    assert torch.equal(packed.routed_experts, experts)
+    assert torch.equal(slice_sequences(packed, 1, 3).routed_experts, experts[3:])
+    assert with_scored_ends(packed).routed_experts.shape == (10, 0, 0)  # a reward model routes for itself
 
 
 def test_tasks_are_numbered_as_they_come():
