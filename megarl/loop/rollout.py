@@ -11,7 +11,7 @@ from megarl.config.schema import Config
 from megarl.data.packing import pack_groups
 from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_prompt_source
 from megarl.loop.broadcast import broadcast_batch, broadcast_metrics
-from megarl.loop.weight_sync import MainRankEngine, WeightSync
+from megarl.loop.weight_sync import MainRankEngine, WeightSync, check_transport
 from megarl.observe.metrics import pass_at_k, rollout_metrics
 from megarl.rewards.combine import RewardScorer
 from megarl.rollout.build import build_engine
@@ -110,6 +110,7 @@ class Rollout:
         *,
         with_greedy: bool,
     ) -> None:
+        check_transport(config)
         shapes = policy.weight_map.hugging_face_shapes()
         main = MainRankRollout(config, tokenizer, shapes, warn, with_greedy=with_greedy) if is_main_rank() else None
         self._main = main
