@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 from megarl.config.schema import Config
 from megarl.errors import ConfigError, MegaRLError, TransferError
 from megarl.models.transformer_config import DTYPES
-from megarl.reshard.engine_transfer import EngineTransfer, EngineTransferSettings
+from megarl.reshard.engine_transfer import EngineTransfer, EngineTransferSettings, plan_engine_transfer
 from megarl.reshard.engines import EngineLayout
 from megarl.reshard.meeting import AbsentRankError, Meetings
 from megarl.rollout.protocol import RolloutEngine
@@ -121,7 +121,7 @@ class WeightSync:
         (sizes, address), engine = box[0], self._config.rollout.engine
         assert engine != "embedded"
         section = getattr(self._config.rollout, engine)
-        return EngineTransfer(
+        return plan_engine_transfer(
             self._policy.weight_map,
             (self._policy.engine.chunks, self._policy.engine.layout),
             EngineLayout(engine=engine, tp=sizes.tp, ep=sizes.ep),

@@ -23,7 +23,7 @@ from megarl.reshard.meeting import first_line
 from megarl.reshard.megatron import TransferSettings
 from megarl.reshard.orders import element_size, order
 from megarl.reshard.parcels import FlatPart, Parcel, digest, flat_parts
-from megarl.reshard.plan import build_plan
+from megarl.reshard.plan import Plan, build_plan
 from megarl.reshard.side import megatron_side, tensor_table
 from megarl.reshard.transport_choice import SHARED, Place, choose_transport, own_place
 from megarl.weights.mapping import WeightMap
@@ -50,45 +50,36 @@ class EngineTransfer:
     fit or does not come is an error there.
 
     Attributes:
+        plan: what each rank sends to each worker.
         transport: the chosen one, when all have joined.
+        bytes_sent: by this rank each time.
+        host, port: of the store.
+        world_size, first_worker: of the group.
     """
 
     def __init__(
         self,
-        weight_map: WeightMap,
-        source: tuple[list[CausalLM], Layout],
-        engine: EngineLayout,
-        dtype: torch.dtype,
+        plan: Plan,
+        held: Callable[[], dict[str, FlatPart]],
+        dtypes: dict[int, torch.dtype],
         address: str,
         settings: EngineTransferSettings,
     ) -> None:
-        """Plan the transfer; collective over the trainer's world.
+        """Open the store; collective over the trainer's world, whose ranks are the plan's source ranks.
 
         Args:
-            dtype: of the engine's weights.
+            held: gives this rank's parameters.
+            dtypes: of the engine's weights, by the size of a number in bytes.
             address: of rank 0's machine, for all ranks and workers.
-
-        Raises:
-            ConfigError: the engine's layout does not divide the model.
         """
-        tensors = tensor_table(weight_map, dtype.itemsize)
-        trainer = place(source[1].config, dist.get_world_size())
-        self.plan = build_plan(
-            megatron_side(weight_map, trainer, tensors),
-            engine_side(weight_map.architecture, engine, tensors),
-            tensors,
-            Machines(gpus_per_node=settings.gpus_per_node),
-            settings.bucket_bytes,
-        )
-        self._weight_map, self._source, self._settings = weight_map, source, settings
-        self._dtypes = {4: torch.float32, dtype.itemsize: dtype}
+        self.plan, self._held, self._dtypes, self._settings = plan, held, dtypes, settings
         self._timeout = datetime.timedelta(seconds=settings.timeout_seconds)
-        self._rank, self.first_worker = dist.get_rank(), dist.get_world_size()
-        self.world_size = self.first_worker + engine.ranks_per_engine
+        self._rank, self.first_worker = dist.get_rank(), plan.source.num_ranks
+        self.world_size = self.first_worker + plan.destination.num_ranks
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self._carrier: Carrier | None = None
         self.transport = ""
-        self.bytes_sent = int(self.plan.message_bytes[self.plan.sender == self._rank].sum())
+        self.bytes_sent = int(plan.message_bytes[plan.sender == self._rank].sum())
         self.host = address
         self._store = self._open_store()
         self.port = self._store.port
@@ -132,8 +123,7 @@ class EngineTransfer:
             TransferError: a worker died or was too slow.
         """
         assert self._carrier is not None
-        chunks, layout = self._source
-        held = flat_parts(global_parameters(chunks, self._weight_map, layout))
+        held = self._held()
         with self._on_device():
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # on rank 0 this is another thread than the optimizer's
@@ -196,3 +186,33 @@ class EngineTransfer:
             port = [store.port]
         dist.broadcast_object_list(port, src=0)
         return store or TCPStore(self.host, port[0], self.world_size, is_master=False, timeout=self._timeout)
+
+
+def plan_engine_transfer(
+    weight_map: WeightMap,
+    source: tuple[list[CausalLM], Layout],
+    engine: EngineLayout,
+    dtype: torch.dtype,
+    address: str,
+    settings: EngineTransferSettings,
+) -> EngineTransfer:
+    """From a policy to the workers of one engine; collective over the trainer's world.
+
+    Args:
+        dtype: of the engine's weights.
+        address: of rank 0's machine, for all ranks and workers.
+
+    Raises:
+        ConfigError: the engine's layout does not divide the model.
+    """
+    tensors = tensor_table(weight_map, dtype.itemsize)
+    chunks, layout = source
+    plan = build_plan(
+        megatron_side(weight_map, place(layout.config, dist.get_world_size()), tensors),
+        engine_side(weight_map.architecture, engine, tensors),
+        tensors,
+        Machines(gpus_per_node=settings.gpus_per_node),
+        settings.bucket_bytes,
+    )
+    dtypes = {4: torch.float32, dtype.itemsize: dtype}
+    return EngineTransfer(plan, lambda: flat_parts(global_parameters(chunks, weight_map, layout)), dtypes, address, settings)

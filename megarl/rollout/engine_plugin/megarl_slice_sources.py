@@ -99,7 +99,7 @@ class SharedSource:
                 handle = torch.empty(HANDLE_BYTES, dtype=torch.uint8)
                 with _naming(parcel, number, self._timeout):
                     self._group.recv([handle], holder, 0).wait(self._timeout)
-                self._buffers[holder] = open_handle(json.loads(handle.numpy().tobytes()), self._device)
+                    self._buffers[holder] = open_handle(json.loads(handle.numpy().tobytes()), self._device)
             yield
         finally:
             self._buffers.clear()
@@ -136,21 +136,26 @@ def join(store: Store, rank: int, world_size: int, order: dict[str, Any], device
     if transport in ("cuda_ipc", "shared_memory"):
         return SharedSource(group, buckets, device, timeout)
     if transport == "nccl":
-        from torch.distributed import ProcessGroupNCCL  # not in every build of torch
-
-        options = ProcessGroupNCCL.Options()
-        options._timeout = 2 * timeout  # of its watchdog, which ends the process; what waits here comes first
-        group = ProcessGroupNCCL(PrefixStore("nccl", store), rank, world_size, options)
-        # the communicator of all: messages alone would each make one of two ranks
-        group.allreduce([torch.zeros(1, device=device)]).wait(timeout)
+        group = _nccl_group(store, rank, world_size, device, timeout)
     return GroupSource(group, transport, buckets, device, timeout)
+
+
+def _nccl_group(store: Store, rank: int, world_size: int, device: torch.device, timeout: timedelta) -> Any:
+    from torch.distributed import ProcessGroupNCCL  # not in every build of torch
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = 2 * timeout  # of its watchdog, which ends the process; what waits here comes first
+    group: Any = ProcessGroupNCCL(PrefixStore("nccl", store), rank, world_size, options)
+    # the communicator of all: messages alone would each make one of two ranks
+    group.allreduce([torch.zeros(1, device=device)]).wait(timeout)
+    return group
 
 
 @contextmanager
 def _naming(parcel: Parcel, number: int, timeout: timedelta) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise RuntimeError(
             f"{described(parcel, number)} did not come within {timeout.total_seconds():g} s: "
             f"{str(error).splitlines()[0].split(' This is typically')[0]}"
