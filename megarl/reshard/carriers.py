@@ -5,13 +5,12 @@ The workers' ends are in rollout/engine_plugin/megarl_slice_sources.py.
 
 import datetime
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
@@ -45,6 +44,11 @@ class Crew:
     timeout: datetime.timedelta
 
     @property
+    def uses_nccl(self) -> bool:
+        """Whether parcels go between GPUs, where they go as messages."""
+        return self.device.type == "cuda"
+
+    @property
     def ranks(self) -> range:
         """Trainer ranks in the group."""
         return range(self.plan.source.num_ranks)
@@ -55,18 +59,19 @@ class Crew:
         return range(self.plan.source.num_ranks, self.plan.source.num_ranks + self.plan.destination.num_ranks)
 
     @contextmanager
-    def naming(self, task: str, parcels: Sequence[Parcel]) -> Iterator[None]:
-        """Make a failure of torch.distributed say what this rank could not do; ``task`` takes the rank that a parcel names."""
+    def naming(self, *tasks: str) -> Iterator[None]:
+        """Make a failure of torch.distributed say what this rank could not do."""
         try:
             yield
         except RuntimeError as error:
-            moves = ", ".join(task.format(parcel=parcel, peer=self._name(parcel.peer)) for parcel in parcels[:PROBLEMS_SHOWN])
             raise TransferError(
-                f"rank {self.rank} could not {moves} within {self.timeout.total_seconds():g} s: {first_line(error)}"
+                f"rank {self.rank} could not {', '.join(tasks[:PROBLEMS_SHOWN])} within {self.timeout.total_seconds():g} s: "
+                f"{first_line(error)}"
             ) from error
 
-    def _name(self, peer: int) -> str:
-        return f"worker {peer - self.workers.start} of the engine" if peer in self.workers else f"rank {peer}"
+    def name(self, member: int) -> str:
+        """Of a rank or worker, for messages."""
+        return f"worker {member - self.workers.start} of the engine" if member in self.workers else f"rank {member}"
 
 
 class Carrier(Protocol):
@@ -79,120 +84,146 @@ class Carrier(Protocol):
         """End what may still be under way after a failure."""
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Bytes to a peer, or from it; ``task`` is what cannot be done when they do not go."""
+
+    task: str
+    data: Tensor
+    peer: int
+    tag: int
+    is_incoming: bool = False
+
+
+class Messages:
+    """Sends and receives of a group of the transfer's own, which a failure may break without harm to the trainer's."""
+
+    def __init__(self, crew: Crew, store: Store, size: int) -> None:
+        """The first ``size`` of the crew: gloo's from host memory, NCCL's from GPUs; collective over them."""
+        self._crew = crew
+        self._is_nccl = crew.uses_nccl
+        self._group = _nccl_group(crew, store, size) if self._is_nccl else crew.control
+
+    def exchange(self, moves: Iterable[Move]) -> None:
+        """Make all moves at the same time; those of gloo start as they are asked for."""
+        if self._is_nccl:
+            self._exchange_in_one_batch(list(moves))
+            return
+        started = []
+        for move in moves:
+            with self._crew.naming(move.task):
+                started.append((move, self._start(move)))
+        for move, work in started:
+            with self._crew.naming(move.task):
+                work.wait(self._crew.timeout)
+
+    def close(self) -> None:
+        """Stop kernels that wait for a peer that is gone."""
+        if self._is_nccl:
+            self._group.abort()
+
+    def _exchange_in_one_batch(self, moves: list[Move]) -> None:
+        """NCCL's must be started together, or they wait for each other."""
+        if not moves:
+            return
+        with self._crew.naming(*[move.task for move in moves]):
+            self._group._start_coalescing()
+            for move in moves:
+                self._start(move)
+            self._group._end_coalescing().wait(self._crew.timeout)
+
+    def _start(self, move: Move) -> Any:
+        call = self._group.recv if move.is_incoming else self._group.send
+        return call([move.data], move.peer, move.tag)
+
+
 class GroupCarrier:
     """Messages of the group of all: gloo from host memory, or NCCL from the memory of GPUs, of which no two processes share one."""
 
-    def __init__(self, crew: Crew, store: Store, transport: str) -> None:
+    def __init__(self, crew: Crew, store: Store) -> None:
         """Collective over the group."""
         self._crew = crew
-        self._nccl = _nccl_group(crew, store) if transport == "nccl" else None
+        self._messages = Messages(crew, store, crew.workers.stop)
         self._buckets = [work.outgoing for work in bucket_work(crew.plan, crew.ranks, crew.workers, crew.rank)]
         size = max((sum(parcel.num_bytes for parcel in bucket) for bucket in self._buckets), default=0)
         self._buffer = torch.empty(size, dtype=torch.uint8, device=crew.device)
 
     def carry(self, pack: Pack) -> None:
         """Send the parcels, bucket by bucket."""
-        for number, bucket in enumerate(self._buckets):
-            if self._nccl is None:
-                self._send(number, bucket, pack)
-            elif bucket:
-                self._send_in_one_batch(self._nccl, number, bucket, pack)
+        for bucket in self._buckets:
+            self._messages.exchange(self._packed(parcel, pack) for parcel in bucket)
 
     def close(self) -> None:
-        """Stop kernels that wait for a worker that is gone."""
-        if self._nccl is not None:
-            self._nccl.abort()
+        """End what may still be under way after a failure."""
+        self._messages.close()
 
-    def _send(self, number: int, bucket: list[Parcel], pack: Pack) -> None:
-        crew, sending = self._crew, []
-        for parcel in bucket:
-            pack(parcel, parcel.bytes_of(self._buffer))
-            with crew.naming("send {parcel} to {peer}", [parcel]):
-                sending.append((parcel, crew.control.send([parcel.bytes_of(self._buffer)], parcel.peer, number)))
-        for parcel, work in sending:
-            with crew.naming("send {parcel} to {peer}", [parcel]):
-                work.wait(crew.timeout)
-
-    def _send_in_one_batch(self, group: Any, number: int, bucket: list[Parcel], pack: Pack) -> None:
-        for parcel in bucket:
-            pack(parcel, parcel.bytes_of(self._buffer))
-        with self._crew.naming("send {parcel} to {peer}", bucket):  # started one by one, they would wait for each other
-            group._start_coalescing()
-            for parcel in bucket:
-                group.send([parcel.bytes_of(self._buffer)], parcel.peer, number)
-            group._end_coalescing().wait(self._crew.timeout)
+    def _packed(self, parcel: Parcel, pack: Pack) -> Move:
+        data = parcel.bytes_of(self._buffer)
+        pack(parcel, data)
+        return Move(f"send {parcel} to {self._crew.name(parcel.peer)}", data, parcel.peer, parcel.bucket)
 
 
 class SharedCarrier:
     """Buffers that workers read where a trainer rank has filled them: by CUDA IPC on one GPU, or on one machine.
 
-    A worker reads only in the memory of trainer ranks that share its own. What another rank has for it goes to one of these over
-    the trainer's own process group (in which every GPU is once, as NCCL asks), straight into the worker's buffer. A buffer lives
-    for one update, and is filled again when its worker has answered that it has read it.
+    A worker reads only in the memory of trainer ranks that share its own. What another rank has for it goes to one of these as a
+    message between trainer ranks (which have a GPU each, as NCCL asks), straight into the worker's buffer. A buffer lives for one
+    update, and is filled again when its worker has answered that it has read it.
     """
 
-    def __init__(self, crew: Crew, places: Sequence[Place], transport: str) -> None:
-        """``places``: of all ranks and workers."""
+    def __init__(self, crew: Crew, store: Store, places: Sequence[Place], transport: str) -> None:
+        """Collective over the trainer ranks; ``places``: of all ranks and workers."""
         self._crew = crew
+        self._messages = Messages(crew, store, crew.ranks.stop)
         memory = [memory_of(place, transport) for place in places]
         neighbours = [worker for worker in crew.workers if memory[worker] == memory[crew.rank]]
         held = {worker: held_parcels(crew.plan, worker, memory) for worker in neighbours}
+        # of the workers that read here, for each bucket what they read
         self._held = {worker: [bucket.get(crew.rank, []) for bucket in buckets] for worker, buckets in held.items()}
-        self._sizes = {worker: max(map(end_of, buckets), default=0) for worker, buckets in self._held.items()}
-        self._sizes = {worker: size for worker, size in self._sizes.items() if size}
+        self._held = {worker: buckets for worker, buckets in self._held.items() if any(buckets)}
         work = bucket_work(crew.plan, crew.ranks, crew.workers, crew.rank)
         self._passed_on = [[parcel for parcel in bucket.outgoing if memory[parcel.peer] != memory[crew.rank]] for bucket in work]
-        self._holders = {worker: holder_of(crew.plan, worker, memory) for worker in crew.workers}
-        self._send_buffer = torch.empty(
-            max((sum(p.num_bytes for p in bucket) for bucket in self._passed_on), default=0), dtype=torch.uint8, device=crew.device
-        )
+        self._holders = {worker: holder_of(crew.plan, worker, memory)(crew.rank) for worker in crew.workers}
+        size = max((sum(parcel.num_bytes for parcel in bucket) for bucket in self._passed_on), default=0)
+        self._send_buffer = torch.empty(size, dtype=torch.uint8, device=crew.device)
 
     def carry(self, pack: Pack) -> None:
         """Fill the buffers and have them read, bucket by bucket."""
+        crew = self._crew
         with ExitStack() as stack:
-            buffers = {worker: SharedBuffer(size, self._crew.device) for worker, size in self._sizes.items()}
-            for buffer in buffers.values():
+            buffers = {}
+            for worker, buckets in self._held.items():
+                buffer = SharedBuffer(max(map(end_of, buckets)), crew.device)
                 stack.callback(buffer.close)
-            for worker, buffer in buffers.items():
+                buffers[worker] = buffer
                 handle = torch.frombuffer(bytearray(buffer.handle()), dtype=torch.uint8)
-                first = next(bucket[0] for bucket in self._held[worker] if bucket)
-                with self._crew.naming("share the memory of {parcel}", [first]):
-                    self._crew.control.send([handle], worker, 0).wait(self._crew.timeout)
-            for number in range(self._crew.plan.num_buckets):
-                self._fill(number, {worker: buffer.data for worker, buffer in buffers.items()}, pack)
+                first = next(bucket[0] for bucket in buckets if bucket)
+                with crew.naming(f"share the memory of {first} with {crew.name(worker)}"):
+                    crew.control.send([handle], worker, 0).wait(crew.timeout)
+            for number in range(crew.plan.num_buckets):
+                self._messages.exchange(self._filling(number, {worker: one.data for worker, one in buffers.items()}, pack))
                 self._have_read(number)
 
     def close(self) -> None:
-        """Nothing is under way: every update closes its buffers."""
+        """End what may still be under way after a failure; every update closes its buffers."""
+        self._messages.close()
 
-    def _fill(self, number: int, buffers: dict[int, Tensor], pack: Pack) -> None:
+    def _filling(self, number: int, buffers: dict[int, Tensor], pack: Pack) -> Iterator[Move]:
         """Put this rank's parcels, and those that others have for its neighbours, into the neighbours' buffers."""
-        crew, operations = self._crew, []
+        crew, start = self._crew, 0
         for worker, buffer in buffers.items():
             for parcel in self._held[worker][number]:
                 if parcel.peer == crew.rank:
                     pack(parcel, parcel.bytes_of(buffer))
                 else:
-                    receiving = dist.P2POp(dist.irecv, parcel.bytes_of(buffer), parcel.peer, tag=worker)
-                    operations.append((receiving, "receive {parcel} from {peer}", parcel))
-        start = 0
+                    task = f"receive {parcel} for {crew.name(worker)} from rank {parcel.peer}"
+                    yield Move(task, parcel.bytes_of(buffer), parcel.peer, worker, is_incoming=True)
         for parcel in self._passed_on[number]:
             data = self._send_buffer[start : start + parcel.num_bytes]
             start += parcel.num_bytes
             pack(parcel, data)
-            holder = self._holders[parcel.peer](crew.rank)
-            sending = dist.P2POp(dist.isend, data, holder, tag=parcel.peer)
-            operations.append((sending, f"send {{parcel}} for {{peer}} to rank {holder}", parcel))
-        # NCCL's must be started together, or they wait for each other
-        batches = [operations] if crew.device.type == "cuda" and operations else [[operation] for operation in operations]
-        works = []
-        for batch in batches:
-            task, parcels = batch[0][1], [parcel for _, _, parcel in batch]
-            with crew.naming(task, parcels):
-                works += [(work, task, parcels) for work in dist.batch_isend_irecv([operation for operation, _, _ in batch])]
-        for work, task, parcels in works:
-            with crew.naming(task, parcels):
-                work.wait(crew.timeout)
+            holder = self._holders[parcel.peer]
+            yield Move(f"send {parcel} for {crew.name(parcel.peer)} to rank {holder}", data, holder, parcel.peer)
 
     def _have_read(self, number: int) -> None:
         """Tell the neighbours that the bucket is there, and wait until they have read it."""
@@ -203,19 +234,18 @@ class SharedCarrier:
         for worker, buckets in self._held.items():
             for parcel in buckets[number][:1]:
                 word, answer = torch.zeros(2, 1, dtype=torch.int64)
-                named = replace(parcel, peer=worker)
-                with crew.naming("hand {parcel} to {peer}", [named]):
+                with crew.naming(f"hand {parcel} to {crew.name(worker)}"):
                     telling = crew.control.send([word], worker, number + 1)
-                    handed.append((named, telling, crew.control.recv([answer], worker, number + 1)))
-        for named, telling, hearing in handed:
-            with crew.naming("hand {parcel} to {peer}", [named]):
+                    handed.append((parcel, worker, telling, crew.control.recv([answer], worker, number + 1)))
+        for parcel, worker, telling, hearing in handed:
+            with crew.naming(f"hand {parcel} to {crew.name(worker)}"):
                 telling.wait(crew.timeout)
-            with crew.naming("hear that {peer} has read {parcel}", [named]):
+            with crew.naming(f"hear that {crew.name(worker)} has read {parcel}"):
                 hearing.wait(crew.timeout)
 
 
-def _nccl_group(crew: Crew, store: Store) -> Any:
-    """All trainer ranks and workers; collective over them."""
+def _nccl_group(crew: Crew, store: Store, size: int) -> Any:
+    """The first ``size`` of the crew; collective over them."""
     from torch.distributed import ProcessGroupNCCL  # not in every build of torch
 
     options = ProcessGroupNCCL.Options()
@@ -224,12 +254,12 @@ def _nccl_group(crew: Crew, store: Store) -> Any:
     before = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "2"  # clean up only
     try:
-        group: Any = ProcessGroupNCCL(PrefixStore("nccl", store), crew.rank, crew.workers.stop, options)
+        group: Any = ProcessGroupNCCL(PrefixStore("nccl", store), crew.rank, size, options)
     finally:
         if before is None:
             del os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"]
         else:
             os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = before
-    # the communicator of all: messages alone would each make one of two ranks
+    # one communicator: messages alone would make one for each pair
     group.allreduce([torch.zeros(1, device=crew.device)]).wait(crew.timeout)
     return group

@@ -109,7 +109,7 @@ class EngineTransfer:
                 staging = self._device if transport in ("nccl", "cuda_ipc") else torch.device("cpu")
                 crew = Crew(self.plan, self._rank, group, staging, self._timeout)
                 self._carrier = (
-                    SharedCarrier(crew, places, transport) if transport in SHARED else GroupCarrier(crew, self._store, transport)
+                    SharedCarrier(crew, self._store, places, transport) if transport in SHARED else GroupCarrier(crew, self._store)
                 )
             except RuntimeError as error:
                 raise TransferError(f"rank {self._rank} did not meet the engine's workers: {first_line(error)}") from error

@@ -68,6 +68,7 @@ def _obstacle(transport: str, ranks: Sequence[Place], workers: Sequence[Place]) 
         shared = {memory_of(place, transport) for place in ranks}
         for name, place in named[len(ranks) :]:
             if memory_of(place, transport) not in shared:
-                where = f"on GPU {place.gpu}" if transport == "cuda_ipc" else "on a machine, or in a container,"
-                return f"{name} is {where} where no trainer rank is"
+                if transport == "cuda_ipc":
+                    return f"{name} is on GPU {place.gpu}, which no trainer rank of its machine and container uses"
+                return f"{name} is on a machine, or in a container, where no trainer rank is"
     return ""

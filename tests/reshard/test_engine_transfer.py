@@ -110,12 +110,14 @@ class Coalescing:
         self.works = None
 
 
-def test_gpus_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carriers, "_nccl_group", lambda crew, store: Coalescing(store, crew.rank, 6, crew.timeout))
+def test_messages_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carriers.Crew, "uses_nccl", property(lambda crew: True))
+    monkeypatch.setattr(carriers, "_nccl_group", lambda crew, store, size: Coalescing(store, crew.rank, size, crew.timeout))
     monkeypatch.setattr(
         "megarl_slice_sources._nccl_group", lambda store, rank, size, device, timeout: Coalescing(store, rank, size, timeout)
     )
-    cases = [(dense(tmp_path), "auto", gpus("012345"), "nccl")]
+    case = dense(tmp_path)
+    cases = [(case, "auto", gpus("012345"), "nccl"), (case, "auto", gpus("012312"), "cuda_ipc")]
     run_local_ranks(update_three_times, (cases,), RANKS, LAUNCH_SECONDS)
 
 
