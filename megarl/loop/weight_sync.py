@@ -99,16 +99,25 @@ class WeightSync:
         if self._transfer is None:
             self._transfer = self._plan_transfer()
         if not self._transfer.is_joined:
-            with self._meeting("joining of the engine's workers"):
-                if self._main is not None:
-                    self._main.run(_server(self._main).join_transfer(self._transfer))
-                else:
-                    self._transfer.join()
+            self._join(self._transfer)
         with self._meeting("weight update"):
             if self._main is not None:
                 self._main.run(_server(self._main).update_slices(self._transfer, version))
             else:
                 self._transfer.send()
+
+    def _join(self, transfer: EngineTransfer) -> None:
+        refusal: ConfigError | None = None
+        with self._meeting("joining of the engine's workers"):
+            try:
+                if self._main is not None:
+                    self._main.run(_server(self._main).join_transfer(transfer))
+                else:
+                    transfer.join()
+            except ConfigError as error:  # all ranks find the same, and another engine would not change it
+                refusal = error
+        if refusal is not None:
+            raise refusal
 
     def _plan_transfer(self) -> EngineTransfer:
         box: list[tuple[EngineSizes, str] | None] = [None]
@@ -148,29 +157,24 @@ class WeightSync:
 
     @contextmanager
     def _meeting(self, where: str) -> Iterator[None]:
-        """Something that may fail on some ranks, and then fails on all. A wrong configuration is every rank's own finding."""
+        """Something that may fail on some ranks, and then fails on all."""
         problem = ""
         try:
             yield
-        except ConfigError:
-            raise
         except MegaRLError as error:
             problem = str(error)
         self._meetings.hold(where, problem)
 
 
 def check_transport(config: Config) -> None:
-    """Refuse, before an engine is started, a transport that this rank has not the hardware for.
+    """Refuse, before an engine is started, a transport between GPUs where there is none.
 
     Raises:
-        ConfigError: there is no GPU.
+        ConfigError: there is none.
     """
     transport = config.rollout.weight_transfer.transport
     if transport in ("nccl", "cuda_ipc") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"rollout.weight_transfer.transport: {transport} goes between GPUs, and rank {dist.get_rank()} has none; "
-            "use auto, shared_memory or gloo"
-        )
+        raise ConfigError(f"rollout.weight_transfer.transport: {transport} goes between GPUs, and training has none; use auto")
 
 
 def _server(main: MainRankEngine) -> ServerEngine:

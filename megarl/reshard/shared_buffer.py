@@ -38,7 +38,9 @@ class SharedBuffer:
             # (device, memory, bytes, offset, reference counter, its offset, event, whether to wait for the event)
             parts = self.data.untyped_storage()._share_cuda_()
             described = {"cuda": [part.hex() if isinstance(part, bytes) else part for part in parts[1:]]}
-        return json.dumps(described).encode().ljust(HANDLE_BYTES)
+        handle = json.dumps(described).encode().ljust(HANDLE_BYTES)
+        assert len(handle) == HANDLE_BYTES
+        return handle
 
     def close(self) -> None:
         """Give the memory up, which lives on until its reader has closed it too."""

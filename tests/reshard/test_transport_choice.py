@@ -1,8 +1,11 @@
 """The transport that auto takes for ranks and workers at made-up places, and what is said of one that cannot be."""
 
 import pytest
+import torch
 
+from megarl.config.schema import Config
 from megarl.errors import ConfigError
+from megarl.loop.weight_sync import check_transport
 from megarl.reshard.transport_choice import Place, choose_transport
 
 
@@ -58,3 +61,16 @@ def test_an_impossible_one_is_refused(asked: str, ranks: str, workers: str, reas
     with pytest.raises(ConfigError) as refusal:
         choose_transport(asked, places(ranks), places(workers))
     assert str(refusal.value) == f"rollout.weight_transfer.transport {asked} is impossible: {reason}; use auto"
+
+
+@pytest.mark.parametrize("transport", ["auto", "gloo", "shared_memory", "nccl", "cuda_ipc"])
+def test_gpus_that_are_not_there_are_missed_before_an_engine_starts(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rollout = {"engine": "vllm", "weight_transfer": {"transport": transport}}
+    data = {"train": {"type": "reasoning_gym", "task": "chain_sum"}}
+    config = Config.model_validate({"kind": "rl", "steps": 1, "model": {"path": "absent"}, "data": data, "rollout": rollout})
+    if transport not in ("nccl", "cuda_ipc"):
+        check_transport(config)
+        return
+    with pytest.raises(ConfigError, match=rf"transport: {transport} goes between GPUs, and training has none; use auto"):
+        check_transport(config)
