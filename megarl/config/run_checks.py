@@ -86,6 +86,18 @@ def check_engine_server(config: Config) -> Iterator[str]:
         )
 
 
+def check_weight_transfer(config: Config) -> Iterator[str]:
+    """A transport is chosen only for what goes by it."""
+    transfer = config.rollout.weight_transfer
+    if transfer.transport == "auto":
+        return
+    key = f"rollout.weight_transfer.transport: {transfer.transport} has no use with"
+    if config.rollout.engine == "embedded":
+        yield f"{key} rollout.engine embedded, which takes the weights from rank 0's memory; leave it out"
+    elif transfer.method == "broadcast":
+        yield f"{key} method broadcast, which goes by gloo; leave it out, or set method to slices"
+
+
 def check_data(config: Config) -> Iterator[str]:
     """Sources exist and the template has a place for the prompt."""
     template = config.data.template
@@ -213,6 +225,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_algorithm,
     check_sampling,
     check_engine_server,
+    check_weight_transfer,
     check_data,
     check_tasks,
     check_order,

@@ -335,6 +335,12 @@ class WeightTransferConfig(Section):
         "slices: all ranks send each worker of the engine what it holds, and no more; broadcast: rank 0 gathers whole tensors and "
         "sends all of them to every worker.",
     )
+    transport: Literal["auto", "gloo", "shared_memory", "nccl", "cuda_ipc"] = key(
+        "auto",
+        "-",
+        "What slices go by: cuda_ipc where every worker of the engine is on the GPU of a trainer rank, nccl where none is, "
+        "shared_memory on one machine, gloo (through host memory) anywhere; auto takes the first of these that is possible.",
+    )
     bucket_mib: int = key(64, "MiB", "Most that a rank sends, or a worker receives, at a time.", ge=1)
     max_restarts: int = key(
         1, "restarts", "How often an engine is started again when a weight update fails, before the run ends with the error.", ge=0

@@ -15,7 +15,7 @@ from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_pr
 from megarl.environments.run import Environments, open_environments
 from megarl.loop.broadcast import broadcast_batch, broadcast_metrics
 from megarl.loop.saved_groups import load_groups, save_groups
-from megarl.loop.weight_sync import MainRankEngine, WeightSync
+from megarl.loop.weight_sync import MainRankEngine, WeightSync, check_transport
 from megarl.observe.metrics import accuracy_metrics, rollout_metrics
 from megarl.rewards.combine import RewardScorer
 from megarl.rewards.episodes import EpisodeScorer
@@ -133,6 +133,7 @@ class Rollout:
         *,
         with_greedy: bool,
     ) -> None:
+        check_transport(config)
         shapes = policy.weight_map.hugging_face_shapes()
         main = MainRankRollout(config, tokenizer, shapes, warn, with_greedy=with_greedy) if is_main_rank() else None
         self._main = main

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import Config, EngineServerConfig
-from megarl.errors import RolloutError
+from megarl.errors import MegaRLError, RolloutError
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.routed_experts import reported_experts
 from megarl.rollout.server_connection import LateError, ServerConnection, abandon
@@ -53,10 +53,6 @@ class SliceSender(Protocol):
     port: int
     world_size: int
     first_worker: int  # workers come last in the group
-
-    @property
-    def is_joined(self) -> bool:
-        """Whether the group stands."""
 
     def join(self) -> None:
         """Wait until all of the group are there."""
@@ -212,6 +208,14 @@ class ServerEngine(ABC):
             for _ in weights:  # read to its end: making it is a collective of all trainer ranks
                 pass
 
+    async def join_transfer(self, sender: SliceSender) -> None:
+        """Let every worker join the sender's group for slices.
+
+        Raises:
+            RolloutError: the server died, refused, or took longer than the section's ``update_timeout``.
+        """
+        await self._together(self.join_slices(sender), sender.join, "join the weight-transfer group")
+
     async def update_slices(self, sender: SliceSender, version: int) -> None:
         """Let every worker take its slices of a whole new set of weights from all trainer ranks, which send at the same time.
 
@@ -219,8 +223,6 @@ class ServerEngine(ABC):
             RolloutError: the server died, refused, or took longer than the section's ``update_timeout``.
         """
         async with self._updating(version):
-            if not sender.is_joined:
-                await self._together(self.join_slices(sender), sender.join, "join the weight-transfer group")
             await self._together(self.receive_slices(), sender.send, "receive and load the new weights")
 
     async def restart(self) -> None:
@@ -316,6 +318,8 @@ class ServerEngine(ABC):
                 return
             if error is None:
                 future.set_result(cast(T, result))
+            elif isinstance(error, MegaRLError):
+                future.set_exception(error)
             else:
                 failure = RolloutError(f"weight transfer to {self.name} failed: {' '.join(str(error).split())[:500]}")
                 failure.__cause__ = error

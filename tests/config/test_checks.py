@@ -311,6 +311,14 @@ RUN = [
         ['rollout.engine="sglang"', 'rollout.sglang={"url": "http://a", "port": 80}'],
         "rollout.sglang.port: is 80 but rollout.sglang.url",
     ),
+    (
+        ['rollout.weight_transfer.transport="nccl"'],
+        "rollout.weight_transfer.transport: nccl has no use with rollout.engine embedded",
+    ),
+    (
+        ['rollout.engine="vllm"', 'rollout.weight_transfer={"transport": "gloo", "method": "broadcast"}'],
+        "rollout.weight_transfer.transport: gloo has no use with method broadcast",
+    ),
     (["optimizer.min_learning_rate=0.1"], "optimizer.min_learning_rate: 0.1 is above learning_rate 1e-06"),
     (["optimizer.warmup_steps=11"], "optimizer.warmup_steps: 11 optimizer steps exceed the run's steps 10"),
     (["algorithm.updates_per_step=2", "optimizer.warmup_steps=21"], "exceed the run's steps 10 × updates_per_step 2 = 20"),
