@@ -62,7 +62,7 @@ def main() -> None:
         shutil.rmtree(folder / part, ignore_errors=True)
     start = time.monotonic()
     make_model = HERE.parent / "quickstart" / "make_model.py"
-    run(sys.executable, make_model, folder / "model", "--hidden", "192", "--layers", "4", "--task", "chain_sum")
+    run(sys.executable, make_model, folder / "model", "--hidden", "128", "--layers", "4", "--task", "chain_sum")
     examples = folder / "sft.jsonl"
     run(sys.executable, HERE / "make_data.py", examples)
     megarl = Path(sys.executable).parent / "megarl"
