@@ -28,19 +28,14 @@ def answers(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def called_share(step: int, folder: Path) -> float:
-    """Of the evaluated responses that were written to the run folder."""
-    written = answers(folder / "grpo" / "rollouts" / f"evaluation_{step:06d}.jsonl")
-    return sum(len(answer["turns"]) > 1 for answer in written) / len(written)
-
-
 def report(folder: Path, seconds: float) -> None:
     console = Console()
     lines = answers(folder / "grpo" / "metrics.jsonl")
     evaluated = [(line["step"], line["metrics"]["accuracy"]) for line in lines if "accuracy" in line["metrics"]]
-    table = Table("GRPO step", "held-out accuracy", "called the calculator", title="Problems that were never trained on")
+    turns = {line["step"]: line["metrics"]["turns_mean"] for line in lines if "turns_mean" in line["metrics"]}
+    table = Table("GRPO step", "held-out accuracy", "turns in training", title="Problems that were never trained on")
     for step, accuracy in evaluated:
-        table.add_row(str(step), f"{accuracy:.1%}", f"{called_share(step, folder):.1%}")
+        table.add_row(str(step), f"{accuracy:.1%}", f"{turns[step]:.2f}" if step in turns else "")
     console.print(table)
     (_, before), (last, after) = evaluated[0], evaluated[-1]
     console.print(f"before GRPO {before:.1%}, after {after:.1%} ({100 * (after - before):+.1f} points) in {seconds:.0f} s")
@@ -62,7 +57,7 @@ def main() -> None:
         shutil.rmtree(folder / part, ignore_errors=True)
     start = time.monotonic()
     make_model = HERE.parent / "quickstart" / "make_model.py"
-    run(sys.executable, make_model, folder / "model", "--hidden", "192", "--layers", "4", "--task", "chain_sum")
+    run(sys.executable, make_model, folder / "model", "--hidden", "128", "--layers", "4", "--task", "chain_sum")
     examples = folder / "sft.jsonl"
     run(sys.executable, HERE / "make_data.py", examples)
     megarl = Path(sys.executable).parent / "megarl"

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megarl.config.schema import EnvironmentConfig
@@ -23,8 +24,7 @@ def _user_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def worker_ids() -> set[int]:
-    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return {int(child) for task in children for child in task.read_text().split()}
+    return {child.pid for child in psutil.Process().children()}
 
 
 @pytest.fixture(autouse=True)

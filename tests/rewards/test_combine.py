@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megarl.config.schema import RewardsConfig, ScorerConfig
@@ -22,8 +23,7 @@ def user_modules(monkeypatch):
 
 def worker_ids():
     """Processes that this one started and that still run."""
-    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return {int(child) for task in children for child in task.read_text().split()}
+    return {child.pid for child in psutil.Process().children()}
 
 
 @pytest.fixture(autouse=True)
