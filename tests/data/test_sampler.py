@@ -109,6 +109,15 @@ def test_success_is_counted_by_row_whatever_is_excluded(config, tokenizer, tmp_p
     assert source.metrics()["data/success_rate_mean"] == 0.625
 
 
+def test_success_is_of_the_row_that_was_answered(config, tokenizer, tmp_path):
+    train, excluded = jsonl(tmp_path / "train.jsonl", "abcde"), jsonl(tmp_path / "held_out.jsonl", "bd")
+    sampling = {"order": "prioritised", "priority_floor": 1e-9}
+    source = build_prompt_source(config(train, data={"exclude": [excluded], "sampling": sampling}), tokenizer)
+    for _ in range(10):  # a solved row is not drawn while there are others
+        source.record([answered(prompt, [float(prompt.text == "Q: c A: ")]) for prompt in source.take(3)], 1.0)
+    assert {prompt.text for prompt in source.take(2)} == {"Q: a A: ", "Q: e A: "}
+
+
 def test_curriculum_takes_easy_rows_first_and_needs_the_field_in_every_row(config, tokenizer, tmp_path):
     path = tmp_path / "levels.jsonl"
     levels = [3, 1, 2, 1, 3, 0.5]

@@ -274,6 +274,26 @@ def test_surplus_may_wait_longer_and_is_saved_whole(model_folder: Path) -> None:
     ]
 
 
+def test_a_balanced_step_leaves_what_is_too_many_of_one_task_for_the_next() -> None:
+    class ByTurns(PromptSource):
+        def __call__(self, count: int, held: Mapping[str, int]) -> list[Prompt]:
+            prompts = super().__call__(count, held)
+            return [replace(prompt, task="ab"[int(prompt.text) % 2]) for prompt in prompts]
+
+    async def score(rollout: Rollout) -> ScoredRollout:  # of task b only every third prompt teaches
+        teaches = rollout.prompt.task == "a" or int(rollout.prompt.text) % 3 == 0
+        return scored(rollout, float(rollout.sample_index) if teaches else 0.0)
+
+    async def run() -> tuple[CollectResult, list[RolloutGroup]]:
+        options: dict[str, Any] = {"prompts_per_step": 4, "dynamic": True, "over_sampling": 2.0, "tasks": ("a", "b")}
+        collector = make_collector(FailingEngine(), score, **options)
+        return await collector.collect(ByTurns(), step=0), [one.group for one in collector.surplus]
+
+    result, surplus = asyncio.run(run())
+    assert texts(result.groups) == ["0", "3", "2", "9"]  # of 8 prompts one b teaches, of the next 2 another
+    assert texts(surplus) == ["4", "6", "8"]
+
+
 def test_balanced_steps_replace_a_dropped_group_by_one_of_its_task() -> None:
     """Two tasks, of which the second one teaches only with every third prompt; more than asked for of the first waits."""
     held: list[dict[str, int]] = []

@@ -138,6 +138,17 @@ def test_a_response_that_repeats_itself_is_ended_there(with_engine: WithEngine) 
             assert len(cut.logprobs) == len(cut.weight_versions) == expected[0] and cut.finish_reason is other.finish_reason
             reasons.append(cut.finish_reason)
     assert all(reasons.count(reason) >= 2 for reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION))
+    # a response that repeats itself with its very last token is as long as it may be
+    group, sample = next(
+        (group, sample)
+        for group in range(len(PROMPTS))
+        for sample in range(8)
+        if together[group][sample].finish_reason is FinishReason.REPETITION
+    )
+    ended = together[group][sample]
+    settings |= {"max_new_tokens": len(ended.token_ids)}
+    (shorter,) = with_engine(lambda engine: generate_all(engine, [PROMPTS[group]], sampling(**settings)))
+    assert (shorter[sample].token_ids, shorter[sample].finish_reason) == (ended.token_ids, FinishReason.LENGTH)
 
 
 @pytest.mark.parametrize("tied", [True, False])
