@@ -1,5 +1,6 @@
 """Policy, reference, critic and reward model on ranks and in layouts of their own against one rank."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
