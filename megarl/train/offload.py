@@ -50,15 +50,17 @@ class Offloaded:
 
     @torch.no_grad()
     def _move_out(self) -> None:
-        for key, storage in storages(self._tensors()).items():
-            num_bytes = storage.nbytes()
-            needs_no_copy = self._contents == "dropped" or (self._contents == "constant" and key in self._copies)
-            if not needs_no_copy:
+        current = storages(self._tensors())
+        sizes = {key: storage.nbytes() for key, storage in current.items()}
+        # a state that was loaded has replaced others, and may have taken the identity of one
+        self._copies = {key: copy for key, copy in self._copies.items() if sizes.get(key) == copy.numel()}
+        for key, storage in current.items():
+            if self._contents == "changing" or (self._contents == "constant" and key not in self._copies):
                 if key not in self._copies:
-                    self._copies[key] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
+                    self._copies[key] = torch.empty(sizes[key], dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
                 self._copies[key].copy_(_bytes_of(storage))
             storage.resize_(0)
-            self._emptied.append((storage, num_bytes))
+            self._emptied.append((storage, sizes[key]))
 
     @torch.no_grad()
     def _move_in(self) -> None:

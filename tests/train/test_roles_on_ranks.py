@@ -1,12 +1,20 @@
 """Policy, reference, critic and reward model on ranks and in layouts of their own against one rank."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from transformers import AutoModelForSequenceClassification
 
-from megarl.loop.parity import ParityRun, parse_layout
+from megarl.algorithms.algorithm import Algorithm
+from megarl.config.schema import Config
+from megarl.loop.parity import ParityRun, parse_layout, synthetic_batch, with_layout
+from megarl.parallel.launch import run_local_ranks
+from megarl.train.roles import Critic, Policy, score
+from megarl.types import PackedBatch
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
 BOUND = 1e-5
@@ -50,3 +58,31 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> ParityRun:
 def test_gradients_and_scores_equal_one_rank(one_rank: ParityRun, layout: str) -> None:
     row = one_rank.compare_layout(layout, parse_layout(layout))
     assert max(row.worst_gap, row.loss_gap, row.norm_gap, row.score_gap) <= BOUND, row
+
+
+def work_one_after_the_other(config: Config, packed: PackedBatch) -> None:
+    """The critic's ranks do nothing until the policy's are done, and then the other way round."""
+    policy, critic = Policy(config, total_updates=1), Critic(config, total_updates=1)
+    algorithm, store = Algorithm(config.algorithm, config.rollout.max_new_tokens), distributed_c10d._get_default_store()
+    scores = score(policy, None, critic, packed)
+    batches = algorithm.prepare(packed, replace(scores, reference=scores.old), 0).batches
+    works = {
+        "policy": (policy, lambda: policy.update_each(batches, algorithm.objective)),
+        "critic": (critic, lambda: critic.update_each(batches, algorithm.value_objective)),
+    }
+    for first in works:
+        for name in sorted(works, key=lambda name: name != first):
+            model, update = works[name]
+            done = [f"{first}/{name}/{rank}" for rank in model.engine.layout.ranks]
+            if model.engine.layout.is_member:
+                model.engine.compute_scores(packed)
+                update()
+                store.set(f"{first}/{name}/{dist.get_rank()}", "done")
+            store.wait(done)
+
+
+@pytest.mark.timeout(60)
+def test_models_on_disjoint_ranks_do_not_wait_for_each_other(one_rank: ParityRun) -> None:
+    """A collective of scoring or learning that the other model's ranks took part in would never end here."""
+    config, num_ranks = with_layout(one_rank.config, parse_layout("tp=2,critic.pp=2,critic.first_rank=2"))
+    run_local_ranks(work_one_after_the_other, (config, synthetic_batch(PROMPTS, config)), num_ranks, 30)
