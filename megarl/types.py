@@ -61,8 +61,8 @@ class Rollout:
         weight_versions: version of the policy weights that sampled each token; that of the token before for an environment's.
         finish_reason: why sampling ended.
         text: the decoded response without special tokens.
-        routed_experts: int16 [prompt and response tokens, num_moe_layers, top_k], the experts that the engine sent each token to
-            when it read it, NO_EXPERT where it is not known; None when the engine was not asked.
+        routed_experts: int16 [tokens read, num_moe_layers, top_k], the experts that the engine sent each token of prompt and
+            response to when it read it; the last ones it never read. None when it was not asked.
     """
 
     prompt: Prompt
