@@ -96,8 +96,8 @@ class Rollout:
         finish_reason: why sampling ended; LENGTH also where an environment's message left no room.
         text: the decoded response without special tokens; of an episode the policy's last turn.
         episode: its turns, where there is an environment.
-        routed_experts: int16 [prompt and response tokens, num_moe_layers, top_k], the experts that the engine sent each token to
-            when it read it, NO_EXPERT where it is not known; None when the engine was not asked.
+        routed_experts: int16 [tokens read, num_moe_layers, top_k], the experts that the engine sent each token of prompt and
+            response to when it read it; the last ones it never read. None when it was not asked.
     """
 
     prompt: Prompt

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megarl.data.template import SFTExample
 from megarl.errors import DataError
-from megarl.types import NO_VERSION, FinishReason, PackedBatch, RolloutGroup, ScoredRollout
+from megarl.types import NO_EXPERT, NO_VERSION, FinishReason, PackedBatch, Rollout, RolloutGroup, ScoredRollout
 
 
 def plan_micro_batches(
@@ -148,7 +149,6 @@ class _Sequence:
 
 def _response(scored: ScoredRollout, group_id: int, task_ids: Mapping[str, int], greedy: ScoredRollout | None) -> _Sequence:
     rollout = scored.rollout
-    num_tokens = len(rollout.prompt.token_ids) + len(rollout.token_ids)
     return _Sequence(
         prompt=rollout.prompt.token_ids,
         token_ids=rollout.token_ids,
@@ -156,7 +156,7 @@ def _response(scored: ScoredRollout, group_id: int, task_ids: Mapping[str, int],
         logprobs=rollout.logprobs,
         weight_versions=rollout.weight_versions,
         step_rewards=dict(scored.step_rewards),
-        routed_experts=no_routing(num_tokens) if rollout.routed_experts is None else rollout.routed_experts,
+        routed_experts=_known_experts(rollout),
         group_id=group_id,
         task_id=task_ids[rollout.prompt.task],
         reward=scored.reward,
@@ -164,6 +164,14 @@ def _response(scored: ScoredRollout, group_id: int, task_ids: Mapping[str, int],
         greedy_reward=math.nan if greedy is None else greedy.reward,
         greedy_length=0 if greedy is None else greedy.rollout.num_policy_tokens,
     )
+
+
+def _known_experts(rollout: Rollout) -> Tensor:
+    """``routed_experts`` of prompt and response, NO_EXPERT for what the engine did not read."""
+    num_tokens = len(rollout.prompt.token_ids) + len(rollout.token_ids)
+    if rollout.routed_experts is None:
+        return no_routing(num_tokens)
+    return F.pad(rollout.routed_experts, (0, 0, 0, 0, 0, num_tokens - len(rollout.routed_experts)), value=NO_EXPERT)
 
 
 def _example(example: SFTExample, group_id: int) -> _Sequence:

@@ -25,7 +25,7 @@ from megarl.errors import RolloutError
 from megarl.rollout.checkpoint_views import checkpoint_views
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.repetition import RepetitionStop
-from megarl.rollout.routed_experts import experts_of_rows, recorded_experts, with_unread_token
+from megarl.rollout.routed_experts import experts_of_rows, recorded_experts
 from megarl.rollout.sampler import GumbelSampler
 from megarl.rollout.weight_checklist import WeightChecklist
 from megarl.types import FinishReason
@@ -237,7 +237,8 @@ class EmbeddedEngine:
             return generations
         experts = experts_of_rows(recorded, len(rows))
         return [
-            replace(generation, routed_experts=_experts_of(row_experts[width - len(prompt) :], len(prompt), generation))
+            # from the first prompt token on, up to the last token that was sampled, which no forward pass read
+            replace(generation, routed_experts=row_experts[width - len(prompt) : width + len(generation.token_ids) - 1])
             for row_experts, prompt, generation in zip(experts, prompts, generations, strict=True)
         ]
 
@@ -275,8 +276,3 @@ def _generation(
         weight_versions=(version,) * length,
         finish_reason=reason,
     )
-
-
-def _experts_of(experts: Tensor, num_prompt_tokens: int, generation: Generation) -> Tensor:
-    """Cut the experts of a row, from its first prompt token on, before the generation's last token: no forward pass read it."""
-    return with_unread_token(experts[: num_prompt_tokens + len(generation.token_ids) - 1])

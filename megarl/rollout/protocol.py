@@ -45,8 +45,8 @@ class Generation:
             top-p; at temperature 0 (greedy) under softmax(logits).
         weight_versions: version of the weights that sampled each.
         finish_reason: why it ended.
-        routed_experts: int16 [prompt and response tokens, num_moe_layers, top_k], the experts that each token was sent to when it
-            was read, NO_EXPERT for the last; None without rollout.routing_replay.
+        routed_experts: int16 [prompt and response tokens - 1, num_moe_layers, top_k], the experts that each token was sent to when
+            it was read; the last was sampled and never read. None without rollout.routing_replay.
     """
 
     token_ids: tuple[int, ...]

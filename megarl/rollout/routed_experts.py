@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from megarl.config.model_facts import ExpertFacts
 from megarl.errors import RolloutError
-from megarl.types import NO_EXPERT
 
 Recorded = list[list[Tensor]]
 
@@ -42,13 +41,8 @@ def experts_of_rows(recorded: Recorded, num_rows: int) -> Tensor:
     return torch.stack(layers, dim=2).to("cpu", torch.int16)
 
 
-def with_unread_token(read: Tensor) -> Tensor:
-    """``routed_experts`` of a whole response: its last token was sampled and never read."""
-    return torch.cat([read, torch.full_like(read[:1], NO_EXPERT)])
-
-
 def reported_experts(engine: str, report: "numpy.ndarray[Any, Any] | None", num_tokens: int, facts: ExpertFacts) -> Tensor:
-    """``routed_experts`` of a response from a server's report.
+    """``Generation.routed_experts`` from a server's report.
 
     Args:
         engine: its name.
@@ -56,7 +50,7 @@ def reported_experts(engine: str, report: "numpy.ndarray[Any, Any] | None", num_
         num_tokens: of prompt and response.
 
     Returns:
-        int16 [num_tokens, num_moe_layers, top_k].
+        int16 [num_tokens - 1, num_moe_layers, top_k].
 
     Raises:
         RolloutError: there is no report, or it is not one of this model.
@@ -73,4 +67,4 @@ def reported_experts(engine: str, report: "numpy.ndarray[Any, Any] | None", num_
     experts = numpy.sort(report[:, list(facts.moe_layers)].astype(numpy.int16), axis=-1)
     if experts.size and not (0 <= experts.min() <= experts.max() < facts.num_experts and (numpy.diff(experts, axis=-1) > 0).all()):
         raise RolloutError(f"{engine} reports experts that are not {facts.top_k} different ones of 0..{facts.num_experts - 1}")
-    return with_unread_token(torch.from_numpy(experts))
+    return torch.from_numpy(experts)

@@ -10,7 +10,7 @@ from megarl.algorithms.batches import slice_sequences
 from megarl.data.packing import pack_examples, pack_groups, plan_micro_batches, with_scored_ends
 from megarl.data.template import SFTExample
 from megarl.errors import DataError
-from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
+from megarl.types import GREEDY_INDEX, NO_EXPERT, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -144,8 +144,8 @@ def test_what_an_environment_said_is_not_trained_on():
 def test_experts_are_those_of_prompt_and_response():
     plain = [group((7, 8), (1.0, [(9, -0.5)]), (0.5, [])), group((11,), (-1.0, [(12, -2.0)]))]
     assert pack_groups(plain).routed_experts.shape == (7, 0, 0)
-    experts = torch.arange(7 * 3 * 2, dtype=torch.int16).view(7, 3, 2)  # of all tokens, in 3 layers
-    remaining = iter(experts.split([3, 2, 2]))
+    experts = torch.arange(4 * 3 * 2, dtype=torch.int16).view(4, 3, 2)  # of all tokens but the last of each response, in 3 layers
+    remaining = iter([experts[:2], experts[2:3], experts[3:]])
     groups = [
         replace(
             one,
@@ -156,8 +156,10 @@ def test_experts_are_those_of_prompt_and_response():
         for one in plain
     ]
     packed = pack_groups(groups)
-    assert torch.equal(packed.routed_experts, experts)
-    assert torch.equal(slice_sequences(packed, 1, 3).routed_experts, experts[3:])
+    unknown = torch.full((1, 3, 2), NO_EXPERT, dtype=torch.int16)
+    expected = torch.cat([experts[:2], unknown, experts[2:3], unknown, experts[3:], unknown])
+    assert packed.routed_experts.dtype == torch.int16 and torch.equal(packed.routed_experts, expected)
+    assert torch.equal(slice_sequences(packed, 1, 3).routed_experts, expected[3:])
     assert with_scored_ends(packed).routed_experts.shape == (10, 0, 0)  # a reward model routes for itself
 
 

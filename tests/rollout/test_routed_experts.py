@@ -17,7 +17,6 @@ from megarl.rollout.build import build_engine
 from megarl.rollout.embedded import EmbeddedEngine
 from megarl.rollout.protocol import Generation
 from megarl.rollout.routed_experts import reported_experts
-from megarl.types import NO_EXPERT
 from tiny import write_tiny_model
 from tiny_rollout import generate_all, sampling
 
@@ -57,9 +56,8 @@ def test_embedded_reports_what_transformers_chooses(tmp_path: Path, family: str)
         for generation in group:
             reported = generation.routed_experts
             assert reported is not None and reported.dtype == torch.int16
-            assert (reported[-1] == NO_EXPERT).all()
             expected = chosen_experts(model, prompt + generation.token_ids[:-1])
-            assert torch.equal(reported[:-1].sort(dim=-1).values.long(), expected)
+            assert torch.equal(reported.sort(dim=-1).values.long(), expected)
 
 
 def test_a_report_keeps_the_layers_with_experts(tmp_path: Path) -> None:
@@ -67,7 +65,7 @@ def test_a_report_keeps_the_layers_with_experts(tmp_path: Path) -> None:
     facts = read_model_facts(tmp_path).experts
     assert facts is not None
     report = numpy.array([[[3, 0], [0, 0], [5, 4], [1, 2]], [[1, 0], [0, 0], [2, 4], [5, 2]]], numpy.uint8)
-    expected = [[[0, 3], [4, 5], [1, 2]], [[0, 1], [2, 4], [2, 5]], [[NO_EXPERT] * 2] * 3]
+    expected = [[[0, 3], [4, 5], [1, 2]], [[0, 1], [2, 4], [2, 5]]]
     assert reported_experts("vLLM", report, 3, facts).tolist() == expected
     assert reported_experts("SGLang", report.reshape(-1).astype(numpy.int32), 3, facts).tolist() == expected
     with pytest.raises(RolloutError, match=r"^vLLM reports no experts, and rollout\.routing_replay needs them"):

@@ -78,6 +78,8 @@ def test_replay_brings_trainer_and_sampler_together(tmp_path: Path) -> None:
     assert torch.equal(unknown, ends)  # all but the last token of each response, which no forward pass read
     gaps = [(scores - packed.sampler_logprobs)[packed.loss_mask].abs() for scores in (replayed, routed)]
     means, largest = [gap.mean().item() for gap in gaps], [gap.max().item() for gap in gaps]
+    for name, mean, most in zip(("with replay", "without"), means, largest, strict=True):
+        print(f"|trainer - sampler| {name}: mean {mean:.4f}, largest {most:.4f} nats")
     assert means[0] < means[1]
     assert largest[0] < 0.5 * largest[1]  # where another expert sees a token
     assert norm > 0
