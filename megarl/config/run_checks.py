@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from megarl.config.algorithm_checks import check_algorithm
+from megarl.config.asynchronous_checks import check_asynchronous
 from megarl.config.names import FUNCTION_PATTERN
 from megarl.config.schema import Config, DataSource, EngineServerConfig, JsonlSource, ReasoningGymSource, ScorerConfig
 
@@ -173,6 +174,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_batch,
     check_algorithm,
     check_sampling,
+    check_asynchronous,
     check_engine_server,
     check_data,
     check_evaluation,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from megarl.config.schema import Config
 from megarl.errors import RolloutError, listed
+from megarl.rollout.outstanding import Tickets
 from megarl.rollout.protocol import Generation, RolloutEngine, SamplingParams
 from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 
@@ -56,11 +57,15 @@ class CollectStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectResult:
-    """Groups in the order of their prompts, and what collecting them took; ``filtered`` are those of equal rewards."""
+    """Groups in the order of their prompts, and what collecting them took; ``filtered`` are those of equal rewards.
+
+    ``tickets`` names the groups where some outlive a step; None elsewhere.
+    """
 
     groups: tuple[RolloutGroup, ...]
     filtered: tuple[RolloutGroup, ...]
     stats: CollectStats
+    tickets: Tickets | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +170,7 @@ class Collector:
                 uninformative = algorithm.dynamic_sampling and group.has_equal_rewards
                 (filtered if uninformative else kept).append(group)
             stats.dropped_filtered = len(filtered)
-        return CollectResult(groups=tuple(kept), filtered=tuple(filtered), stats=stats)
+        return CollectResult(groups=tuple(kept), filtered=tuple(filtered), stats=stats, tickets=None)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """Sample and score every prompt as ``evaluation`` says; seeds do not depend on the step, so that evaluations compare.

@@ -6,10 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from megarl.config.schema import EmbeddedEngineConfig
 from megarl.errors import RolloutError
@@ -41,7 +51,19 @@ class _Row:
     def batch_key(self) -> tuple[object, ...]:
         """Rows that differ in it cannot be decoded together."""
         sampling = self.request.sampling
-        return (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids)
+        return (sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids)
+
+
+class _Limits(StoppingCriteria):
+    """Ends each row at its own limit, and all rows when a cut is asked for."""
+
+    def __init__(self, limits: Tensor, width: int, cut: Event) -> None:
+        """``limits``: int64 [batch], response tokens of each row; ``width``: of the prompts."""
+        self._limits, self._width, self._cut = limits, width, cut
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Bool [batch], whether the row ends with its last token."""
+        return (input_ids.shape[1] - self._width >= self._limits) | self._cut.is_set()
 
 
 class EmbeddedEngine:
@@ -68,6 +90,7 @@ class EmbeddedEngine:
         self._queue: deque[_Row] = deque()
         self._decoding: asyncio.Task[None] | None = None
         self._model_lock = asyncio.Lock()
+        self._cut = Event()  # read by the worker thread between tokens
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedded-engine")
 
     async def start(self) -> None:
@@ -109,6 +132,15 @@ class EmbeddedEngine:
             self._decoding = asyncio.create_task(self._decode_queue())
         return await request.answer
 
+    async def cut(self) -> None:
+        """End the requests in flight at the next token; returns when all have answered."""
+        self._cut.set()
+        try:
+            while self._decoding is not None and not self._decoding.done():
+                await asyncio.wait({self._decoding})
+        finally:
+            self._cut.clear()
+
     async def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Copy a whole new set of weights in place, after the batch being decoded.
 
@@ -127,7 +159,8 @@ class EmbeddedEngine:
             self._version = version
 
     async def close(self) -> None:
-        """Drop the queue and the model; a batch being decoded ends on its own."""
+        """Drop the queue and the model; a batch being decoded ends at its next token."""
+        self._cut.set()
         if self._decoding is not None:
             self._decoding.cancel()
         for row in self._queue:
@@ -142,7 +175,10 @@ class EmbeddedEngine:
             try:
                 async with self._model_lock:
                     await self.health()
-                    generations = await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, rows)
+                    if self._cut.is_set():
+                        generations = [_generation([], [], row, 0) for row in rows]
+                    else:
+                        generations = await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, rows)
             except Exception as error:
                 self._fail(rows, error)
                 continue
@@ -185,10 +221,11 @@ class EmbeddedEngine:
         )
         generation_config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=max(row.request.sampling.max_new_tokens for row in rows),
             eos_token_id=list(sampling.stop_token_ids) or None,
             pad_token_id=0,
         )
+        limits = torch.tensor([row.request.sampling.max_new_tokens for row in rows], device=self._device)
         threads_before = torch.get_num_threads()
         torch.set_num_threads(self._config.threads or torch.multiprocessing.cpu_count())
         try:
@@ -198,23 +235,27 @@ class EmbeddedEngine:
                     attention_mask=attention_mask,
                     generation_config=generation_config,
                     logits_processor=LogitsProcessorList([sampler]),
+                    stopping_criteria=StoppingCriteriaList([_Limits(limits, width, self._cut)]),
                 )
         finally:
             torch.set_num_threads(threads_before)
         responses = sequences[:, width:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
         return [
-            _generation(response, row_logprobs, sampling.stop_token_ids, self._version)
-            for response, row_logprobs in zip(responses, logprobs, strict=True)
+            _generation(response, row_logprobs, row, self._version)
+            for response, row_logprobs, row in zip(responses, logprobs, rows, strict=True)
         ]
 
 
-def _generation(response: list[int], logprobs: list[float], stop_token_ids: tuple[int, ...], version: int) -> Generation:
-    """Cut a row of a batch after its first stop token: what follows is padding."""
-    length = next((index + 1 for index, token in enumerate(response) if token in stop_token_ids), None)
+def _generation(response: list[int], logprobs: list[float], row: _Row, version: int) -> Generation:
+    """Cut a row of a batch after its first stop token or at its limit: what follows is padding."""
+    sampling = row.request.sampling
+    response = response[: sampling.max_new_tokens]
+    length = next((index + 1 for index, token in enumerate(response) if token in sampling.stop_token_ids), None)
+    is_whole = len(response) == sampling.max_new_tokens
     return Generation(
         token_ids=tuple(response[:length]),
-        logprobs=tuple(logprobs[:length]),
+        logprobs=tuple(logprobs[: len(response[:length])]),
         weight_versions=(version,) * len(response[:length]),
-        finish_reason=FinishReason.LENGTH if length is None else FinishReason.STOP,
+        finish_reason=FinishReason.STOP if length else FinishReason.LENGTH if is_whole else FinishReason.ABORT,
     )

@@ -78,6 +78,11 @@ class VllmEngine(ServerEngine):
         answer = await self.server.call("POST", "/inference/v1/generate", body)
         return [_generation(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
 
+    async def give_up(self) -> None:
+        """Have the server answer the requests that it has with what there is of them."""
+        await self.server.call("POST", "/pause?mode=abort")
+        await self.server.call("POST", "/resume")
+
     async def pause(self) -> None:
         """Let the requests in flight finish and start no others."""
         await self.limited(self.server.call("POST", "/pause?mode=wait"), "finish its requests before the weight update")

@@ -1,0 +1,70 @@
+"""Partial rollouts (Kimi k1.5, arXiv 2501.12599, section 2.6.2): no response grows by more than a budget in one step."""
+
+import asyncio
+
+from megarl.errors import RolloutError
+from megarl.rollout.collector import CollectResult, CollectStats, _all, _Progress
+from megarl.rollout.outstanding import OutstandingGroup
+from megarl.rollout.resumable_collector import ResumableCollector, Take
+
+
+class PartialCollector(ResumableCollector):
+    """Collects whole groups; those with responses that reached ``rollout.partial.step_token_budget`` wait for the next step.
+
+    A step first goes on with all groups that wait, and begins others in place of those that stay unfinished. When as many wait as a
+    step trains, the oldest go on for another budget instead, so that fewer than two steps' groups are ever outstanding.
+    """
+
+    async def collect(self, take: Take, step: int) -> CollectResult:
+        """Exactly ``rollout.prompts_per_step`` whole groups, the oldest.
+
+        Raises:
+            RolloutError: as Collector's.
+        """
+        stats, size = CollectStats(), self._rollout.prompts_per_step
+        while (missing := size - len(self._whole)) > 0 or stats.waves == 0:
+            self._check_waves(stats)
+            waiting = [group for group in self.outstanding.groups if group.scored is None]
+            if stats.waves == 0:
+                wave, num_new = waiting, missing - len(waiting)
+            else:
+                wave, num_new = (waiting[:missing], 0) if len(waiting) >= size else ([], missing)
+            if num_new > 0:
+                wave = wave + [self._begin(prompt, step) for prompt in take(num_new)]
+            await self._wave_of(wave, stats)
+        groups, tickets = self.outstanding.take(self._whole[:size])
+        return CollectResult(groups=groups, filtered=(), stats=stats, tickets=tickets)
+
+    @property
+    def _whole(self) -> list[OutstandingGroup]:
+        return [group for group in self.outstanding.groups if group.scored is not None]
+
+    def _check_waves(self, stats: CollectStats) -> None:
+        """Without dropped groups every wave but few adds whole ones; with them there must be an end."""
+        settings, size = self._config.algorithm, self._rollout.prompts_per_step
+        num_dropped = stats.dropped_filtered + stats.dropped_unscored
+        if num_dropped >= settings.max_sampling_waves * size:
+            raise RolloutError(
+                f"{num_dropped} groups of one step are dropped ({stats.dropped_filtered} as uninformative, "
+                f"{stats.dropped_unscored} for failed scorers) and only {len(self._whole)} of {size} are kept; use tasks that the "
+                "model sometimes solves, or raise algorithm.max_sampling_waves"
+            )
+
+    async def _wave_of(self, groups: list[OutstandingGroup], stats: CollectStats) -> None:
+        """Let all these groups grow by the budget at the same time, and score those that are whole."""
+        stats.waves += 1
+        started = asyncio.get_running_loop().time()
+        progress, slots = _Progress(), asyncio.Semaphore(self._rollout.concurrency)
+        watcher = asyncio.create_task(self._watch_for_stalls(progress))
+        try:
+            await _all(self._grow(group, slots, progress, stats) for group in groups)
+        finally:
+            watcher.cancel()
+            stats.wall_seconds += asyncio.get_running_loop().time() - started
+
+    async def _grow(self, group: OutstandingGroup, slots: asyncio.Semaphore, progress: _Progress, stats: CollectStats) -> None:
+        assert self._rollout.partial is not None
+        async with slots:
+            await self._extend(group, self._rollout.partial.step_token_budget, progress, stats)
+        if not group.unfinished:
+            await self._finish(group, progress, stats)
