@@ -115,8 +115,8 @@ class AsynchronousCollector(ResumableCollector):
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and self._failure is None:
-            self._failure = task.exception()
+        error = None if task.cancelled() else task.exception()
+        self._failure = self._failure or error
         self._changed.set()
 
     async def _complete(self, group: OutstandingGroup) -> None:

@@ -11,8 +11,9 @@ from megarl.rollout.resumable_collector import ResumableCollector, Take
 class PartialCollector(ResumableCollector):
     """Collects whole groups; those with responses that reached ``rollout.partial.step_token_budget`` wait for the next step.
 
-    A step first goes on with all groups that wait, and begins others in place of those that stay unfinished. When as many wait as a
-    step trains, the oldest go on for another budget instead, so that fewer than two steps' groups are ever outstanding.
+    A step goes on with all groups that wait and begins as many as it lacks whole ones; for those that it still lacks it begins
+    others. Only when so many wait as steps are needed for the longest response, times the groups of a step, do the oldest go on for
+    another budget in the same step: this fills the store at the start of a run, and bounds it.
     """
 
     async def collect(self, take: Take, step: int) -> CollectResult:
@@ -26,9 +27,11 @@ class PartialCollector(ResumableCollector):
             self._check_waves(stats)
             waiting = [group for group in self.outstanding.groups if group.scored is None]
             if stats.waves == 0:
-                wave, num_new = waiting, missing - len(waiting)
+                wave, num_new = waiting, missing
+            elif len(waiting) >= self._num_segments * size:
+                wave, num_new = waiting[:missing], 0
             else:
-                wave, num_new = (waiting[:missing], 0) if len(waiting) >= size else ([], missing)
+                wave, num_new = [], missing
             if num_new > 0:
                 wave = wave + [self._begin(prompt, step) for prompt in take(num_new)]
             await self._wave_of(wave, stats)
@@ -36,11 +39,21 @@ class PartialCollector(ResumableCollector):
         return CollectResult(groups=groups, filtered=(), stats=stats, tickets=tickets)
 
     @property
+    def _budget(self) -> int:
+        assert self._rollout.partial is not None
+        return self._rollout.partial.step_token_budget
+
+    @property
+    def _num_segments(self) -> int:
+        """Steps of the longest response."""
+        return -(-self._rollout.max_new_tokens // self._budget)
+
+    @property
     def _whole(self) -> list[OutstandingGroup]:
         return [group for group in self.outstanding.groups if group.scored is not None]
 
     def _check_waves(self, stats: CollectStats) -> None:
-        """Without dropped groups every wave but few adds whole ones; with them there must be an end."""
+        """Only dropped groups could make a step's waves endless."""
         settings, size = self._config.algorithm, self._rollout.prompts_per_step
         num_dropped = stats.dropped_filtered + stats.dropped_unscored
         if num_dropped >= settings.max_sampling_waves * size:
@@ -63,8 +76,7 @@ class PartialCollector(ResumableCollector):
             stats.wall_seconds += asyncio.get_running_loop().time() - started
 
     async def _grow(self, group: OutstandingGroup, slots: asyncio.Semaphore, progress: _Progress, stats: CollectStats) -> None:
-        assert self._rollout.partial is not None
         async with slots:
-            await self._extend(group, self._rollout.partial.step_token_budget, progress, stats)
+            await self._extend(group, self._budget, progress, stats)
         if not group.unfinished:
             await self._finish(group, progress, stats)
