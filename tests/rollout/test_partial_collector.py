@@ -100,7 +100,7 @@ def run_steps(collector: PartialCollector, engine: Engine, num_steps: int) -> li
 def test_long_responses_wait_for_later_steps() -> None:
     """Prompt 0 needs three budgets and prompt 4 two, the others one; steps of two groups."""
     collector, engine = make([12, 2, 3, 4, 6, 1, 2, 2, 3, 1])
-    # step 1 begins 0 and 1, and 2 in place of 0; step 2 goes on with 0 and begins 3, 4, and 5 in place of 4; step 3 has 0 and 4 whole
+    # step 1 begins 0 and 1, and 2 in place of 0; step 2 goes on with 0, begins 3 and 4, and 5 in place of 4
     assert run_steps(collector, engine, 4) == [[1, 2], [3, 5], [0, 4], [6, 7]]
     assert [(so_far, sampling.max_new_tokens) for number, so_far, sampling in engine.asked if number == 0] == [
         (0, 4),
