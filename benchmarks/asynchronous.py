@@ -4,8 +4,8 @@
 
 The model is the quickstart's, warmed up on sums of four numbers (make quickstart). It is asked for sums of two to ten: it answers
 at once, works them out, or goes on up to the limit, which is the tail of the lengths. The tables say for each kind of run: seconds
-of all steps without evaluation and checkpoints, seconds in which training waited for responses, held-out accuracy at the end, and by
-staleness the share of the trained tokens and the mean gap |log trainer - log sampler| before and behind the correction (TIS).
+of all steps without evaluation and checkpoints, seconds in which training waited for responses, held-out accuracy at the end, and
+by staleness the share of the trained tokens and the mean gap |log trainer - log sampler| before and behind the correction (TIS).
 """
 
 import argparse

@@ -218,9 +218,13 @@ def test_dropped_groups_are_replaced_and_named() -> None:
         result = await trainer.collect(0)
         assert result.tickets.trained == ((1, "p/1"), (3, "p/3")) and result.tickets.dropped == ((0, "p/0"), (2, "p/2"))
         assert result.stats.dropped_unscored + result.stats.dropped_filtered == 2
+        trainer.engine.of(4).give(3, 0)
+        await settle()
+        assert len(trainer.taken) == 7  # for group 4; the two in training keep their places
 
-    run(use, rewards=lambda rollout: None if rollout.prompt.token_ids[0] in (0, 2) else 1.0)
-    run(use, rewards=lambda rollout: 1.0 if rollout.prompt.token_ids[0] in (0, 2) else float(rollout.sample_index), dynamic=True)
+    bad = (0, 2, 4)
+    run(use, rewards=lambda rollout: None if rollout.prompt.token_ids[0] in bad else 1.0)
+    run(use, rewards=lambda rollout: 1.0 if rollout.prompt.token_ids[0] in bad else float(rollout.sample_index), dynamic=True)
 
 
 def test_sampling_that_can_never_fill_a_step_ends_the_run() -> None:
