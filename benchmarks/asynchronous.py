@@ -47,7 +47,7 @@ def config_of(options: argparse.Namespace, kind: str, run_dir: Path) -> dict[str
             "engine": options.engine,
             "prompts_per_step": 16,
             "samples_per_prompt": 8,
-            "max_prompt_tokens": 80,
+            "max_prompt_tokens": 120,
             "max_new_tokens": 192,
             "temperature": options.temperature,
             **({} if options.engine == "embedded" else {options.engine: {"arguments": ENGINE_ARGUMENTS[options.engine]}}),
