@@ -135,6 +135,7 @@ class AsynchronousCollector(ResumableCollector):
 
     async def _until_requests_may_be_sent(self) -> None:
         while not self._may_send.is_set():
+            self._changed.set()  # a request that failed has left the engine
             await self._may_send.wait()
 
     def _check_dropped(self) -> None:

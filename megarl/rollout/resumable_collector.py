@@ -97,7 +97,7 @@ class ResumableCollector(Collector):
         return [(indices, replace(one, max_new_tokens=min(one.max_new_tokens, budget))) for indices, one in requests]
 
     async def _ask(self, group: OutstandingGroup, indices: list[int], sampling: SamplingParams) -> None:
-        """One request; its answers are kept at once, so that a retry of the others does not ask for them again."""
+        """One request; its answers are kept at once, so that a retry of the others loses none."""
         so_far = group.samples[indices[0]].token_ids
         try:
             answers = await self._engine.generate(group.prompt.token_ids + so_far, sampling)

@@ -192,10 +192,15 @@ def test_an_update_can_wait_for_what_is_under_way() -> None:
         holding = asyncio.ensure_future(trainer.collector.hold())
         await settle()
         assert not holding.done() and trainer.engine.num_cuts == 0
-        for request in list(trainer.engine.sent):
+        first, *others = trainer.engine.sent
+        for request in others:
             request.give(3, 0)
+        await settle()
+        first.answer.set_exception(RolloutError("overloaded"))  # and is not sent again before the update
         await asyncio.wait_for(holding, 10)
         assert trainer.engine.sent == []
+        await trainer.go_on(1)
+        assert {request.prompt for request in trainer.engine.sent} == {first.prompt, (3, 1)}
 
     run(use, asynchronous={"on_update": "finish"}, concurrency=3)
 
