@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from megarl.config.algorithm_checks import check_algorithm
+from megarl.config.asynchronous_checks import check_asynchronous
 from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks
 from megarl.config.environment_checks import check_environment
 from megarl.config.names import FUNCTION_PATTERN
@@ -224,6 +225,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_batch,
     check_algorithm,
     check_sampling,
+    check_asynchronous,
     check_engine_server,
     check_weight_transfer,
     check_data,

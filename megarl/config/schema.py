@@ -199,6 +199,12 @@ class SamplerCorrectionConfig(Section):
     )
     level: Literal["token", "sequence"] = key("token", "-", "One ratio for each token, or the product over the response.")
     cap: float = key(2.0, "-", "Largest trainer / sampler probability ratio.", gt=0)
+    max_staleness: int | None = key(
+        None,
+        "weight versions",
+        "Tokens sampled by weights more than so many updates old are left out of the loss; none are when not given.",
+        ge=0,
+    )
 
 
 class EntropyControlConfig(Section):
@@ -378,6 +384,35 @@ class EnvironmentConfig(Section):
     )
 
 
+class AsynchronousConfig(Section):
+    """Generation runs beside training, ahead of it by a bounded number of weight versions (AReaL, arXiv 2505.24298)."""
+
+    max_staleness: int = key(
+        1,
+        "weight versions",
+        "A response is trained on at most this many updates after its group was begun, so no token is older; so many steps' groups "
+        "more than one are under way.",
+        ge=1,
+    )
+    on_update: Literal["continue", "finish"] = key(
+        "continue",
+        "-",
+        "What happens to responses under way at a weight update. continue: they are cut at the next token and go on with the new "
+        "weights; finish: the update waits for them.",
+    )
+
+
+class PartialConfig(Section):
+    """Partial rollouts (Kimi k1.5, arXiv 2501.12599): a response grows by a bounded number of tokens in one step."""
+
+    step_token_budget: int = key(
+        ...,
+        "tokens",
+        "A response that has grown by so many in a step waits for the next one, and goes on with newer weights.",
+        ge=1,
+    )
+
+
 class RolloutConfig(Section):
     """Sampling of responses."""
 
@@ -405,6 +440,8 @@ class RolloutConfig(Section):
     max_retries: int = key(2, "retries", "How often a failed or timed-out request is sent again.", ge=0)
     concurrency: int = key(256, "prompts", "Most prompts in flight at the same time.", ge=1)
     environment: EnvironmentConfig | None = key(None, "-", "What answers the policy's turns; one turn when not given.")
+    asynchronous: AsynchronousConfig | None = key(None, "-", "Generate beside training; when not given, steps alternate with it.")
+    partial: PartialConfig | None = key(None, "-", "Spread long responses over several steps; when not given, they end in theirs.")
     weight_transfer: WeightTransferConfig = key(WeightTransferConfig, "-", "Updates of a server's weights.")
     embedded: EmbeddedEngineConfig = key(EmbeddedEngineConfig, "-", "Settings of engine: embedded.")
     sglang: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: sglang.")

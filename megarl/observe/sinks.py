@@ -75,12 +75,41 @@ def _truncate(path: Path, last_step: int) -> None:
         except (json.JSONDecodeError, KeyError, TypeError):
             if number == len(lines):
                 break
-            raise CheckpointError(f"{path}:{number}: is not a line of metrics; repair or remove the file to resume") from None
+            raise CheckpointError(f"{path}:{number}: is not a line of this log; repair or remove the file to resume") from None
         if step <= last_step:
             kept.append(line + "\n")
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+class TicketsWriter:
+    """Writes which groups each step used up: a line of ``groups.jsonl`` for each step.
+
+    A line is ``{"step": 3, "trained": [[<ticket>, <prompt id>], ...], "dropped": [...]}``. A ticket is the running number of a
+    group that was begun: those of all lines and of the newest checkpoint's outstanding groups are 0, 1, 2 ..., each once.
+
+    Args:
+        run_dir: the run folder, which exists.
+        resume_step: as MetricsWriter's.
+
+    Raises:
+        CheckpointError: the file to resume is malformed.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
+        path = run_dir / "groups.jsonl"
+        if resume_step is not None:
+            _truncate(path, resume_step)
+        self._file = path.open("x" if resume_step is None else "a", encoding="utf-8", buffering=1)
+
+    def write(self, step: int, trained: Sequence[tuple[int, str]], dropped: Sequence[tuple[int, str]]) -> None:
+        """Record the groups that ``step`` trained on, and those given up since the step before, by ticket and prompt id."""
+        self._file.write(json.dumps({"step": step, "trained": trained, "dropped": dropped}) + "\n")
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._file.close()
 
 
 class RolloutWriter:

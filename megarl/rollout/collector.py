@@ -15,6 +15,7 @@ from megarl.config.schema import Config
 from megarl.errors import RolloutError, listed
 from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.lock_step import EpisodeKey, LockStep
+from megarl.rollout.outstanding import Tickets
 from megarl.rollout.protocol import Generation, RolloutEngine, SamplingParams
 from megarl.rollout.surplus import SurplusGroup, fill_step, groups_per_task
 from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
@@ -79,12 +80,14 @@ class CollectResult:
         filtered: those that dynamic sampling dropped for equal rewards.
         sampled: all that were sampled and scored now, filtered ones and those that wait for the next step included.
         stats: what it took.
+        tickets: names of the groups where some outlive a step; None elsewhere.
     """
 
     groups: tuple[RolloutGroup, ...]
     filtered: tuple[RolloutGroup, ...]
     sampled: tuple[RolloutGroup, ...]
     stats: CollectStats
+    tickets: Tickets | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +220,7 @@ class Collector:
         self.surplus = [one for one in waiting if not any(one is other for other in kept)]
         stats.surplus, stats.reused = len(self.surplus), sum(one.step < step for one in kept)
         groups_of_step = tuple(one.group for one in kept)
-        return CollectResult(groups=groups_of_step, filtered=tuple(filtered), sampled=tuple(sampled), stats=stats)
+        return CollectResult(groups=groups_of_step, filtered=tuple(filtered), sampled=tuple(sampled), stats=stats, tickets=None)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """Sample and score every prompt as ``evaluation`` says; seeds do not depend on the step, so that evaluations compare.
@@ -313,6 +316,10 @@ class Collector:
             wanted = [request.samples] if request.greedy is None else [request.samples, request.greedy]
             token_ids = request.prompt.token_ids
             answers = await _all(self._ask(token_ids, sampling, progress, stats) for sampling in wanted)
+        return self._rollouts(request, list(chain.from_iterable(answers)))
+
+    def _rollouts(self, request: _Request, generations: Sequence[Generation]) -> list[Rollout]:
+        """The request's responses of one turn, the greedy one last."""
         return [
             Rollout(
                 prompt=request.prompt,
@@ -325,7 +332,7 @@ class Collector:
                 text=self._decode(generation.token_ids),
                 routed_experts=generation.routed_experts,
             )
-            for (index, _), generation in zip(request.responses, chain.from_iterable(answers), strict=True)
+            for (index, _), generation in zip(request.responses, generations, strict=True)
         ]
 
     async def _play(self, player: EpisodePlayer, request: _Request, progress: _Progress, stats: CollectStats) -> list[Rollout]:

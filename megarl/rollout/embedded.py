@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +57,18 @@ class _Row:
         return (sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids, sampling.repetition_stop)
 
 
+class _Limits(StoppingCriteria):
+    """Ends each row at its own limit, and all rows when a cut is asked for."""
+
+    def __init__(self, limits: Tensor, width: int, cut: Event) -> None:
+        """``limits``: int64 [batch], response tokens of each row; ``width``: of the prompts."""
+        self._limits, self._width, self._cut = limits, width, cut
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Bool [batch], whether the row ends with its last token."""
+        return (input_ids.shape[1] - self._width >= self._limits) | self._cut.is_set()
+
+
 class EmbeddedEngine:
     """RolloutEngine over a transformers model in this process, on CUDA where present, else on CPU.
 
@@ -89,6 +103,7 @@ class EmbeddedEngine:
         self._queue: deque[_Row] = deque()
         self._decoding: asyncio.Task[None] | None = None
         self._model_lock = asyncio.Lock()
+        self._cut = Event()  # read by the worker thread between tokens
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedded-engine")
 
     async def start(self) -> None:
@@ -130,6 +145,15 @@ class EmbeddedEngine:
             self._decoding = asyncio.create_task(self._decode_queue())
         return await request.answer
 
+    async def cut(self) -> None:
+        """End the requests in flight at the next token; returns when all have answered."""
+        self._cut.set()
+        try:
+            while self._decoding is not None and not self._decoding.done():
+                await asyncio.wait({self._decoding})
+        finally:
+            self._cut.clear()
+
     async def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Copy a whole new set of weights in place, after the batch being decoded.
 
@@ -148,7 +172,8 @@ class EmbeddedEngine:
             self._version = version
 
     async def close(self) -> None:
-        """Drop the queue and the model; a batch being decoded ends on its own."""
+        """Drop the queue and the model; a batch being decoded ends at its next token."""
+        self._cut.set()
         if self._decoding is not None:
             self._decoding.cancel()
         for row in self._queue:
@@ -163,7 +188,10 @@ class EmbeddedEngine:
             try:
                 async with self._model_lock:
                     await self.health()
-                    generations = await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, rows)
+                    if self._cut.is_set():
+                        generations = [_generation([], [], (), row.request.sampling.max_new_tokens, None, 0) for row in rows]
+                    else:
+                        generations = await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, rows)
             except Exception as error:
                 self._fail(rows, error)
                 continue
@@ -211,7 +239,7 @@ class EmbeddedEngine:
             eos_token_id=list(sampling.stop_token_ids) or None,
             pad_token_id=0,
         )
-        limit = _RowLimits(torch.tensor(limits, device=self._device), width)
+        limit = _Limits(torch.tensor(limits, device=self._device), width, self._cut)
         repetition = RepetitionStop(sampling.repetition_stop, len(rows), width) if sampling.repetition_stop is not None else None
         threads_before = torch.get_num_threads()
         torch.set_num_threads(self._config.threads or torch.multiprocessing.cpu_count())
@@ -243,18 +271,6 @@ class EmbeddedEngine:
         ]
 
 
-class _RowLimits(StoppingCriteria):
-    """Ends each row at its own number of new tokens."""
-
-    def __init__(self, limits: Tensor, prompt_width: int) -> None:
-        self._limits = limits
-        self._prompt_width = prompt_width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        """Int64 [batch, prompt width + new tokens] to bool [batch], True for rows that are done."""
-        return input_ids.shape[1] - self._prompt_width >= self._limits
-
-
 def _generation(
     response: list[int], logprobs: list[float], stop_token_ids: tuple[int, ...], limit: int, repeating: int | None, version: int
 ) -> Generation:
@@ -270,6 +286,8 @@ def _generation(
     stop = next((index + 1 for index, token in enumerate(response[:length]) if token in stop_token_ids), None)
     if stop is not None:
         length, reason = stop, FinishReason.STOP
+    elif len(response) < length:
+        length, reason = len(response), FinishReason.ABORT
     return Generation(
         token_ids=tuple(response[:length]),
         logprobs=tuple(logprobs[:length]),

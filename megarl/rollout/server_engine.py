@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT = 10.0  # seconds
 POLL_SECONDS = 0.25
+CUT_SECONDS = 0.5  # a request that was on its way when others were given up is given up that much later
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,7 @@ class ServerEngine(ABC):
         self._vocabulary_size: int = AutoConfig.from_pretrained(config.model.path).vocab_size
         self._sender: WeightSender | None = None
         self._starts = 0
+        self._in_flight: set[asyncio.Future[list[Generation]]] = set()
         self._version: int | None = None
         self._unusable = "it has no weights yet; call update_weights first"
 
@@ -93,6 +95,10 @@ class ServerEngine(ABC):
     @abstractmethod
     async def sample(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
         """``sampling.num_samples`` different responses; one at temperature 0."""
+
+    @abstractmethod
+    async def give_up(self) -> None:
+        """Have the server answer the requests that it has with what there is of them."""
 
     @abstractmethod
     async def pause(self) -> None:
@@ -187,9 +193,25 @@ class ServerEngine(ABC):
                 f"{self.name} got a prompt of {len(prompt_token_ids)} tokens that is empty or has ids outside 0..{vocabulary - 1}; "
                 f"does the tokenizer belong to {self.config.model.path}?"
             )
-        generations = await self.server.watch(self.sample(prompt_token_ids, sampling), "answer a prompt", None)
+        request = asyncio.ensure_future(self.sample(prompt_token_ids, sampling))
+        self._in_flight.add(request)
+        request.add_done_callback(self._in_flight.discard)
+        generations = await self.server.watch(request, "answer a prompt", None)
         # Greedy samples are all the same, and some servers refuse several of one request.
         return generations * sampling.num_samples if sampling.temperature == 0 else generations
+
+    async def cut(self) -> None:
+        """End the requests in flight at the next token; returns when all have answered.
+
+        Raises:
+            RolloutError: the server died, or took longer than the section's ``update_timeout``.
+        """
+        await self.limited(self._cut(), "give up its requests")
+
+    async def _cut(self) -> None:
+        while requests := set(self._in_flight):
+            await self.give_up()
+            await asyncio.wait(requests, timeout=CUT_SECONDS)
 
     async def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Send a whole new set of weights to every worker; requests in flight finish on the old weights first.

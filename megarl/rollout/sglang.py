@@ -102,6 +102,10 @@ class SGLangEngine(ServerEngine):
             routed_experts=self.routed_experts(report, num_tokens),
         )
 
+    async def give_up(self) -> None:
+        """Have the server answer the requests that it has with what there is of them."""
+        await self.server.call("POST", "/abort_request", {"abort_all": True})
+
     async def pause(self) -> None:
         """Let the requests in flight finish and start no others."""
         # Opening an update waits for the requests in flight, but does not keep later ones out.

@@ -103,6 +103,11 @@ class VllmEngine(ServerEngine):
             routed_experts=self.routed_experts(report, num_prompt_tokens + len(token_ids)),
         )
 
+    async def give_up(self) -> None:
+        """Have the server answer the requests that it has with what there is of them."""
+        await self.server.call("POST", "/pause?mode=abort")
+        await self.server.call("POST", "/resume")
+
     async def pause(self) -> None:
         """Let the requests in flight finish and start no others."""
         await self.limited(self.server.call("POST", "/pause?mode=wait"), "finish its requests before the weight update")

@@ -88,6 +88,8 @@ def model(tmp_path: Path) -> Path:
         (["rollout.max_prompt_tokens=2000", "rollout.max_new_tokens=48"], 1),
         (["rollout.prompts_per_step=6", "algorithm.updates_per_step=3", "optimizer.warmup_steps=30"], 1),
         (["steps=0", "optimizer.warmup_steps=30"], 1),
+        (["rollout.asynchronous.max_staleness=2", "algorithm.sampler_correction.max_staleness=1"], 1),
+        (["rollout.partial.step_token_budget=100", "algorithm.sampler_correction.max_staleness=4"], 1),
         (['rollout.engine="vllm"', "rollout.temperature=0.7"], 1),
         (['rollout.engine="vllm"', "rollout.top_p=0.7"], 1),
         (['rollout.engine="sglang"', "rollout.temperature=0.7", "rollout.top_p=0.7"], 1),
@@ -357,6 +359,18 @@ RUN = [
         ["rollout.routing_replay=true", "algorithm.over_sampling=1.5", "algorithm.dynamic_sampling=true"],
         "rollout.routing_replay: is true and does not go together with algorithm.over_sampling",
         "rollout.routing_replay: is true and ",
+    ),
+    (
+        ['kind="sft"', "rollout.asynchronous={}", "rollout.partial.step_token_budget=4"],
+        "rollout.asynchronous: is given and kind sft",
+        "rollout.partial: is given and kind sft",
+    ),
+    (["rollout.asynchronous={}", "rollout.partial.step_token_budget=4"], "rollout.partial: is given beside rollout.asynchronous"),
+    (["rollout.partial.step_token_budget=512"], "rollout.partial.step_token_budget: 512 tokens are all that a response may have"),
+    (["algorithm.sampler_correction.max_staleness=1"], "max_staleness: is 1 and every token is sampled by the weights it trains"),
+    (
+        ["rollout.asynchronous.max_staleness=2", "algorithm.sampler_correction.max_staleness=2"],
+        "algorithm.sampler_correction.max_staleness: 2 leaves nothing out, as rollout.asynchronous.max_staleness 2 bounds",
     ),
     (["evaluation.every=5"], "evaluation.every: is 5 but there is no evaluation.data"),
     (

@@ -18,7 +18,8 @@ from megarl.config.schema import RepetitionStopConfig
 from megarl.environments.protocol import Step
 from megarl.errors import RolloutError, WeightsError
 from megarl.rollout.episodes import EpisodePlayer
-from megarl.rollout.protocol import Generation, SamplingParams
+from megarl.rollout.outstanding import joined
+from megarl.rollout.protocol import Generation, SamplingParams, resumed
 from megarl.rollout.server_engine import ServerEngine
 from megarl.types import FinishReason, Prompt, Rollout
 from real_engines import all_gone, make_engine, server_processes
@@ -214,6 +215,43 @@ def test_an_update_waits_for_the_requests_in_flight(served: Served) -> None:
     for group, seed, version in ((before, 3, 2), (after, 4, 9)):
         assert {seen for one in group for seen in one.weight_versions} == {version}
         assert worst_gap(served.model(seed), [LONG_PROMPT], [group], 1.0) <= 1e-4
+
+
+def test_a_response_cut_at_an_update_goes_on_with_the_new_weights(served: Served) -> None:
+    """Each token's version and log-probability are those of the weights that sampled it."""
+    engine, params = served.engine, sampling(max_new_tokens=120, temperature=0.7)
+    prompts = [(1, 2, 3), (4, 5), LONG_PROMPT[:30]]
+
+    async def go_on(prompt: tuple[int, ...], index: int, part: Generation) -> Generation:
+        (rest,) = await engine.generate(prompt + part.token_ids, resumed(params, index, len(part.token_ids)))
+        return joined(part, rest, params.max_new_tokens)
+
+    async def cut_while_generating() -> tuple[list[list[Generation]], list[list[Generation]]]:
+        requests = [asyncio.ensure_future(engine.generate(prompt, params)) for prompt in prompts]
+        await engine.generate((7, 8, 9), sampling(num_samples=1, max_new_tokens=8))  # by then the others have some tokens too
+        late = asyncio.ensure_future(engine.generate((9, 9), params))  # on its way when the others are cut
+        await asyncio.sleep(0)
+        await engine.cut()
+        assert all(request.done() for request in (*requests, late))
+        parts = [request.result() for request in (*requests, late)]
+        await engine.update_weights(exported_weights(served.model(5)), 10)
+        resumed_groups = [
+            asyncio.gather(*(go_on(prompt, index, part) for index, part in enumerate(group)))
+            for prompt, group in zip((*prompts, (9, 9)), parts, strict=True)
+        ]
+        return parts, [list(group) for group in await asyncio.gather(*resumed_groups)]
+
+    parts, whole = served.run(cut_while_generating())
+    assert all(part.finish_reason is FinishReason.ABORT for group in parts for part in group)
+    assert all(0 < len(part.token_ids) < 120 for group in parts[:3] for part in group)
+    before, after = served.model(4), served.model(5)
+    for prompt, part_group, group in zip((*prompts, (9, 9)), parts, whole, strict=True):
+        for part, response in zip(part_group, group, strict=True):
+            length = len(part.token_ids)
+            assert response.weight_versions == (9,) * length + (10,) * (120 - length)
+            old = reference_logprobs(before, prompt, response.token_ids, 0.7)[:length]
+            new = reference_logprobs(after, prompt, response.token_ids, 0.7)[length:]
+            assert (torch.cat([old, new]) - torch.tensor(response.logprobs).double()).abs().max() <= 1e-4
 
 
 def test_the_end(served: Served) -> None:
