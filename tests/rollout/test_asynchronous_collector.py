@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +75,7 @@ class Trainer:
     engine: Engine
     taken: list[int] = field(default_factory=list)
 
-    def take(self, count: int) -> list[Prompt]:
+    def take(self, count: int, held: Mapping[str, int]) -> list[Prompt]:
         first = len(self.taken)
         self.taken += range(first, first + count)
         return [

@@ -1,6 +1,7 @@
 """Partial rollouts over an engine whose responses have lengths that the test chose."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def run_steps(collector: PartialCollector, engine: Engine, num_steps: int) -> li
     """Tickets trained by each step. No response may grow by more than the budget, unless the store is full."""
     taken: list[int] = []
 
-    def take(count: int) -> list[Prompt]:
+    def take(count: int, held: Mapping[str, int]) -> list[Prompt]:
         first = len(taken)
         taken.extend(range(first, first + count))
         return [
