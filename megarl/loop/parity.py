@@ -277,7 +277,11 @@ def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]
             changed[name] = _in_layout(role, keys[name], layout)
         elif role is not None:
             changed[name] = kind.model_validate(role.model_dump() | place)
-    return config.model_copy(update=changed), max(role.ranks(0).stop for role in changed.values())
+    world = range(max(role.ranks(0).stop for role in changed.values()))
+    for name, role in changed.items():
+        if role.ranks(0) == world:
+            changed[name] = role.model_copy(update={"num_ranks": None})  # all of them, as a config says it
+    return config.model_copy(update=changed), len(world)
 
 
 def _in_layout(role: RoleConfig, keys: dict[str, object], layout: dict[str, object]) -> RoleConfig:
