@@ -5,8 +5,8 @@
 Five of six problems are sums of two to four numbers, the others of twelve to sixteen; worked out, they take from 10 to 150 tokens.
 The model is the quickstart's (make quickstart), which adds four numbers, after some steps of supervised training on both kinds.
 
-The tables say for each kind of run: seconds of the steps after the first, without evaluation and checkpoints, and how many of them
-training waited for responses; held-out accuracy at the end; by staleness the share of the trained tokens and the mean gap
+The tables say for each kind of run: median seconds of the steps after the first, without evaluation and checkpoints, and how many
+of them training waited for responses; held-out accuracy at the end; by staleness the share of the trained tokens and the mean gap
 |log trainer - log sampler| before and behind the correction (TIS).
 """
 
@@ -16,6 +16,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,14 @@ def summary(log: list[dict[str, Any]]) -> dict[str, Any]:
             row["gap"] += tokens * step["metrics"][f"staleness/{k}_gap"]
             row["corrected"] += tokens * step["metrics"].get(f"staleness/{k}_gap_corrected", 0.0)
     timed = [step["seconds"] for step in steps[1:]]  # the first has the engine's start in it
+
+    def median(seconds_of: Callable[[dict[str, float]], float]) -> float:
+        return float(np.median([seconds_of(seconds) for seconds in timed]))
+
     return {
-        "seconds": sum(sum(s for name, s in seconds.items() if name not in NOT_TRAINING) for seconds in timed),
-        "waited": sum(seconds.get("wait", seconds.get("generate", 0.0)) for seconds in timed),
-        "update": sum(seconds["update"] + seconds["log-probs"] for seconds in timed),
+        "seconds": median(lambda seconds: sum(s for name, s in seconds.items() if name not in NOT_TRAINING)),
+        "waited": median(lambda seconds: seconds.get("wait", seconds.get("generate", 0.0))),
+        "update": median(lambda seconds: seconds["update"] + seconds["log-probs"]),
         "start": log[0]["metrics"]["accuracy"],
         "end": steps[-1]["metrics"]["accuracy"],
         "length": float(np.mean([step["metrics"]["response_length_mean"] for step in steps])),
@@ -154,11 +159,11 @@ def summary(log: list[dict[str, Any]]) -> dict[str, Any]:
 
 def report(results: dict[str, dict[str, Any]]) -> str:
     """Two tables in Markdown."""
-    lines = ["| rollouts | seconds | of them waiting | log-probs, updates | mean length | a step's longest | accuracy at the end |"]
+    lines = ["| rollouts | seconds a step | waiting | log-probs, updates | mean length | a step's longest | accuracy at the end |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for kind, one in results.items():
         lines.append(
-            f"| {kind} | {one['seconds']:.0f} | {one['waited']:.0f} | {one['update']:.0f} | {one['length']:.0f} | "
+            f"| {kind} | {one['seconds']:.2f} | {one['waited']:.2f} | {one['update']:.2f} | {one['length']:.0f} | "
             f"{one['longest']:.0f} | {one['end']:.1%} |"
         )
     lines += ["", "| rollouts | staleness | share of trained tokens | gap before | gap behind TIS |", "|---|---|---|---|---|"]
