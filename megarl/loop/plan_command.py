@@ -57,7 +57,7 @@ def sync(
         raise ConfigError("plan sync: give either --engine vllm or sglang, or --to with a Megatron layout")
     if engine is not None and optimizer:
         raise ConfigError("plan sync: engines take no optimizer state; give --optimizer with --to")
-    ranks = world_size or _fewest_ranks(config.policy.parallel)
+    ranks = world_size or fewest_ranks(config.policy.parallel)
     if engine is not None:
         target: EngineLayout | ParallelConfig = EngineLayout(engine=engine, tp=tp, ep=ep, replicas=replicas)
         words = f"{replicas} × {engine} tp={tp},ep={ep}"
@@ -82,7 +82,8 @@ def sync(
     _show_copies(plan, num_copies)
 
 
-def _fewest_ranks(parallel: ParallelConfig) -> int:
+def fewest_ranks(parallel: ParallelConfig) -> int:
+    """Of a layout: one replica."""
     experts = (parallel.etp or parallel.tp) * parallel.ep * parallel.pp
     return math.lcm(parallel.tp * parallel.pp * parallel.cp, experts)
 
