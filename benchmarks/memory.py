@@ -295,7 +295,8 @@ def compare(case: Case, meter_class: Callable[[], Any] = LiveTensors, num_sequen
     return Row(stated, measured[stated.first_rank], max(rank["peak"] for rank in measured))
 
 
-def _stated(row: Row, moment: str) -> float:
+def stated(row: Row, moment: str) -> float:
+    """Bytes stated for what was measured under that name."""
     held = sum(part.num_bytes for part in row.stated.held)
     if moment == "held before a step":
         return held
@@ -309,7 +310,7 @@ def _stated(row: Row, moment: str) -> float:
 def show(case: Case, row: Row) -> None:
     print(f"{case.name:<40} {row.stated.peak / MIB:>9.2f} {row.worst_measured / MIB:>9.2f} {100 * row.gap:>+6.1f}%", end="  ")
     for moment in ("held before a step", "scoring", "policy update", "policy optimizer step"):
-        print(f"{_stated(row, moment) / MIB:>9.2f} {row.measured[moment] / MIB:>9.2f}", end="  ")
+        print(f"{stated(row, moment) / MIB:>9.2f} {row.measured[moment] / MIB:>9.2f}", end="  ")
     print(flush=True)
 
 

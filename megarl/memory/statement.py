@@ -114,7 +114,7 @@ class _Role:
         return tuple(parts)
 
     def gathered(self) -> float:
-        """megatron-core's linear layers under sequence parallelism gather all tokens of a micro-batch in one buffer of the process."""
+        """Of the one buffer in which linear layers under sequence parallelism gather a micro-batch (megatron-core)."""
         parallel = self.config.parallel
         is_used = parallel.sequence_parallel and parallel.tp > 1
         return float(self.element * self.tokens * self.architecture.hidden_size) if is_used else 0.0
