@@ -1,7 +1,7 @@
 """Peak memory of a training step on forked gloo ranks against what ``megarl plan memory`` states before it.
 
     python benchmarks/memory.py                 # many layouts of small models, by live tensors
-    python benchmarks/memory.py --long          # one step with 32k tokens under context parallelism 4, by live tensors and by RSS
+    python benchmarks/memory.py --long          # an update with one sequence of 32k tokens under context parallelism 4
     python benchmarks/memory.py --log-probs     # the log-probability function at 8k, 16k and 32k tokens
 
 Live tensors are the bytes of all storages that a torch dispatch mode has seen and that are still referenced, from before the
@@ -32,7 +32,7 @@ from megarl.memory.statement import RankMemory, state_memory
 from megarl.parallel.launch import run_local_ranks
 from megarl.parallel.logprobs import vocab_parallel_logprobs
 from megarl.train.roles import Critic, Policy, Reference, is_main_rank, score
-from megarl.types import PackedBatch
+from megarl.types import PackedBatch, TokenScores
 
 MIB = 2**20
 SIZES = {
@@ -126,7 +126,7 @@ CASES = [
 LONG = Case(
     name="32k tokens, cp 4",
     ranks=4,
-    sizes={"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "vocab_size": 16000},
+    sizes={"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "vocab_size": 16000},
     layout=RING | {"cp": 4},
     role={"max_tokens_per_micro_batch": 32768, "logprob_chunk_tokens": 1024},
     length=32768,
@@ -178,12 +178,14 @@ def full_batch(config: Config) -> PackedBatch:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of all storages made under the mode that are still referenced, and their peak."""
+    """Bytes of all storages made under the mode that are still referenced, their peak, and that of the resident memory."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.resident_peak = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back at once
+        self._resident_start = _status("VmRSS")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -208,32 +210,10 @@ class LiveTensors(TorchDispatchMode):
     def measure(self, work: Callable[[], Any]) -> int:
         """Peak of what ``work`` does."""
         self.peak = self.live
-        work()
-        return self.peak
-
-
-class Resident:
-    """The same by the process's resident memory."""
-
-    def __init__(self) -> None:
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back at once
-        self.start = _status("VmRSS")
-
-    @property
-    def live(self) -> int:
-        """Bytes beyond those at the start."""
-        return _status("VmRSS") - self.start
-
-    def measure(self, work: Callable[[], Any]) -> int:
-        """Peak of what ``work`` does."""
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         work()
-        return _status("VmHWM") - self.start
-
-    def __enter__(self) -> "Resident":
-        return self
-
-    def __exit__(self, *unused: object) -> None: ...
+        self.resident_peak = max(self.resident_peak, _status("VmHWM") - self._resident_start)
+        return self.peak
 
 
 def _status(name: str) -> int:
@@ -241,10 +221,10 @@ def _status(name: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
-def measure_rank(config: Config, meter_class: Callable[[], Any], output: Path) -> None:
-    """Two steps on this rank; rank 0 saves what each rank held and its peaks, in bytes by name."""
+def measure_rank(config: Config, only_update: bool, output: Path) -> None:
+    """Two steps on this rank, or an update of one; rank 0 saves what each rank held and its peaks, in bytes by name."""
     warnings.filterwarnings("ignore")
-    meter = meter_class()
+    meter = LiveTensors()
     found: dict[str, int] = {}
     with meter:
         packed = full_batch(config)
@@ -253,17 +233,21 @@ def measure_rank(config: Config, meter_class: Callable[[], Any], output: Path) -
         critic = Critic(config, total_updates=10) if config.algorithm.advantage == "gae" else None
         algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
         learners = [(policy, "policy", algorithm.objective)] + ([(critic, "critic", algorithm.value_objective)] if critic else [])
-        for step in range(2):
+        if only_update:
+            policy.optimizer.fill_state()
+        for step in range(1 if only_update else 2):
             gc.collect()
-            found["held before a step" if step else "weights and gradients"] = meter.live
-            kept: list[Any] = []
-            found["scoring"] = meter.measure(lambda: kept.append(score(policy, reference, critic, packed)))  # noqa: B023
+            found["held before a step"] = meter.live
+            zeros = torch.zeros(packed.token_ids.numel())
+            kept = [TokenScores(old=zeros, entropies=zeros, reference=None, values=None)]
+            if not only_update:
+                found["scoring"] = meter.measure(lambda: kept.insert(0, score(policy, reference, critic, packed)))  # noqa: B023
             prepared = algorithm.prepare(packed, kept[0], step)
             for learner, name, objective in learners:
                 for batch in prepared.batches:
                     found[f"{name} update"] = meter.measure(lambda: learner.engine.forward_backward(batch, objective))  # noqa: B023
                     found[f"{name} optimizer step"] = meter.measure(learner.optimizer.step)
-    found["peak"] = max(value for name, value in found.items() if name != "weights and gradients")
+    found["peak"], found["resident"] = max(found.values()), meter.resident_peak
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
     if is_main_rank():
@@ -284,13 +268,13 @@ class Row:
         return self.stated.peak / self.worst_measured - 1
 
 
-def compare(case: Case, meter_class: Callable[[], Any] = LiveTensors, num_sequences: int = 4) -> Row:
+def compare(case: Case, num_sequences: int = 4, *, only_update: bool = False) -> Row:
     """State a case's memory, then run it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = config_of(case, folder, num_sequences)
         stated = state_memory(config, case.ranks, "cpu")[0]
-        run_local_ranks(measure_rank, (config, meter_class, folder / "out.pt"), case.ranks, 900)
+        run_local_ranks(measure_rank, (config, only_update, folder / "out.pt"), case.ranks, 1800)
         measured = torch.load(folder / "out.pt")
     return Row(stated, measured[stated.first_rank], max(rank["peak"] for rank in measured))
 
@@ -315,12 +299,16 @@ def show(case: Case, row: Row) -> None:
 
 
 def show_long() -> None:
-    for meter_class in (LiveTensors, Resident):
-        row = compare(LONG, meter_class, num_sequences=1)
-        print(meter_class.__name__)
-        show(LONG, row)
-    for part in (*row.stated.held, *row.stated.added):
-        print(f"  {part.owner:<8} {part.name:<24} {part.num_bytes / MIB:>9.1f} MiB")
+    """Forward, backward and optimizer step of one sequence."""
+    with tempfile.TemporaryDirectory() as name:
+        memory = state_memory(config_of(LONG, Path(name), 1), LONG.ranks, "cpu")[0]
+    print(f"stated {memory.peak / MIB:.1f} MiB for each rank, at {memory.moment}")
+    for part in (*memory.held, *memory.added):
+        print(f"  {part.owner:<8} {part.name:<24} {part.num_bytes / MIB:>9.1f} MiB", flush=True)
+    row = compare(LONG, num_sequences=1, only_update=True)
+    resident = row.measured["resident"]
+    print(f"measured by live tensors {row.worst_measured / MIB:.1f} MiB, stated {100 * row.gap:+.1f}%")
+    print(f"measured by resident memory {resident / MIB:.1f} MiB, stated {100 * (row.stated.peak / resident - 1):+.1f}%")
 
 
 def show_log_probs() -> None:

@@ -1,15 +1,24 @@
 """The stated memory against what forked ranks hold and need, and against published numbers of parameters."""
 
+import asyncio
+import gc
 import importlib.util
 import shutil
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
-from megarl.config.schema import Config
+from megarl.config.schema import Config, RolloutConfig
 from megarl.memory.statement import RankMemory, state_memory
+from megarl.models.architecture import read_architecture
+from megarl.rollout.embedded import EmbeddedEngine
+from megarl.rollout.protocol import SamplingParams
+from megarl.weights.mapping import build_weight_map
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "tests" / "config" / "models"
@@ -94,3 +103,39 @@ def test_log_probabilities_do_not_grow_with_length(tmp_path: Path) -> None:
         (memory,) = state_memory(config, 1, "cuda")
         sizes.append(memory.moments["policy scoring"] - sum(held(memory).values()))
     assert sizes[1] <= 4.01 * sizes[0]  # one layer's activations; a vocabulary of 152,064 would be 37 GB more
+
+
+class Inline(ThreadPoolExecutor):
+    """Runs in the calling thread, where the dispatch mode sees what is allocated."""
+
+    def submit(self, function: Any, /, *arguments: Any, **keywords: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments, **keywords))
+        return future
+
+
+def test_embedded_engine(tmp_path: Path) -> None:
+    """Weights and the peak while a full batch of full length is sampled."""
+    memory = benchmark()
+    case = memory.Case(name="engine", length=256)
+    rollout = {"max_prompt_tokens": 32, "max_new_tokens": 96, "prompts_per_step": 2, "samples_per_prompt": 8}
+    config = memory.config_of(case, tmp_path, 4).model_copy(update={"rollout": RolloutConfig.model_validate(rollout)})
+    (stated,) = state_memory(config, 1, "cpu")
+    architecture = read_architecture(tmp_path)
+    shapes = build_weight_map(architecture, 1, with_transformer_engine=False).hugging_face_shapes()
+    sampling = SamplingParams(max_new_tokens=96, temperature=1.0, top_p=1.0, top_k=0, stop_token_ids=(), num_samples=8, seed=1)
+
+    async def sample(engine: EmbeddedEngine) -> None:
+        await asyncio.gather(*(engine.generate((5,) * 32, sampling) for _ in range(2)))
+
+    with memory.LiveTensors() as meter:
+        engine = EmbeddedEngine(tmp_path, torch.float32, config.rollout.embedded, shapes)
+        engine._worker = Inline()
+        asyncio.run(engine.start())
+        asyncio.run(engine.update_weights(((name, torch.zeros(shape)) for name, shape in shapes.items()), 0))
+        gc.collect()
+        weights = meter.live
+        peak = meter.measure(lambda: asyncio.run(sample(engine)))
+    assert held(stated)["engine weights"] == pytest.approx(weights, rel=0.02)
+    added = stated.moments["sampling"] - sum(held(stated).values())
+    assert added == pytest.approx(peak - weights, rel=0.1)
