@@ -112,14 +112,20 @@ def batch(num_tokens: int, *, reference: bool, critic: bool) -> float:
 
 
 def embedded_engine(config: Config, architecture: Architecture, weight_map: WeightMap, element: int) -> dict[str, float]:
-    """transformers' model on rank 0, its key-value cache when the last of a batch ends at full length, and logits of one step."""
+    """transformers' model on rank 0, its key-value cache at full length and of the prompts alone, what one layer makes of all
+    prompts, and logits of one step."""
     rollout, mla = config.rollout, architecture.mla
     sequences = min(rollout.embedded.batch_size, rollout.prompts_per_step * rollout.samples_per_prompt)
     length = rollout.max_prompt_tokens + rollout.max_new_tokens
     width = architecture.num_kv_heads * (architecture.head_dim + (mla.v_head_dim if mla else architecture.head_dim))
+    moe = architecture.moe
+    ffn = max(architecture.ffn_size, moe.top_k * moe.ffn_size + moe.shared_ffn_size if moe else 0)
+    cache_of_token = element * architecture.num_layers * width
     num_weights = sum(math.prod(shape) for shape in weight_map.hugging_face_shapes().values())
     return {
         "weights": element * num_weights,
-        "key-value cache": element * sequences * length * architecture.num_layers * width,
+        "key-value cache": cache_of_token * sequences * length,
+        "key-value cache of prompts": cache_of_token * sequences * rollout.max_prompt_tokens,
+        "one layer over all prompts": element * sequences * rollout.max_prompt_tokens * (3 * ffn + 4 * architecture.hidden_size),
         "logits": 4 * FLOAT * sequences * architecture.vocabulary_size,  # logits, scaled, noise, their sum
     }

@@ -1,12 +1,13 @@
 """The peak memory of every kind of rank of a run, by part: what it holds all the time, and what the worst moment of a step adds.
 
-The moments are: sampling by the embedded engine on rank 0; scoring by each role; forward and backward of each role that learns; its
-optimizer step; sending weights to an engine. Counted are tensors; not counted are Python, libraries, the CUDA context, what
-communication libraries and the allocator keep for themselves, server engines, and checkpoints while they are written.
+The moments are: prompts and sampling in the embedded engine on rank 0; scoring by each role; forward and backward of each role that
+learns; its optimizer step; sending weights to an engine. Counted are tensors; not counted are Python, libraries, the CUDA context,
+what communication libraries and the allocator keep for themselves, server engines, and checkpoints while they are written.
 """
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -141,7 +142,7 @@ class _Role:
             # gone when the layers' backward begins
             head = norm["norm inputs"] + norm["normalised inputs"] + heads.kept(self.head) + heads.backward(self.head)
         working = max((activations.working(self.layer, is_moe=is_moe, recompute=recompute) for is_moe in set(layers)), default=0.0)
-        if self.weight_map.architecture.tied_embeddings and parallel.pp == 1:
+        if self.architecture.tied_embeddings and parallel.pp == 1:
             working += self.element * self.head.weight_elements  # waits for the embedding's own gradient
         saved = Part(self.name, "activations", activations.total(tensors), tensors)
         return self._largest(activations_bytes=working, head_bytes=head, before=(saved,))
@@ -222,7 +223,11 @@ def _rank(
     if has_engine:
         engine = held.embedded_engine(config, policy.architecture, policy.weight_map, policy.element)
         held_parts.append(Part("engine", "weights", engine["weights"], {}))
-        moments["sampling"] = tuple(Part("engine", name, engine[name], {}) for name in ("key-value cache", "logits"))
+        for moment, names_of_parts in (
+            ("prompts", ("key-value cache of prompts", "one layer over all prompts")),
+            ("sampling", ("key-value cache", "logits")),
+        ):
+            moments[moment] = tuple(Part("engine", name, engine[name], {}) for name in names_of_parts)
         moments["weight update"] = (Part("policy", "gathered tensor", policy.whole_tensors(), {}),)
     elif config.kind == "rl" and not _is_embedded(config):
         transfer = config.rollout.weight_transfer
@@ -284,13 +289,20 @@ def _settings(config: Config, name: str) -> tuple[RoleConfig, Path]:
     return section or config.policy, getattr(section, "path", None) or config.model.path
 
 
-def _role(config: Config, name: str, world_size: int) -> _Role:
-    role, path = _settings(config, name)
+@lru_cache(maxsize=8)  # of hundreds of experts it takes a second, and advice asks for many layouts
+def _weight_map(path: Path, pad_multiple: int, *, gives_values: bool) -> WeightMap:
     architecture = read_architecture(path)
-    gives_values, learns = name in ("critic", "reward_model"), name in ("policy", "critic")
     if gives_values:
         architecture = replace(architecture, tied_embeddings=False)
-    weight_map = build_weight_map(architecture, config.model.vocabulary_pad_multiple, with_transformer_engine=False)
+    weight_map = build_weight_map(architecture, pad_multiple, with_transformer_engine=False)
+    return with_value_head(weight_map) if gives_values else weight_map
+
+
+def _role(config: Config, name: str, world_size: int) -> _Role:
+    role, path = _settings(config, name)
+    gives_values, learns = name in ("critic", "reward_model"), name in ("policy", "critic")
+    weight_map = _weight_map(path, config.model.vocabulary_pad_multiple, gives_values=gives_values)
+    architecture = weight_map.architecture
     placement = place(role.parallel, world_size)
     num_tokens, longest = _batch_sizes(config)
     of_update = num_tokens // (config.algorithm.updates_per_step if config.kind == "rl" and learns else 1)
@@ -298,14 +310,13 @@ def _role(config: Config, name: str, world_size: int) -> _Role:
     in_micro_batch = min(role.max_tokens_per_micro_batch, of_replica)
     trained = config.rollout.max_new_tokens / longest if config.kind == "rl" else 1.0
     tokens = -(-in_micro_batch // placement.cp)
-    own_map = with_value_head(weight_map) if gives_values else weight_map
     return _Role(
         name=name,
         config=role,
         architecture=architecture,
-        weight_map=own_map,
+        weight_map=weight_map,
         placement=placement,
-        elements=held.elements(own_map, placement, aligned=learns and role.parallel.distributed_optimizer),
+        elements=held.elements(weight_map, placement, aligned=learns and role.parallel.distributed_optimizer),
         element=ELEMENT[config.model.dtype],
         learns=learns,
         gives_values=gives_values,
