@@ -316,13 +316,13 @@ def show_log_probs() -> None:
     print(f"{'tokens':>7} {'MiB beyond hidden states, weights and their gradients':>10}")
     for tokens in (8192, 16384, 32768):
         hidden = torch.randn(tokens, 64, requires_grad=True)
-        weight = torch.randn(32000, 64, requires_grad=True)
-        targets = torch.randint(0, 32000, (tokens,))
+        weight = torch.randn(8000, 64, requires_grad=True)
+        targets = torch.randint(0, 8000, (tokens,))
         meter = LiveTensors()
         with meter:
 
             def work() -> None:
-                logprobs, entropy = vocab_parallel_logprobs(hidden, weight, targets, vocabulary_size=32000)  # noqa: B023
+                logprobs, entropy = vocab_parallel_logprobs(hidden, weight, targets, vocabulary_size=8000)  # noqa: B023
                 (logprobs.sum() + 0.01 * entropy.sum()).backward()
 
             peak = meter.measure(work)

@@ -19,12 +19,7 @@ if TYPE_CHECKING:
     from megarl.reshard.plan import Plan
     from megarl.reshard.report import PlanReport
 
-plan_app = typer.Typer(no_args_is_help=True, help="What a run will move, computed from its layouts alone.")
-
-
-@plan_app.callback()
-def _plan() -> None:
-    """What a run will move, computed from its layouts alone."""  # without a callback, typer leaves out the name of a sole command
+plan_app = typer.Typer(no_args_is_help=True, help="What a run will move and hold, computed before it starts.")
 
 
 @plan_app.command()

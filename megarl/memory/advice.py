@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from megarl.config.checks import check
-from megarl.config.schema import Config, RoleConfig
+from megarl.config.schema import Config, RoleConfig, Section
 from megarl.errors import ConfigError
 from megarl.memory.statement import Device, longest_sequence, roles_of, state_memory
 
+LEAST_GAIN = 0.99  # of the peak; what gains less is not worth a line
 SMALLEST_CHUNK = 128  # tokens; smaller chunks of logits are not worth their time
 
 
@@ -61,22 +62,21 @@ def changes_that_help(config: Config, world_size: int, device: Device, limit: fl
     """
     run = _Run(config, world_size, device)
     before = run.peak()
-    helpful: list[tuple[float, _Edit]] = []
+    strongest: list[tuple[float, _Edit]] = []
     for kind in _kinds(run):
-        best: tuple[float, _Edit] | None = None
+        tried: list[tuple[float, _Edit]] = []
         for edit in kind:
-            peak = edit.apply(run).peak()
-            if peak < (best[0] if best else before * 0.99):
-                best = (peak, edit)
-            if peak <= limit:
+            tried.append((edit.apply(run).peak(), edit))
+            if tried[-1][0] <= limit:
                 break
-        if best is not None:
-            helpful.append(best)
-    helpful.sort(key=lambda item: (item[0] > limit, item[0]))
-    singles = [Change((edit.setting,), peak) for peak, edit in helpful]
-    if helpful and helpful[0][0] <= limit:
+        if tried:
+            strongest.append(min(reversed(tried), key=lambda item: item[0]))
+    strongest.sort(key=lambda item: item[0])  # those under the limit are first
+    singles = [Change((edit.setting,), peak) for peak, edit in strongest if peak < before * LEAST_GAIN]
+    if singles and singles[0].peak <= limit:
         return singles, None
-    return singles, _together(run, before, [edit for _, edit in helpful], limit)
+    # what gains nothing alone may, once another moment is the worst
+    return singles, _together(run, before, [edit for peak, edit in strongest if peak <= before], limit)
 
 
 def _together(run: _Run, peak: float, edits: list[_Edit], limit: float) -> Change | None:
@@ -84,7 +84,7 @@ def _together(run: _Run, peak: float, edits: list[_Edit], limit: float) -> Chang
     chosen: list[_Edit] = []
     for edit in edits:
         lower = _with(run, [*chosen, edit]).peak()
-        if lower < peak:
+        if lower <= peak:
             chosen, peak = [*chosen, edit], lower
         if peak <= limit:
             break
@@ -110,28 +110,28 @@ def _kinds(run: _Run) -> Iterator[Iterator[_Edit]]:
         if role is not None:  # else it has the policy's settings
             yield from _kinds_of_role(run, name, role)
     if run.config.model.dtype == "float32":
-        yield iter([_Edit("model.dtype=bfloat16", _set_dtype)])
+        yield _edits("model.dtype", ["bfloat16"])
+    if run.config.kind == "rl" and run.config.rollout.engine == "embedded":
+        sequences = run.config.rollout.embedded.batch_size
+        yield _edits("rollout.embedded.batch_size", [sequences // factor for factor in (2, 4, 8) if sequences >= factor])
     yield (_Edit(f"--world-size={run.world_size * factor}", _ranks(run.world_size * factor)) for factor in (2, 4, 8))
 
 
 def _kinds_of_role(run: _Run, name: str, role: RoleConfig) -> Iterator[Iterator[_Edit]]:
-    def edits(key: str, values: list[Any]) -> Iterator[_Edit]:
-        return (_Edit(f"{name}.{key}={str(value).lower()}", _setter(name, key, value)) for value in values)
-
     parallel = role.parallel
     learns = name in ("policy", "critic")
     if learns:
         stronger = {"none": ["selective", "full"], "selective": ["full"], "full": []}
-        yield edits("recompute", list(stronger[role.recompute]))
-    yield edits("max_tokens_per_micro_batch", _halvings(role.max_tokens_per_micro_batch, longest_sequence(run.config)))
-    yield edits("logprob_chunk_tokens", _halvings(role.logprob_chunk_tokens, SMALLEST_CHUNK))
+        yield _edits(f"{name}.recompute", list(stronger[role.recompute]))
+    yield _edits(f"{name}.max_tokens_per_micro_batch", _halvings(role.max_tokens_per_micro_batch, longest_sequence(run.config)))
+    yield _edits(f"{name}.logprob_chunk_tokens", _halvings(role.logprob_chunk_tokens, SMALLEST_CHUNK))
     if learns and not parallel.distributed_optimizer:
-        yield edits("parallel.distributed_optimizer", [True])
+        yield _edits(f"{name}.parallel.distributed_optimizer", [True])
     if parallel.tp > 1 and not parallel.sequence_parallel:
-        yield edits("parallel.sequence_parallel", [True])
+        yield _edits(f"{name}.parallel.sequence_parallel", [True])
     for axis in ("tp", "cp", "pp", "ep"):
         size = getattr(parallel, axis)
-        yield edits(f"parallel.{axis}", [size * factor for factor in (2, 4, 8) if size * factor <= run.world_size])
+        yield _edits(f"{name}.parallel.{axis}", [size * factor for factor in (2, 4, 8) if size * factor <= run.world_size])
 
 
 def _halvings(value: int, least: int) -> list[int]:
@@ -144,22 +144,17 @@ def _halvings(value: int, least: int) -> list[int]:
     return smaller
 
 
-def _setter(name: str, key: str, value: Any) -> Callable[[_Run], _Run]:
-    def apply(run: _Run) -> _Run:
-        role = getattr(run.config, name)
-        if key.startswith("parallel."):
-            parallel = role.parallel.model_copy(update={key.removeprefix("parallel."): value})
-            role = role.model_copy(update={"parallel": parallel})
-        else:
-            role = role.model_copy(update={key: value})
-        return replace(run, config=run.config.model_copy(update={name: role}))
-
-    return apply
+def _edits(key: str, values: list[Any]) -> Iterator[_Edit]:
+    return (_Edit(f"{key}={str(value).lower()}", _setter(key, value)) for value in values)
 
 
-def _set_dtype(run: _Run) -> _Run:
-    model = run.config.model.model_copy(update={"dtype": "bfloat16"})
-    return replace(run, config=run.config.model_copy(update={"model": model}))
+def _setter(key: str, value: Any) -> Callable[[_Run], _Run]:
+    return lambda run: replace(run, config=cast(Config, _changed(run.config, key.split("."), value)))
+
+
+def _changed(section: Section, path: list[str], value: Any) -> Section:
+    inner = value if len(path) == 1 else _changed(getattr(section, path[0]), path[1:], value)
+    return section.model_copy(update={path[0]: inner})
 
 
 def _ranks(world_size: int) -> Callable[[_Run], _Run]:
