@@ -301,7 +301,7 @@ def _weight_map(path: Path, pad_multiple: int, *, gives_values: bool) -> WeightM
 def _role(config: Config, name: str, world_size: int) -> _Role:
     role, path = _settings(config, name)
     gives_values, learns = name in ("critic", "reward_model"), name in ("policy", "critic")
-    weight_map = _weight_map(path, config.model.vocabulary_pad_multiple, gives_values=gives_values)
+    weight_map = _weight_map(path.resolve(), config.model.vocabulary_pad_multiple, gives_values=gives_values)
     architecture = weight_map.architecture
     placement = place(role.parallel, world_size)
     num_tokens, longest = _batch_sizes(config)

@@ -56,7 +56,7 @@ def test_stated_equals_measured(name: str) -> None:
     assert held_before == pytest.approx(row.measured["held before a step"], rel=0.1)
     measured = row.measured["policy update"] - row.measured["held before a step"]
     assert memory.stated(row, "policy update") - held_before == pytest.approx(measured, rel=0.06)
-    assert memory.stated(row, "policy optimizer step") == pytest.approx(row.measured["policy optimizer step"], rel=0.04)
+    assert memory.stated(row, "policy optimizer step") == pytest.approx(row.measured["policy optimizer step"], rel=0.08)
 
 
 def config_of(folder: Path, model: str, **values: object) -> Config:
