@@ -13,6 +13,7 @@ from megarl.config.checks import check
 from megarl.config.explain import explain
 from megarl.config.load import load_config
 from megarl.config.schema import Config
+from megarl.loop import memory_command  # noqa: F401  (adds plan memory)
 from megarl.loop.plan_command import plan_app
 
 app = typer.Typer(

@@ -13,6 +13,7 @@ ALLOWED = {
     "models": {"parallel", "config", "errors"},
     "weights": {"models", "parallel", "config", "errors", "death_signal"},
     "reshard": {"weights", "models", "parallel", "config", "errors"},
+    "memory": {"weights", "models", "parallel", "config", "errors"},
     "data": {"types", "config", "errors"},
     "workers": {"errors"},
     "environments": {"workers", "types", "config", "errors"},

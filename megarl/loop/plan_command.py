@@ -19,12 +19,7 @@ if TYPE_CHECKING:
     from megarl.reshard.plan import Plan
     from megarl.reshard.report import PlanReport
 
-plan_app = typer.Typer(no_args_is_help=True, help="What a run will move, computed from its layouts alone.")
-
-
-@plan_app.callback()
-def _plan() -> None:
-    """What a run will move, computed from its layouts alone."""  # without a callback, typer leaves out the name of a sole command
+plan_app = typer.Typer(no_args_is_help=True, help="What a run will move and hold, computed before it starts.")
 
 
 @plan_app.command()
@@ -59,7 +54,7 @@ def sync(
         raise ConfigError("plan sync: give either --engine vllm or sglang, or --to with a Megatron layout")
     if engine is not None and optimizer:
         raise ConfigError("plan sync: engines take no optimizer state; give --optimizer with --to")
-    ranks = world_size or config.policy.num_ranks or _fewest_ranks(config.policy.parallel)
+    ranks = world_size or config.policy.num_ranks or fewest_ranks(config.policy.parallel)
     if engine is not None:
         target: EngineLayout | ParallelConfig = EngineLayout(engine=engine, tp=tp, ep=ep, replicas=replicas)
         words = f"{replicas} × {engine} tp={tp},ep={ep}"
@@ -84,7 +79,8 @@ def sync(
     _show_copies(plan, num_copies)
 
 
-def _fewest_ranks(parallel: ParallelConfig) -> int:
+def fewest_ranks(parallel: ParallelConfig) -> int:
+    """Of a layout: one replica."""
     experts = (parallel.etp or parallel.tp) * parallel.ep * parallel.pp
     return math.lcm(parallel.tp * parallel.pp * parallel.cp, experts)
 

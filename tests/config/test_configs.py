@@ -12,6 +12,7 @@ from megarl.config.presets import PRESETS
 from megarl.config.schema import Config, JsonlSource
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.errors import ConfigError
+from megarl.memory.statement import state_memory
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -91,3 +92,9 @@ def test_laptop_file_starts_from_what_the_quickstart_makes(path: Path) -> None:
     # what the warm-up has seen is what the quickstart leaves out
     assert config.evaluation.data == quickstart.evaluation.data
     assert config.data.template == quickstart.data.template
+
+
+@pytest.mark.parametrize("path", CLUSTER, ids=lambda path: path.name)
+def test_cluster_files_fit_their_gpus(path: Path) -> None:
+    config = with_its_files(path)
+    assert state_memory(config, world_sizes(path)[0], "cuda")[0].peak < 80e9
