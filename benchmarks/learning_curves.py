@@ -23,6 +23,11 @@ from matplotlib import pyplot
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart"
 SUMS = "{min_terms: 3, max_terms: 3, min_digits: 1, max_digits: 1}"
+SHORTER = "{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}"
+TASKS = ", ".join(
+    f"{{name: {name}, source: {{type: reasoning_gym, task: chain_sum, size: {size}, seed: 100000, options: {options}}}}}"
+    for name, size, options in (("two", 500, SHORTER), ("three", 3000, SUMS))
+)
 HELD_OUT = f"{{type: reasoning_gym, task: chain_sum, size: 512, seed: 200000, options: {SUMS}}}"
 COLUMNS = 4  # of the plot
 
@@ -67,6 +72,7 @@ def warmed_up_model(folder: Path) -> Path:
 
 def learn(method: str, seed: int, model: Path, folder: Path) -> None:
     """One method, one seed."""
+    trained = {"data.train.tasks": f"[{TASKS}]"} if method == "aepo" else {"data.train.options": SUMS}  # aepo takes a mixture
     settings = {
         "model.path": model,
         "seed": seed,
@@ -74,11 +80,11 @@ def learn(method: str, seed: int, model: Path, folder: Path) -> None:
         "optimizer.learning_rate": 3e-4,
         "rollout.max_new_tokens": 32,
         "rollout.embedded.threads": 1,
-        "data.train.options": SUMS,
         "data.exclude": f"[{HELD_OUT}]",
         "evaluation.data": HELD_OUT,
         "evaluation.every": 5,
         "observe.progress": "false",
+        **trained,
     }
     train(ROOT / "configs" / "laptop" / f"{method}.yaml", folder / f"{method}-{seed}", settings)
     print(f"{method}, seed {seed}: " + ", ".join(f"{accuracy:.1%}" for _, accuracy in curve(folder, method, seed)), flush=True)
