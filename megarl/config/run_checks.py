@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from megarl.config.algorithm_checks import check_algorithm
+from megarl.config.document_qa_checks import check_document_qa, check_judges
 from megarl.config.names import FUNCTION_PATTERN
 from megarl.config.schema import Config, DataSource, EngineServerConfig, JsonlSource, ReasoningGymSource, ScorerConfig
 
@@ -147,6 +148,7 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
     if scorer.type == "python" and (scorer.function is None or not FUNCTION_PATTERN.fullmatch(scorer.function)):
         given = "is required" if scorer.function is None else f"{scorer.function!r} is not module:function"
         yield f"function: {given} for type python; give for example my_package.rewards:score"
+    yield from check_document_qa(scorer)
     if scorer.pattern is None:
         return
     try:
@@ -154,7 +156,7 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
     except re.error as error:
         yield f"pattern: {scorer.pattern!r} is not a regular expression ({error}); correct it"
         return
-    if scorer.type in ("exact", "math", "reasoning_gym") and groups == 0:
+    if scorer.type in ("exact", "math", "reasoning_gym", "document_qa") and groups == 0:
         yield f"pattern: {scorer.pattern!r} has no group to take the answer from; put the answer's part in ( )"
 
 
@@ -177,4 +179,5 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_data,
     check_evaluation,
     check_rewards,
+    check_judges,
 )

@@ -89,6 +89,7 @@ class MainRankRollout:
             with_greedy=with_greedy,
         )
         self.runner = asyncio.Runner()
+        self.runner.run(self.scorer.start())  # before the engine, whose start takes minutes
         self.runner.run(self.engine.start())
 
     def close(self) -> None:

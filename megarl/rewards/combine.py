@@ -10,12 +10,14 @@ from typing import Any
 
 from megarl.config.schema import RewardsConfig
 from megarl.errors import ConfigError, RewardError
+from megarl.rewards.hybrid import HybridScore, HybridScorer, verdict_specs
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
 from megarl.rewards.scorers import ScorerSpec, compile_pattern, import_function, one_line
 from megarl.rewards.worker import checked_score
 from megarl.types import Rollout, ScoredRollout
 
 AsyncScorer = Callable[[str, Mapping[str, Any]], Awaitable[Any]]
+Outcome = float | HybridScore | ScorerFailure
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,14 @@ class RewardScorer:
         """Raises ConfigError when a scorer's pattern or function is wrong or two have one name."""
         self._config = config
         self._specs = [
-            ScorerSpec(name=scorer.name or scorer.type, type=scorer.type, pattern=scorer.pattern, function=scorer.function)
+            ScorerSpec(
+                name=scorer.name or scorer.type,
+                type=scorer.type,
+                pattern=scorer.pattern,
+                function=scorer.function,
+                extract=scorer.extract,
+                match=tuple(scorer.match),
+            )
             for scorer in config.scorers
         ]
         names = Counter(spec.name for spec in self._specs)
@@ -42,8 +51,13 @@ class RewardScorer:
             compile_pattern(spec)
             if spec.type == "python" and _is_async(function := import_function(spec)):
                 self._async_functions[spec.name] = function
+        judges = {
+            spec.name: scorer.judge for spec, scorer in zip(self._specs, config.scorers, strict=True) if spec.type == "document_qa"
+        }
+        in_workers = [spec for spec in self._specs if spec.name not in self._async_functions]
         num_workers = min(config.concurrency, len(os.sched_getaffinity(0)))
-        self._pool = WorkerPool([spec for spec in self._specs if spec.name not in self._async_functions], num_workers)
+        self._pool = WorkerPool([*in_workers, *verdict_specs(judges)], num_workers)
+        self._hybrids = {name: HybridScorer(name, judge, config.timeout, self._pool) for name, judge in judges.items()}
         self._responses = asyncio.Semaphore(config.concurrency)
         self._failure_counts: Counter[str] = Counter()
 
@@ -52,11 +66,24 @@ class RewardScorer:
         """Failures so far of each scorer that failed, by name."""
         return dict(self._failure_counts)
 
+    async def start(self) -> None:
+        """Make sure that every judge answers; needed before ``score`` where there is one.
+
+        Raises:
+            RewardError: one does not.
+        """
+        try:
+            for hybrid in self._hybrids.values():
+                await hybrid.start()
+        except RewardError:
+            await self.close()
+            raise
+
     async def score(self, rollout: Rollout) -> ScoredRollout | None:
         """The scored response; None when a scorer failed and ``on_failure`` is drop: leave its whole group out.
 
         Every failure is counted and logged. With ``on_failure: zero`` a failed scorer has no entry in ``parts``, adds 0 to the
-        reward and is listed in ``failures``.
+        reward and is listed in ``failures``; where only the judge of document_qa failed, the rule's score remains.
 
         Raises:
             RewardError: a scorer failed and ``on_failure`` is stop, or no worker process can be started.
@@ -68,11 +95,14 @@ class RewardScorer:
         for spec, outcome in zip(self._specs, outcomes, strict=True):
             if isinstance(outcome, float):
                 parts[spec.name] = outcome
-            else:
+            elif isinstance(outcome, HybridScore):
+                parts |= outcome.parts(spec.name)
+            failure = outcome.failure if isinstance(outcome, HybridScore) else outcome
+            if isinstance(failure, ScorerFailure):
                 self._failure_counts[spec.name] += 1
-                failures.append(f"{spec.name} failed on {rollout.name}: {outcome}")
-        for failure in failures:
-            logger.warning("%s", failure)
+                failures.append(f"{spec.name} failed on {rollout.name}: {failure}")
+        for line in failures:
+            logger.warning("%s", line)
         if failures and self._config.on_failure == "stop":
             raise RewardError(f"scorer {failures[0]}; set rewards.on_failure to drop or zero to go on without it")
         if failures and self._config.on_failure == "drop":
@@ -83,10 +113,12 @@ class RewardScorer:
         return ScoredRollout(rollout=rollout, reward=float(reward), parts=parts, step_rewards=(), failures=tuple(failures))
 
     async def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes and the connections to judges."""
+        for hybrid in self._hybrids.values():
+            await hybrid.close()
         await self._pool.close()
 
-    async def _run_all(self, rollout: Rollout) -> list[float | ScorerFailure]:
+    async def _run_all(self, rollout: Rollout) -> list[Outcome]:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._run(spec.name, rollout)) for spec in self._specs]
@@ -94,9 +126,11 @@ class RewardScorer:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _run(self, name: str, rollout: Rollout) -> float | ScorerFailure:
+    async def _run(self, name: str, rollout: Rollout) -> Outcome:
         reference = rollout.prompt.reference
         try:
+            if name in self._hybrids:
+                return await self._hybrids[name].score(rollout)
             if name in self._async_functions:
                 return await self._run_async(self._async_functions[name], rollout.text, reference)
             return await self._pool.score(name, rollout.text, reference, self._config.timeout)

@@ -33,8 +33,10 @@ class WorkerPool:
         self._idle: list[_Worker] = []
         self._alive: set[_Worker] = set()
 
-    async def score(self, name: str, response: str, reference: Mapping[str, Any], timeout: float) -> float:
-        """The score of the scorer of that name; ``timeout`` seconds count from when a worker takes the request.
+    async def score(self, name: str, response: str, reference: Mapping[str, Any], timeout: float) -> Any:
+        """The score of the scorer of that name: a number, or a RuleScore of type document_qa.
+
+        ``timeout`` seconds count from when a worker takes the request.
 
         Raises:
             ScorerFailure: the scorer raised, ran out of time or ended its process.

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from megarl.errors import ConfigError
+from megarl.rewards.document_qa import document_qa_scorer, verdict_scorer
 
 Scorer = Callable[[str, Mapping[str, Any]], Any]
 
@@ -25,12 +26,18 @@ _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d+)?[eE][+-]?\d{1,2}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerSpec:
-    """One scorer as a worker process is told of it; the fields are those of ScorerConfig, ``name`` always given."""
+    """One scorer as a worker process is told of it; the fields are those of ScorerConfig, ``name`` always given.
+
+    Type ``verdict`` exists here only: it reads the replies of a judge, ``pattern`` and ``positive`` are the judge's.
+    """
 
     name: str
     type: str
     pattern: str | None
     function: str | None
+    extract: str | None = None
+    match: tuple[str, ...] = ()
+    positive: str | None = None
 
 
 def build_scorer(spec: ScorerSpec) -> Scorer:
@@ -45,6 +52,11 @@ def build_scorer(spec: ScorerSpec) -> Scorer:
     if spec.type == "regex":
         assert pattern is not None
         return lambda response, reference: 1.0 if pattern.search(response) else 0.0
+    if spec.type == "document_qa":
+        return document_qa_scorer(pattern, spec.extract, spec.match)
+    if spec.type == "verdict":
+        assert pattern is not None and spec.positive is not None
+        return verdict_scorer(pattern, spec.positive)
     loaders: dict[str, Callable[[], Scorer]] = {"exact": lambda: exact, "math": load_math, "reasoning_gym": load_reasoning_gym}
     score_answer = loaders[spec.type]()
     if pattern is None:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping
 from typing import BinaryIO
 
+from megarl.rewards.document_qa import RuleScore
 from megarl.rewards.scorers import Scorer, ScorerSpec, build_scorer, one_line
 
 FRAME_LENGTH = struct.Struct("<Q")
@@ -55,10 +56,11 @@ def checked_score(value: object) -> float:
     return float(value)
 
 
-def _score(scorers: Mapping[str, Scorer], request: bytes) -> tuple[float, None] | tuple[None, str]:
+def _score(scorers: Mapping[str, Scorer], request: bytes) -> tuple[float | RuleScore, None] | tuple[None, str]:
     try:
         name, response, reference = pickle.loads(request)
-        return checked_score(scorers[name](response, reference)), None
+        score = scorers[name](response, reference)
+        return score if isinstance(score, RuleScore) else checked_score(score), None
     except Exception as error:
         return None, one_line(error)
 
