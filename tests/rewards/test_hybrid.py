@@ -79,20 +79,22 @@ def test_the_higher_of_rule_and_judge_counts_and_the_judge_is_asked_only_where_i
         "the answer is Paris or Rome",
         "the answer is Rome",
         "Paris",
+        "the answer is capital of Paris",
         "the answer is " + "Paris " * 500,
     ]
     scored, server = score_all(after_start(verdict), [rollout(text) for text in texts])
     names = ("document_qa", "document_qa_rule", "document_qa_judge")
-    assert [tuple(one.parts.get(name) for name in names) for one in scored[:5]] == [
+    assert [tuple(one.parts.get(name) for name in names) for one in scored[:6]] == [
         (1.0, 1.0, None),
         (1.0, 0.0, 1.0),
         (0.5, 0.5, 0.0),  # one of three tokens, the gold one: 2 · 1 / (3 + 1)
         (0.0, 0.0, 0.0),
         (0.0, 0.0, None),
+        (1.0, 0.5, 1.0),  # the higher one, not the sum
     ]
-    assert scored[5].parts["document_qa_judge"] == 0.0  # too long to be shown
-    assert [one.reward for one in scored[:5]] == [2.0, 2.0, 1.0, 0.0, 0.0]
-    assert len(server.bodies) == 3
+    assert scored[6].parts["document_qa_judge"] == 0.0  # too long to be shown
+    assert [one.reward for one in scored[:6]] == [2.0, 2.0, 1.0, 0.0, 0.0, 2.0]
+    assert len(server.bodies) == 4
     for body in server.bodies:
         (message,) = body["messages"]
         assert "Which city?" in message["content"]
@@ -202,10 +204,28 @@ def test_a_judge_that_is_down_is_found_at_the_start():
 
 
 def test_no_more_questions_are_open_than_responses_may_be_scored():
-    rollouts = [rollout(f"the answer is {index}", index) for index in range(12)]
-    _, server = score_all(after_start(lambda index, body: "[[NO]]"), rollouts, rewards={"concurrency": 3})
-    assert len(server.bodies) == 12
-    assert server.most_open <= 3
+    """Nobody answers until a fourth question comes, which must not happen, or time is up."""
+    three_open, fourth = asyncio.Event(), asyncio.Event()
+
+    def answer(index, body):
+        (fourth if index > 3 else three_open if index == 3 else asyncio.Event()).set()
+        return None if index else "[[YES]]"  # the first is the question at the start
+
+    async def main():
+        async with serve(answer) as server:
+            settings = scorer_settings(server.url)
+            scorer = RewardScorer(RewardsConfig(scorers=[settings], concurrency=3))
+            await scorer.start()
+            tasks = [asyncio.create_task(scorer.score(rollout(f"the answer is {index}", index))) for index in range(12)]
+            await three_open.wait()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(fourth.wait(), 0.5)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await scorer.close()
+
+    asyncio.run(main())
 
 
 def test_a_prompt_without_question_is_a_failure():
