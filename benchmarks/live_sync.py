@@ -1,9 +1,11 @@
-"""New weights from 4 trainer ranks into a real engine with 2 workers: slices against gather and broadcast, in the same server.
+"""New weights from 4 trainer ranks into a real engine with 2 workers, in the same server: slices through memory that both share and
+over gloo, against gather and broadcast.
 
     python benchmarks/live_sync.py --engine vllm --rounds 5
 
-A Llama of 168 million float32 parameters (671 MB), random. Both methods of ``rollout.weight_transfer.method`` take turns; each
-update brings other weights, and after it the engine's log-probabilities are compared with transformers'.
+A Llama of 168 million float32 parameters (671 MB), random. The settings of ``rollout.weight_transfer`` take turns; each makes a
+plan and a group with a first update, which is not counted. Every update brings other weights, and after it the engine's
+log-probabilities are compared with transformers'.
 """
 
 import argparse
@@ -30,12 +32,19 @@ from megarl.weights.transfer import load_weights
 RANKS, WORKERS = 4, 2
 SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 16}
 PROMPT = (1, 2, 3, 4, 5)
+TRANSFERS = {
+    "slices, shared memory": {"transport": "shared_memory"},
+    "slices, gloo": {"transport": "gloo"},
+    "broadcast": {"method": "broadcast"},
+}
 MODELS = 2  # whose weights take turns
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "vllm": {"block_size": 32, "kv_cache_memory_bytes": 64 << 20},
     "sglang": {"max_total_tokens": 4096},
 }
-GREEDY = SamplingParams(num_samples=1, max_new_tokens=4, temperature=0.0, top_p=1.0, top_k=0, stop_token_ids=(), seed=0)
+GREEDY = SamplingParams(
+    num_samples=1, max_new_tokens=4, temperature=0.0, top_p=1.0, top_k=0, stop_token_ids=(), repetition_stop=None, seed=0
+)
 
 
 def write_models(folder: Path) -> None:
@@ -45,7 +54,7 @@ def write_models(folder: Path) -> None:
         LlamaForCausalLM(config).save_pretrained(folder / f"model{number}")
 
 
-def config_of(folder: Path, engine: str, method: str) -> Config:
+def config_of(folder: Path, engine: str, transfer: dict[str, str]) -> Config:
     values = {
         "kind": "rl",
         "steps": 1,
@@ -56,7 +65,7 @@ def config_of(folder: Path, engine: str, method: str) -> Config:
             "engine": engine,
             "max_prompt_tokens": 128,
             "max_new_tokens": 32,
-            "weight_transfer": {"method": method, "max_restarts": 0},
+            "weight_transfer": {**transfer, "max_restarts": 0},
             engine: {"tensor_parallel_size": WORKERS, "arguments": ARGUMENTS[engine]},
         },
     }
@@ -74,8 +83,8 @@ def check(main: MainRankEngine, model: Path) -> None:
 
 
 def compare(folder: Path, engine: str, rounds: int) -> None:
-    configs = {method: config_of(folder, engine, method) for method in ("slices", "broadcast")}
-    config = configs["slices"]
+    configs = {name: config_of(folder, engine, transfer) for name, transfer in TRANSFERS.items()}
+    config = configs["broadcast"]
     policy = Policy(config, 1)
     weight_map, chunks, layout = policy.weight_map, policy.engine.chunks, policy.engine.layout
     main = None
@@ -85,43 +94,45 @@ def compare(folder: Path, engine: str, rounds: int) -> None:
         runner.run(server.start())
         main = MainRankEngine(server, runner.run, print)
     try:
-        syncs = {method: WeightSync(configs[method], policy, main) for method in configs}
-        times: dict[str, list[float]] = {method: [] for method in configs}
+        times: dict[str, list[float]] = {name: [] for name in configs}
+        sent = torch.zeros((), dtype=torch.int64)
         version = 0
-        for _ in range(rounds + 1):
-            for method, sync in syncs.items():
-                model = folder / f"model{version % MODELS}"
-                load_weights(chunks, SafetensorsSource(model, weight_map), weight_map, layout)
-                dist.barrier()
-                started = time.perf_counter()
-                sync.push(version)
-                times[method].append(time.perf_counter() - started)
-                if main is not None:
-                    check(main, model)
-                version += 1
-        sent = torch.tensor(syncs["slices"].bytes_sent)
+        for _ in range(rounds):
+            for name in configs:
+                sync = WeightSync(configs[name], policy, main)  # the engine's workers keep the group that they joined last
+                for is_first in (True, False):
+                    model = folder / f"model{version % MODELS}"
+                    load_weights(chunks, SafetensorsSource(model, weight_map), weight_map, layout)
+                    dist.barrier()
+                    started = time.perf_counter()
+                    sync.push(version)
+                    if not is_first:
+                        times[name].append(time.perf_counter() - started)
+                    if main is not None:
+                        check(main, model)
+                    version += 1
+                sent.fill_(sync.bytes_sent or int(sent))
         dist.all_reduce(sent)
         if main is not None:
             shapes = weight_map.hugging_face_shapes().values()
             model_bytes = 4 * sum(torch.Size(shape).numel() for shape in shapes)
             # rank 0 holds a quarter of the model, and sends the whole to every worker
-            moved = {"slices": int(sent), "broadcast": model_bytes * (RANKS - 1) // RANKS + WORKERS * model_bytes}
-            report(engine, times, moved)
+            broadcast = model_bytes * (RANKS - 1) // RANKS + WORKERS * model_bytes
+            report(engine, times, {name: broadcast if name == "broadcast" else int(sent) for name in times})
     finally:
         if main is not None:
             runner.run(main.engine.close())
 
 
 def report(engine: str, times: dict[str, list[float]], moved: dict[str, int]) -> None:
-    """The first round, which joins the groups and makes the plan, is not counted."""
     print(f"{RANKS} ranks (tp 2, pp 2) → {engine} tp {WORKERS}")
-    print("| method | seconds (median) | all rounds | times the slices' | bytes sent |")
+    print("| method | seconds (median) | all rounds | times the first's | bytes sent |")
     print("|---|---|---|---|---|")
-    base = median(times["slices"][1:])
-    for method, values in times.items():
-        rounds = ", ".join(f"{value:.2f}" for value in values[1:])
-        middle = median(values[1:])
-        print(f"| {method} | {middle:.2f} | {rounds} | {middle / base:.2f} | {moved[method] / 1e6:,.0f} MB |", flush=True)
+    base = median(next(iter(times.values())))
+    for name, values in times.items():
+        rounds = ", ".join(f"{value:.2f}" for value in values)
+        middle = median(values)
+        print(f"| {name} | {middle:.2f} | {rounds} | {middle / base:.2f} | {moved[name] / 1e6:,.0f} MB |", flush=True)
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def build(weight_map: WeightMap, model: ModelConfig, parallel: dict[str, int]) -
 
 def gather_and_broadcast(weight_map: WeightMap, source: Model, destination: Model) -> None:
     """Every tensor whole to rank 0 and from there to every rank, which keeps its part."""
-    whole = dict(hugging_face_tensors(source[0], weight_map, source[1]))
+    whole = dict(hugging_face_tensors(source[0], weight_map, source[1], torch.float32))
     layout = destination[1]
     received: dict[str, Tensor] = {}
     for name, tensor in global_parameters(destination[0], weight_map, layout).items():

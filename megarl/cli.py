@@ -75,13 +75,13 @@ def show_config(config_path: ConfigPath, overrides: Overrides = [], nproc: NumRa
 @app.command()
 def parity(
     config_path: ConfigPath,
-    layouts: Annotated[list[str], typer.Option("--layouts", help='Layouts such as "tp=2" "pp=2,vpp=2".')],
+    layouts: Annotated[list[str], typer.Option("--layouts", help='Layouts such as "tp=2" "tp=2,critic.pp=2".')],
     more_layouts: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,  # what follows the first one after --layouts
     overrides: Overrides = [],  # noqa: B006
     bound: Annotated[float, typer.Option(help="Largest accepted gap of any parameter's gradient, relative to its norm.")] = 1e-5,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of the batch.")] = 4,
 ) -> None:
-    """Compare loss and gradients of one batch between layouts and one rank; exit 1 where they differ."""
+    """Compare loss, gradients and every model's scores of one batch between layouts and one rank; exit 1 where they differ."""
     config = _load(config_path, overrides)
 
     from megarl.loop.parity import ParityRun, parse_layout, with_layout
@@ -90,18 +90,18 @@ def parity(
     parsed = {text: parse_layout(text) for text in (*layouts, *(more_layouts or []))}
     for layout in parsed.values():
         check(*with_layout(config, layout))
-    table = Table("layout", "ranks", "loss", "loss gap", "norm gap", "worst gradient gap", "parameter", "")
+    table = Table("layout", "ranks", "loss", "loss gap", "norm gap", "worst gradient gap", "parameter", "score gap", "")
     failed = False
     with tempfile.TemporaryDirectory(prefix="megarl-parity-") as folder:
         run = ParityRun(config, first_prompts(config, num_prompts), Path(folder))
         for text, layout in parsed.items():
             row = run.compare_layout(text, layout)
-            accepted = max(row.loss_gap, row.norm_gap, row.worst_gap) <= bound
+            accepted = max(row.loss_gap, row.norm_gap, row.worst_gap, row.score_gap) <= bound
             failed |= not accepted
             gaps = [f"{gap:.1e}" for gap in (row.loss_gap, row.norm_gap, row.worst_gap)]
-            table.add_row(
-                text, str(row.num_ranks), f"{row.loss:.6f}", *gaps, row.worst_parameter, "ok" if accepted else "ABOVE BOUND"
-            )
+            verdict = "ok" if accepted else "ABOVE BOUND"
+            cells = (*gaps, row.worst_parameter, f"{row.score_gap:.1e}", verdict)
+            table.add_row(text, str(row.num_ranks), f"{row.loss:.6f}", *cells)
     Console(width=160).print(table)
     if failed:
         raise typer.Exit(1)

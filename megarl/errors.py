@@ -41,3 +41,8 @@ def listed(names: list[str], limit: int = 5) -> str:
     """The first names and how many more there are, for error messages."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def one_line(error: BaseException) -> str:
+    """The error's type and message on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

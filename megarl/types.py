@@ -8,14 +8,15 @@ the same sequence. The first token of a sequence is never predicted, so its ``lo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 GREEDY_INDEX = -1  # sample_index of a prompt's greedy response
 NO_VERSION = -1  # weight version of a token that no weights of the run sampled
+NO_EXPERT = -1  # expert of a token whose routing the engine did not report
 
 
 class FinishReason(StrEnum):
@@ -23,6 +24,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # a stop token was sampled (it is the last of token_ids)
     LENGTH = "length"  # max_new_tokens were sampled
+    REPETITION = "repetition"  # the response only repeated itself (rollout.repetition_stop)
     ABORT = "abort"  # the engine gave the request up
 
 
@@ -46,6 +48,38 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What the policy or the environment said, as people read it."""
+
+    speaker: Literal["policy", "environment"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """A response in several turns, with an environment's answers between them.
+
+    Attributes:
+        turns: who said what, in order; a last message of the environment that no tokens were made of is there too.
+        reward: the environment's rewards, summed over the turns.
+        failure: why the environment failed, with the turn; None where it did not. The episode ended with it.
+        is_out_of_turns: whether it ended because the policy had no more turns.
+        seconds: waited for the environment.
+    """
+
+    turns: tuple[Turn, ...]
+    reward: float
+    failure: str | None
+    is_out_of_turns: bool
+    seconds: float = field(compare=False)
+
+    @property
+    def num_turns(self) -> int:
+        """Turns of the policy."""
+        return sum(turn.speaker == "policy" for turn in self.turns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One response.
 
@@ -57,9 +91,13 @@ class Rollout:
         from_policy: whether the policy sampled the token; False for an environment's.
         logprobs: the sampler's log-probability of each token (nats), under softmax(logits / temperature) over the whole
             vocabulary; of the greedy response under softmax(logits); 0 for an environment's token.
-        weight_versions: version of the policy weights that sampled each token; that of the token before for an environment's.
-        finish_reason: why sampling ended.
-        text: the decoded response without special tokens.
+        weight_versions: version of the policy weights that sampled each token; for an environment's that of the token
+            before, NO_VERSION before the first.
+        finish_reason: why sampling ended; LENGTH also where an environment's message left no room.
+        text: the decoded response without special tokens; of an episode the policy's last turn.
+        episode: its turns, where there is an environment.
+        routed_experts: int16 [tokens read, num_moe_layers, top_k], the experts that the engine sent each token of prompt and
+            response to when it read it; the last ones it never read. None when it was not asked.
     """
 
     prompt: Prompt
@@ -70,12 +108,26 @@ class Rollout:
     weight_versions: tuple[int, ...]
     finish_reason: FinishReason
     text: str
+    episode: Episode | None = None
+    routed_experts: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def num_policy_tokens(self) -> int:
+        """Tokens that the policy sampled: what every length of a response counts."""
+        return sum(self.from_policy)
 
     @property
     def name(self) -> str:
         """What messages call it: ``"train/17 sample 3"``, ``"train/17 greedy response"``."""
         which = "greedy response" if self.sample_index == GREEDY_INDEX else f"sample {self.sample_index}"
         return f"{self.prompt.prompt_id} {which}"
+
+    @property
+    def environment_failure(self) -> str | None:
+        """One line with prompt, sample, turn and reason; None where the environment did not fail, or there is none."""
+        if self.episode is None or self.episode.failure is None:
+            return None
+        return f"environment failed on {self.name}, {self.episode.failure}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,13 +186,16 @@ class PackedBatch:
         sampler_logprobs: float32 [num_tokens], nats; 0 where ``loss_mask`` is False.
         weight_versions: int64 [num_tokens], version of the weights that sampled the token; -1 where ``loss_mask`` is False.
         step_rewards: float32 [num_tokens], reward of the reasoning step that ends with the token; NaN where none ends.
+        routed_experts: int16 [num_tokens, num_moe_layers, top_k], the experts that the engine sent the token to when it *read* it,
+            NO_EXPERT where that is not known; [num_tokens, 0, 0] without routing replay. Unlike the rest it belongs to the token as
+            an input: entry ``t`` routes the position whose output predicts ``token_ids[t + 1]``.
         group_ids: int64 [num_sequences], sequences with equal id answer the same prompt.
         task_ids: int64 [num_sequences], sequences with equal id have prompts of the same data source.
         rewards: float32 [num_sequences].
         truncated: bool [num_sequences], True where sampling was ended by the length limit.
         greedy_rewards: float32 [num_sequences], reward of the greedy response to the sequence's prompt; NaN where none was
             generated.
-        greedy_lengths: int64 [num_sequences], tokens of that response; 0 where none was generated.
+        greedy_lengths: int64 [num_sequences], tokens of that response that the policy sampled; 0 where none was generated.
     """
 
     token_ids: Tensor
@@ -149,6 +204,7 @@ class PackedBatch:
     sampler_logprobs: Tensor
     weight_versions: Tensor
     step_rewards: Tensor
+    routed_experts: Tensor
     group_ids: Tensor
     task_ids: Tensor
     rewards: Tensor

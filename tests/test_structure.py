@@ -14,8 +14,10 @@ ALLOWED = {
     "weights": {"models", "parallel", "config", "errors", "death_signal"},
     "reshard": {"weights", "models", "parallel", "config", "errors"},
     "data": {"types", "config", "errors"},
-    "rewards": {"types", "config", "errors"},
-    "rollout": {"types", "config", "errors"},
+    "workers": {"errors"},
+    "environments": {"workers", "types", "config", "errors"},
+    "rewards": {"workers", "types", "config", "errors"},
+    "rollout": {"environments", "types", "config", "errors"},
     "train": {"weights", "models", "parallel", "algorithms", "data", "types", "config", "errors"},
     "observe": {"types", "config", "errors"},
 }

@@ -59,9 +59,20 @@ def sampling(**changes: Any) -> SamplingParams:
         "top_p": 1.0,
         "top_k": 0,
         "stop_token_ids": (),
+        "repetition_stop": None,
         "seed": 2**62 - 1,
     }
     return SamplingParams(**(settings | changes))
+
+
+def repeats_first_at(tokens: Sequence[int], smallest: int, largest: int, count: int) -> int | None:
+    """Length of the shortest beginning that ends with ``count`` times one pattern of ``smallest`` to ``largest`` tokens."""
+    for length in range(1, len(tokens) + 1):
+        for size in range(smallest, largest + 1):
+            end = list(tokens[max(0, length - size * count) : length])
+            if len(end) == size * count and end == end[:size] * count:
+                return length
+    return None
 
 
 async def generate_all(engine: RolloutEngine, prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> list[list[Generation]]:

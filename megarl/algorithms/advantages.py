@@ -26,7 +26,9 @@ class AdvantageInput:
         greedy_rewards: float32 [num_sequences], of the greedy response to the sequence's prompt, shaped like ``rewards``; NaN
             unless the Advantage needs greedy responses.
         token_rewards: float32 [num_tokens], added to the reward at that token (the KL penalty in the reward); 0 elsewhere.
+        step_rewards: float32 [num_tokens], reward of the reasoning step that ends with the token; NaN where none ends.
         group_ids: int64 [num_sequences], sequences with equal id answer the same prompt.
+        task_ids: int64 [num_sequences], sequences with equal id have prompts of the same task.
         cu_seqlens: int64 [num_sequences + 1].
         loss_mask: bool [num_tokens].
         values: float32 [num_tokens], what the critic expects before each token; None without a critic.
@@ -37,7 +39,9 @@ class AdvantageInput:
     rewards: Tensor
     greedy_rewards: Tensor
     token_rewards: Tensor
+    step_rewards: Tensor
     group_ids: Tensor
+    task_ids: Tensor
     cu_seqlens: Tensor
     loss_mask: Tensor
     values: Tensor | None
@@ -129,6 +133,29 @@ def group_mean_batch_std(inputs: AdvantageInput) -> Tensor:
     return inputs.per_token((returns - mean) / (std + EPSILON))
 
 
+def group_mean_task_std(inputs: AdvantageInput) -> Tensor:
+    """(R - mean of the group) / (standard deviation of the task's R in the batch + 1e-6) (QwenLong-L1.5, arXiv 2512.12967)."""
+    returns = inputs.returns()
+    mean, _, _ = mean_std_count(returns, inputs.group_ids)
+    _, std, _ = mean_std_count(returns, inputs.task_ids)
+    return inputs.per_token((returns - mean) / (std + EPSILON))
+
+
+def process_rewards(inputs: AdvantageInput) -> Tensor:
+    """Process supervision: the group's normalised step rewards, each added to the tokens up to its step's end.
+
+    GRPO, arXiv 2402.03300, section 4.1.3: r̃_j = (r_j - mean) / std over all steps of all responses of the group, and the advantage
+    of token t is the sum of r̃_j over the steps of its response that end at t or later. Rewards of whole responses are not used.
+    """
+    ends = (~inputs.step_rewards.isnan()).nonzero()[:, 0]
+    rewards = inputs.step_rewards[ends].double()
+    groups = inputs.group_ids.repeat_interleave(inputs.cu_seqlens.diff())[ends]
+    mean, std, _ = mean_std_count(rewards, groups)
+    at_ends = torch.zeros(inputs.loss_mask.numel(), dtype=torch.float64, device=rewards.device)
+    at_ends[ends] = (rewards - mean) / (std + EPSILON)
+    return (suffix_sums(at_ends, inputs.cu_seqlens) * inputs.loss_mask).to(inputs.rewards.dtype)
+
+
 def greedy_baseline(inputs: AdvantageInput) -> Tensor:
     """R - reward of the greedy response to the same prompt (ReMax, arXiv 2310.10505, equation 5).
 
@@ -171,6 +198,11 @@ ADVANTAGES = {
     "group_mean": Advantage(function=group_mean, formula="R − mean_group R (2503.20783)"),
     "leave_one_out": Advantage(function=leave_one_out, formula="R − mean of the group's other R (2402.14740)"),
     "group_mean_batch_std": Advantage(function=group_mean_batch_std, formula="(R − mean_group R) / (std_batch R + ε) (2508.08221)"),
+    "group_mean_task_std": Advantage(function=group_mean_task_std, formula="(R − mean_group R) / (std_task R + ε) (2512.12967)"),
+    "process_rewards": Advantage(
+        function=process_rewards,
+        formula="Σ over steps that end at t or later of (r − mean_group r) / (std_group r + ε) (2402.03300)",
+    ),
     "batch_mean_std": Advantage(function=batch_mean_std, formula="(R − mean_batch R) / (std_batch R + ε)"),
     "greedy_baseline": Advantage(
         function=greedy_baseline, formula="R − R of the prompt's greedy response (2310.10505)", needs_greedy_response=True
@@ -198,39 +230,3 @@ def whiten(advantages: Tensor, loss_mask: Tensor) -> Tensor:
         return advantages
     whitened = (advantages - values.mean()) * (values.var(correction=0) + WHITENING_EPSILON).rsqrt()
     return (whitened * loss_mask).to(advantages.dtype)
-
-
-def group_mean_task_std(returns: Tensor, group_ids: Tensor, task_ids: Tensor) -> Tensor:
-    """(R - mean of the group) / (standard deviation of the task's R in the batch + 1e-6) (QwenLong-L1.5, arXiv 2512.12967).
-
-    Args:
-        returns: float [num_sequences].
-        group_ids, task_ids: int64 [num_sequences].
-    """
-    values = returns.double()
-    mean, _, _ = mean_std_count(values, group_ids)
-    _, std, _ = mean_std_count(values, task_ids)
-    return ((values - mean) / (std + EPSILON)).to(returns.dtype)
-
-
-def process_rewards(step_rewards: Tensor, step_ends: Tensor, step_groups: Tensor, cu_seqlens: Tensor, loss_mask: Tensor) -> Tensor:
-    """Process supervision: the group's normalised step rewards, each added to the tokens up to its step's end.
-
-    GRPO, arXiv 2402.03300, section 4.1.3: r̃_j = (r_j - mean) / std over all steps of all responses of the group, and the advantage
-    of token t is the sum of r̃_j over the steps of its response that end at t or later.
-
-    Args:
-        step_rewards: float [num_steps].
-        step_ends: int64 [num_steps], the step's last token, into the packed batch.
-        step_groups: int64 [num_steps], group of the step's response.
-        cu_seqlens: int64 [num_sequences + 1].
-        loss_mask: bool [num_tokens].
-
-    Returns:
-        float [num_tokens].
-    """
-    rewards = step_rewards.double()
-    mean, std, _ = mean_std_count(rewards, step_groups)
-    at_ends = torch.zeros(loss_mask.numel(), dtype=torch.float64, device=rewards.device)
-    at_ends.index_add_(0, step_ends, (rewards - mean) / (std + EPSILON))
-    return (suffix_sums(at_ends, cu_seqlens) * loss_mask).to(step_rewards.dtype)

@@ -15,6 +15,7 @@ from megarl.algorithms.objectives import Objective, TokenData, policy_objective,
 from megarl.algorithms.off_policy import sampler_weights
 from megarl.algorithms.sequences import sums_per_sequence, trained_lengths
 from megarl.algorithms.shaping import length_rewards, soft_overlong_penalties
+from megarl.algorithms.staleness import token_staleness
 from megarl.algorithms.surrogates import SURROGATES, Surrogate, SurrogateFunction, SurrogateInput
 from megarl.algorithms.user_functions import import_function
 from megarl.algorithms.values import explained_variance
@@ -64,7 +65,7 @@ class Algorithm:
         Args:
             packed: all responses of the step, whole groups.
             scores: of the same tokens.
-            step: steps done before this one.
+            step: steps done before this one, which is also the version of the policy's weights.
         """
         config = self._config
         metrics: dict[str, float] = {}
@@ -73,6 +74,11 @@ class Algorithm:
             metrics["masked_truncated_share"] = float(packed.truncated.double().mean())
             kept = ~packed.truncated.repeat_interleave(packed.sequence_lengths)
             packed = replace(packed, loss_mask=packed.loss_mask & kept)
+        limit = config.sampler_correction.max_staleness
+        if limit is not None:
+            is_stale = token_staleness(packed, step) > limit
+            metrics["stale_tokens_masked"] = float(is_stale.sum())
+            packed = replace(packed, loss_mask=packed.loss_mask & ~is_stale)
         inputs = self._advantage_input(packed, scores, rewards, metrics)
         advantages = self._advantages(inputs, scores, metrics)
         returns = self._returns(inputs, metrics)
@@ -156,7 +162,9 @@ class Algorithm:
             rewards=rewards,
             greedy_rewards=self._shaped_greedy_rewards(packed),
             token_rewards=token_rewards * packed.loss_mask,
+            step_rewards=packed.step_rewards,
             group_ids=packed.group_ids,
+            task_ids=packed.task_ids,
             cu_seqlens=packed.cu_seqlens,
             loss_mask=packed.loss_mask,
             values=scores.values,

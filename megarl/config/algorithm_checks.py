@@ -1,20 +1,15 @@
-"""Checks of the algorithm section: choices that clash, choices that cannot run yet, and what each asks of the rollout."""
+"""Checks of the algorithm section: choices that clash, and what each asks of rollout, data and rewards."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
 from megarl.config.schema import AlgorithmConfig, Config, RolloutConfig
+from megarl.config.tasks import TRAIN, scorers_of, tasks_of
 
-GROUP_ADVANTAGES = ("group_mean_std", "group_mean", "leave_one_out", "group_mean_batch_std")
+GROUP_ADVANTAGES = ("group_mean_std", "group_mean", "leave_one_out", "group_mean_batch_std", "group_mean_task_std")
 GREEDY_ADVANTAGES = ("greedy_baseline",)
 TOKEN_ADVANTAGES = ("reward_to_go", "reward_to_go_batch_mean", "gae", "process_rewards")
-
-# advantage: what is missing
-NOT_RUNNABLE = {
-    "process_rewards": "needs a reward for each step of a response, and no scorer gives one yet; choose for example group_mean_std",
-    "group_mean_task_std": "needs a mixture of several tasks, and data.train holds one; choose group_mean_batch_std",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +50,11 @@ CLASHES = (
         reason="the squared log-ratio is of a whole response; set aggregation: sequence_sum",
     ),
     Clash(
+        first=("advantage", ("process_rewards",)),
+        second=("kl.place", ("reward",)),
+        reason="process rewards are made of the rewards of steps alone; set kl.place: loss or none",
+    ),
+    Clash(
         first=("kl.place", ("reward",)),
         second=("kl.estimator", ("k2", "k3")),
         reason="the penalty in the reward is the log-ratio itself, the only one whose policy gradient is the KL's; set "
@@ -69,14 +69,14 @@ def check_algorithm(config: Config) -> Iterator[str]:
         return
     algorithm = config.algorithm
     yield from check_clashes(algorithm)
-    if algorithm.advantage in NOT_RUNNABLE:
-        yield f"algorithm.advantage: {algorithm.advantage} {NOT_RUNNABLE[algorithm.advantage]}"
     yield from check_kl(algorithm)
     yield from check_settings(algorithm)
     yield from check_critic(config)
     if algorithm.advantage in GREEDY_ADVANTAGES:
         yield from check_greedy_shaping(algorithm)
     yield from check_groups(algorithm, config.rollout)
+    yield from check_task_std(config)
+    yield from check_process_rewards(config)
 
 
 def check_clashes(algorithm: AlgorithmConfig) -> Iterator[str]:
@@ -164,3 +164,41 @@ def check_groups(algorithm: AlgorithmConfig, rollout: RolloutConfig) -> Iterator
     if rollout.samples_per_prompt * rollout.prompts_per_step < 2 and (algorithm.advantage == "batch_mean_std" or algorithm.whiten):
         choice = "whiten true" if algorithm.whiten else "advantage batch_mean_std"
         yield f"rollout.prompts_per_step: 1 response in a step leaves nothing to compare with algorithm.{choice}; raise it"
+
+
+def check_task_std(config: Config) -> Iterator[str]:
+    """A standard deviation by task has several tasks."""
+    if config.algorithm.advantage == "group_mean_task_std" and len(tasks_of(config.data.train, TRAIN)) < 2:
+        yield (
+            "algorithm.advantage: group_mean_task_std needs a mixture of several tasks, and data.train holds one; give data.train "
+            "type: mixture, or choose group_mean_batch_std"
+        )
+
+
+def check_process_rewards(config: Config) -> Iterator[str]:
+    """With rewards for steps, every task has a scorer that gives them, and nothing shapes rewards that are not used."""
+    algorithm = config.algorithm
+    if algorithm.advantage != "process_rewards":
+        return
+    for task in tasks_of(config.data.train, TRAIN):
+        if all(scorer.step_separator is None for scorer in scorers_of(config, task)):
+            yield (
+                f"algorithm.advantage: process_rewards needs a reward for each step of a response, and task {task.name} has no "
+                "scorer with step_separator; add one of type python, or choose for example group_mean_std"
+            )
+    for name in ("overlong_buffer", "length_weight"):
+        if (value := getattr(algorithm.reward_shaping, name)) > 0:
+            yield (
+                f"algorithm.reward_shaping.{name}: is {value:g} and changes rewards of whole responses, which advantage "
+                "process_rewards does not use; set it to 0"
+            )
+    if config.reward_model is not None:
+        yield (
+            "reward_model: scores whole responses, and advantage process_rewards uses rewards of steps alone; remove it, or choose "
+            "another advantage"
+        )
+    if algorithm.dynamic_sampling:
+        yield (
+            "algorithm.dynamic_sampling: is true and drops groups by the rewards of whole responses, which advantage "
+            "process_rewards does not use; set it to false"
+        )

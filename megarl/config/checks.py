@@ -11,7 +11,7 @@ from megarl.config.engine_checks import check_engine
 from megarl.config.model_facts import ModelFacts, read_model_facts
 from megarl.config.role_checks import Role, check_role
 from megarl.config.run_checks import check_run
-from megarl.config.schema import Config, CriticConfig
+from megarl.config.schema import Config, CriticConfig, RoleConfig
 from megarl.errors import ConfigError
 
 
@@ -35,6 +35,7 @@ def check(config: Config, world_size: int) -> None:
         failures += _check_reference(config, facts, world_size)
         failures += _check_critic(config, facts, world_size)
         failures += _check_reward_model(config, facts, world_size)
+        failures += _check_idle_ranks(config, world_size)
     if failures:
         raise ConfigError("\n".join(failures))
 
@@ -137,6 +138,22 @@ def _check_reward_model(config: Config, policy: ModelFacts, world_size: int) -> 
         )
     if not any(facts.path.glob("*.safetensors")):
         yield f"reward_model.path: {facts.path} has no *.safetensors file; give a Hugging Face folder with weights"
+
+
+def _check_idle_ranks(config: Config, world_size: int) -> Iterator[str]:
+    """Every rank has a part of some model of the run."""
+    roles: list[RoleConfig] = [config.policy]
+    if config.kind == "rl":
+        with_reference, with_critic = config.algorithm.kl.place != "none", config.algorithm.advantage == "gae"
+        used = ((config.reference, with_reference), (config.critic, with_critic), (config.reward_model, True))
+        roles += [role for role, is_used in used if role is not None and is_used]
+    ranks = [role.ranks(world_size) for role in roles]
+    idle = sorted(set(range(world_size)).difference(*ranks))
+    if idle and all(0 <= part.start < part.stop <= world_size for part in ranks):  # else check_ranks says what is wrong
+        yield (
+            f"policy.num_ranks: rank{'s' * (len(idle) > 1)} {', '.join(map(str, idle))} of a world of {world_size} would have no "
+            "part of any model; start fewer ranks, or change first_rank and num_ranks of the models"
+        )
 
 
 def _has_weights(folder: Path) -> bool:

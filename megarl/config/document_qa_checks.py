@@ -2,21 +2,16 @@
 
 import re
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 from megarl.config.schema import Config, JudgeConfig, ScorerConfig
+from megarl.config.tasks import placed_scorers
 
 PLACES = ("{question}", "{reference}", "{answer}")
 OWN_FIELDS = ("model", "messages", "temperature", "max_tokens", "stream", "n")  # of a request; the judge needs them as they are
 
 
 def check_document_qa(scorer: ScorerConfig) -> Iterator[str]:
-    """The keys of document_qa stand only there and agree; lines start with the key's name."""
-    if scorer.type != "document_qa":
-        for name in ("extract", "match", "judge"):
-            if getattr(scorer, name):
-                yield f"{name}: has no use for type {scorer.type}; remove it or use type document_qa"
-        return
+    """The keys of a scorer of type document_qa agree; lines start with the key's name."""
     if scorer.extract is not None and scorer.pattern is not None:
         yield f"extract: {scorer.extract} is given beside pattern {scorer.pattern!r}, and both find the answer; remove one of them"
     if "substring" in scorer.match and scorer.extract is None and scorer.pattern is None:
@@ -31,27 +26,29 @@ def check_document_qa(scorer: ScorerConfig) -> Iterator[str]:
 
 def check_judges(config: Config) -> Iterator[str]:
     """A judge's requests fit into the time of a prompt, and its scores have log names of their own."""
-    names = [scorer.name or scorer.type for scorer in config.rewards.scorers]
-    for index, scorer in enumerate(config.rewards.scorers):
-        place = f"rewards.scorers.{index}"
-        parts = {f"{names[index]}_rule", f"{names[index]}_judge"} if scorer.type == "document_qa" else set()
-        for name in sorted(parts.intersection(names)):
-            yield f"{place}.name: the scorer logs its part {name}, which is another scorer's name; rename one of them"
-        judge = scorer.judge
-        if judge is None:
-            continue
-        seconds = judge.timeout * (judge.retries + 1) + judge.retry_delay * (2**judge.retries - 1)
-        if seconds > config.rollout.request_timeout:
-            yield (
-                f"{place}.judge.timeout: {judge.retries + 1} requests of {judge.timeout:g} s and the waits between them take up to "
-                f"{seconds:g} s, above rollout.request_timeout {config.rollout.request_timeout:g}; lower timeout or retries, or "
-                "raise rollout.request_timeout"
-            )
+    for path, scorers in placed_scorers(config):
+        names = [scorer.name or scorer.type for scorer in scorers]
+        for index, scorer in enumerate(scorers):
+            if scorer.type != "document_qa":
+                continue
+            for part in (f"{names[index]}_rule", f"{names[index]}_judge"):
+                if part in names:
+                    yield f"{path}.{index}.name: the scorer logs its part {part}, another scorer's name; rename one of them"
+            if scorer.judge is not None:
+                yield from _check_time(f"{path}.{index}.judge", scorer.judge, config.rollout.request_timeout)
+
+
+def _check_time(path: str, judge: JudgeConfig, limit: float) -> Iterator[str]:
+    seconds = judge.timeout * (judge.retries + 1) + judge.retry_delay * (2**judge.retries - 1)
+    if seconds > limit:
+        yield (
+            f"{path}.timeout: {judge.retries + 1} requests of {judge.timeout:g} s and the waits between them take up to "
+            f"{seconds:g} s, above rollout.request_timeout {limit:g}; lower timeout or retries, or raise rollout.request_timeout"
+        )
 
 
 def _check_judge(judge: JudgeConfig) -> Iterator[str]:
-    parts = urlsplit(judge.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not re.match(r"https?://[^/:\s]", judge.url):
         yield f"url: {judge.url!r} is not an address; give for example http://judge:8000/v1"
     for place in PLACES:
         if place not in judge.prompt:

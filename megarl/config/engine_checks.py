@@ -15,6 +15,8 @@ NEVER_TIED = {("vllm", "deepseek_v3"), ("sglang", "qwen3_moe"), ("sglang", "mixt
 def check_engine(config: Config, facts: ModelFacts) -> Iterator[str]:
     """All checks of this file; one line for each mistake."""
     engine = config.rollout.engine
+    if config.rollout.routing_replay and facts.experts is None:
+        yield f"rollout.routing_replay: is true and {facts.path} has no experts to replay; set it to false"
     samples = config.kind == "rl" or config.evaluation.data is not None
     if engine == "embedded" or not samples:
         return
@@ -31,7 +33,7 @@ def check_engine(config: Config, facts: ModelFacts) -> Iterator[str]:
 
 
 def _check_sglang(facts: ModelFacts) -> Iterator[str]:
-    num_moe_layers = facts.experts.num_moe_layers if facts.experts is not None else 0
+    num_moe_layers = len(facts.experts.moe_layers) if facts.experts is not None else 0
     if facts.model_type == "qwen3_moe" and num_moe_layers < facts.num_layers:
         yield (
             f"rollout.engine: sglang gives every layer of qwen3_moe experts, and only {num_moe_layers} of the {facts.num_layers} "

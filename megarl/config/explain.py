@@ -11,7 +11,7 @@ from megarl.config.schema import Config, Section
 
 INTRODUCTION = """# Configuration
 
-One YAML file describes one run. This page is generated from `megarl/config/schema.py`, the only place where keys and their
+One YAML file describes one run. This page is generated from `megarl/config/schema/`, the only place where keys and their
 defaults exist, by `python -m megarl.config.explain > docs/configuration.md`.
 
 - `megarl config CONFIG` prints a file with every default filled in and explained, as YAML that can be used again.

@@ -30,7 +30,8 @@ class ExpertFacts:
         top_k: experts that one token visits.
         ffn_size: width of one routed expert.
         shared_ffn_size: width of all shared experts together; 0 without any.
-        num_moe_layers: layers that have experts.
+        num_layers: layers of the model.
+        moe_layers: those that have experts, counted from 0.
         is_normalised: the chosen experts' scores are divided by their sum.
         is_sigmoid: scores are sigmoids of the router's logits, not their softmax.
         num_groups, top_k_groups: groups of experts, and how many of them one token visits; 1 and 1 without groups.
@@ -41,7 +42,8 @@ class ExpertFacts:
     top_k: int
     ffn_size: int
     shared_ffn_size: int
-    num_moe_layers: int
+    num_layers: int
+    moe_layers: tuple[int, ...]
     is_normalised: bool
     is_sigmoid: bool
     num_groups: int
@@ -166,24 +168,25 @@ def _experts(raw: Mapping[str, Any], file: Path) -> ExpertFacts | None:
     if names is None:
         return None
     ffn_size = _positive(raw, "intermediate_size" if model_type == "mixtral" else "moe_intermediate_size", file)
-    shared, num_moe_layers, is_normalised, groups = 0, num_layers, True, (1, 1)
+    shared, moe_layers, is_normalised, groups = 0, tuple(range(num_layers)), True, (1, 1)
     if model_type == "qwen3_moe":
         step, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
-        num_moe_layers = sum(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
+        moe_layers = tuple(layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0)
         is_normalised = bool(raw.get("norm_topk_prob", False))
     if model_type == "deepseek_v3":
         shared = raw.get("n_shared_experts", 1) or 0
-        num_moe_layers = max(0, num_layers - raw.get("first_k_dense_replace", 3))
+        moe_layers = tuple(range(raw.get("first_k_dense_replace", 3), num_layers))
         is_normalised = bool(raw.get("norm_topk_prob", True))
         groups = raw.get("n_group", 8) or 1, raw.get("topk_group", 4) or 1
-    if num_moe_layers == 0:
+    if not moe_layers:
         return None
     return ExpertFacts(
         num_experts=_positive(raw, next((name for name in names if name in raw), names[0]), file),
         top_k=_positive(raw, "num_experts_per_tok", file),
         ffn_size=ffn_size,
         shared_ffn_size=shared * ffn_size,
-        num_moe_layers=num_moe_layers,
+        num_layers=num_layers,
+        moe_layers=moe_layers,
         is_normalised=is_normalised,
         is_sigmoid=model_type == "deepseek_v3",
         num_groups=groups[0],

@@ -1,4 +1,4 @@
-"""Checks of one role: its model can be built, its layout divides the world and the model, its micro-batches hold a sequence."""
+"""Checks of one role: its model can be built, its layout divides its ranks and the model, its micro-batches hold a sequence."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,12 +29,14 @@ class Role:
 def check_role(role: Role, config: Config, world_size: int) -> Iterator[str]:
     """All checks of one role; one line for each mistake."""
     yield from check_architecture(role)
-    yield from check_world_size(role, world_size)
+    yield from check_ranks(role, world_size)
     yield from check_tensor_parallel(role)
     yield from check_pipeline_parallel(role)
     yield from check_context_parallel(role)
-    yield from check_expert_parallel(role, world_size)
+    yield from check_experts(role)
     yield from check_lengths(role, config)
+    if role.name in ("reference", "reward_model") and role.config.offload == "optimizer":
+        yield f"{role.name}.offload: is optimizer, and a frozen model has none; choose all, or none"
 
 
 def check_architecture(role: Role) -> Iterator[str]:
@@ -73,16 +75,38 @@ def _unsupported_routing(experts: ExpertFacts) -> Iterator[str]:
         )
 
 
-def check_world_size(role: Role, world_size: int) -> Iterator[str]:
-    """The data parallel size is a whole number."""
-    parallel = role.config.parallel
-    product = parallel.tp * parallel.pp * parallel.cp
-    if world_size % product:
-        above = (world_size // product + 1) * product
-        fit = f"{above} ranks" if world_size < product else f"{above - product} or {above} ranks"
+def check_ranks(role: Role, world_size: int) -> Iterator[str]:
+    """The role's ranks exist, and the data parallel sizes over them are whole numbers."""
+    first, count = role.config.first_rank, role.config.num_ranks
+    if first >= world_size:
+        yield f"{role.name}.first_rank: there is no rank {first} in a world of {world_size}; give at most {world_size - 1}"
+    elif count is not None and first + count > world_size:
         yield (
-            f"{role.name}.parallel: world size {world_size} = tp {parallel.tp} × pp {parallel.pp} × cp {parallel.cp} × dp ?: "
-            f"{world_size} is not divisible by {product}; use {fit}, or smaller tp, pp or cp"
+            f"{role.name}.num_ranks: {count} ranks from rank {first} on reach beyond a world of {world_size}; "
+            f"give at most {world_size - first}, or start more ranks"
+        )
+    else:
+        yield from _check_sizes(role, world_size)
+
+
+def _check_sizes(role: Role, world_size: int) -> Iterator[str]:
+    """Both products of axes divide the number of ranks."""
+    parallel, num_ranks = role.config.parallel, len(role.config.ranks(world_size))
+    words = "world size" if num_ranks == world_size else "number of ranks"
+    product = parallel.tp * parallel.pp * parallel.cp
+    if num_ranks % product:
+        above = (num_ranks // product + 1) * product
+        fit = f"{above} ranks" if num_ranks < product else f"{above - product} or {above} ranks"
+        yield (
+            f"{role.name}.parallel: {words} {num_ranks} = tp {parallel.tp} × pp {parallel.pp} × cp {parallel.cp} × dp ?: "
+            f"{num_ranks} is not divisible by {product}; use {fit}, or smaller tp, pp or cp"
+        )
+    etp = parallel.etp or parallel.tp
+    product = etp * parallel.ep * parallel.pp
+    if role.facts.experts is not None and num_ranks % product:
+        yield (
+            f"{role.name}.parallel.ep: {words} {num_ranks} = etp {etp} × ep {parallel.ep} × pp {parallel.pp} × expert dp ?: "
+            f"{num_ranks} is not divisible by {product}; use a smaller ep or etp, or {product} ranks"
         )
 
 
@@ -92,7 +116,7 @@ def check_tensor_parallel(role: Role) -> Iterator[str]:
     sharded = {"num_attention_heads": facts.num_attention_heads}
     if not facts.has_latent_attention:
         sharded["num_key_value_heads"] = facts.num_key_value_heads
-    if facts.experts is None or facts.experts.num_moe_layers < facts.num_layers:
+    if facts.experts is None or len(facts.experts.moe_layers) < facts.num_layers:
         sharded["intermediate_size"] = facts.intermediate_size
     if facts.experts is not None and facts.experts.shared_ffn_size:
         sharded["n_shared_experts × moe_intermediate_size"] = facts.experts.shared_ffn_size
@@ -181,8 +205,8 @@ def check_context_parallel(role: Role) -> Iterator[str]:
         )
 
 
-def check_expert_parallel(role: Role, world_size: int) -> Iterator[str]:
-    """ep divides the experts, etp each of them, and both with pp the world."""
+def check_experts(role: Role) -> Iterator[str]:
+    """ep divides the experts, and etp each of them."""
     parallel, experts = role.config.parallel, role.facts.experts
     if experts is None:
         for name, size in (("ep", parallel.ep), ("etp", parallel.etp or 1)):
@@ -199,12 +223,6 @@ def check_expert_parallel(role: Role, world_size: int) -> Iterator[str]:
         yield (
             f"{role.name}.parallel.etp: etp {etp} (tp when not given) does not divide the experts' width {experts.ffn_size}; "
             "choose a smaller etp"
-        )
-    product = etp * parallel.ep * parallel.pp
-    if world_size % product:
-        yield (
-            f"{role.name}.parallel.ep: world size {world_size} = etp {etp} × ep {parallel.ep} × pp {parallel.pp} × expert dp ?: "
-            f"{world_size} is not divisible by {product}; use a smaller ep or etp, or {product} ranks"
         )
 
 

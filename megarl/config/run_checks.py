@@ -1,12 +1,16 @@
 """Checks across keys that need neither the model nor the number of ranks; one line for each mistake."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from megarl.config.algorithm_checks import check_algorithm
+from megarl.config.asynchronous_checks import check_asynchronous
+from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks
 from megarl.config.document_qa_checks import check_document_qa, check_judges
+from megarl.config.environment_checks import check_environment
 from megarl.config.names import FUNCTION_PATTERN
-from megarl.config.schema import Config, DataSource, EngineServerConfig, JsonlSource, ReasoningGymSource, ScorerConfig
+from megarl.config.schema import Config, EngineServerConfig, JsonlSource, ReasoningGymSource, RowSource, ScorerConfig, Section
+from megarl.config.tasks import placed_scorers, placed_tasks, scorers_of
 
 
 def check_run(config: Config) -> Iterator[str]:
@@ -42,16 +46,11 @@ def check_batch(config: Config) -> Iterator[str]:
     """A step can be split into mini-batches of whole groups."""
     if config.kind != "rl":
         return
-    rollout, algorithm, train = config.rollout, config.algorithm, config.data.train
+    rollout, algorithm = config.rollout, config.algorithm
     if rollout.prompts_per_step % algorithm.updates_per_step:
         yield (
             f"algorithm.updates_per_step: rollout.prompts_per_step {rollout.prompts_per_step} does not divide into "
             f"{algorithm.updates_per_step} mini-batches of whole groups; make it a multiple of {algorithm.updates_per_step}"
-        )
-    if isinstance(train, ReasoningGymSource) and train.size < rollout.prompts_per_step:
-        yield (
-            f"data.train.size: {train.size} prompts are fewer than rollout.prompts_per_step {rollout.prompts_per_step}, so one "
-            "step would hold a prompt twice; raise size"
         )
 
 
@@ -89,6 +88,18 @@ def check_engine_server(config: Config) -> Iterator[str]:
         )
 
 
+def check_weight_transfer(config: Config) -> Iterator[str]:
+    """A transport is chosen only for what goes by it."""
+    transfer = config.rollout.weight_transfer
+    if transfer.transport == "auto":
+        return
+    key = f"rollout.weight_transfer.transport: {transfer.transport} has no use with"
+    if config.rollout.engine == "embedded":
+        yield f"{key} rollout.engine embedded, which takes the weights from rank 0's memory; leave it out"
+    elif transfer.method == "broadcast":
+        yield f"{key} method broadcast, which goes by gloo; leave it out, or set method to slices"
+
+
 def check_data(config: Config) -> Iterator[str]:
     """Sources exist and the template has a place for the prompt."""
     template = config.data.template
@@ -97,6 +108,18 @@ def check_data(config: Config) -> Iterator[str]:
     for path, source in _sources(config):
         if isinstance(source, JsonlSource) and not source.path.is_file():
             yield f"{path}.path: {source.path} does not exist; give a JSON-lines file (relative to the current directory)"
+
+
+def check_routing_replay(config: Config) -> Iterator[str]:
+    """The experts of tokens are kept where a response is one request and is trained on in its own step."""
+    if not config.rollout.routing_replay:
+        return
+    for name, is_used in (
+        ("rollout.environment", config.rollout.environment is not None),
+        ("algorithm.over_sampling", config.algorithm.over_sampling > 1),
+    ):
+        if is_used:
+            yield f"rollout.routing_replay: is true and does not go together with {name}; remove one of the two"
 
 
 def check_evaluation(config: Config) -> Iterator[str]:
@@ -113,42 +136,77 @@ def check_evaluation(config: Config) -> Iterator[str]:
 
 def check_rewards(config: Config) -> Iterator[str]:
     """There is a scorer where responses are scored, and the log can tell scorers apart."""
-    scorers = config.rewards.scorers
-    needs_scorers = config.kind == "rl" and config.reward_model is None
-    user = "kind: rl" if needs_scorers else "evaluation.data" if config.evaluation.data is not None else None
-    if user is not None and not scorers:
-        yield f"rewards.scorers: is empty and {user} needs at least one; add for example - type: math"
+    for path, scorers in placed_scorers(config):
+        yield from check_scorers(path, scorers)
+    scored = [(path, task) for path, task in placed_tasks(config) if config.kind == "rl" or path.startswith("evaluation")]
+    for path, task in scored:
+        scorers = scorers_of(config, task)
+        is_training = path.startswith("data.train")
+        has_others = config.rollout.environment is not None or (is_training and config.reward_model is not None)
+        if not scorers and not has_others:
+            user = "kind: rl" if is_training else "evaluation.data"
+            yield f"rewards.scorers: is empty and {user} needs at least one; add for example - type: math"
+            break
+        if any(scorer.type == "reasoning_gym" for scorer in scorers) and not isinstance(task.source, ReasoningGymSource):
+            key = f"{path.removesuffix('source')}scorers" if task.scorers else "rewards.scorers"
+            yield f"{key}: reasoning_gym scores only its own tasks, and {path} has type {task.source.type}; use another scorer"
+
+
+def check_scorers(path: str, scorers: Sequence[ScorerConfig]) -> Iterator[str]:
+    """Each scorer of one list is whole, and has a name of its own."""
     seen: dict[str, int] = {}
     for index, scorer in enumerate(scorers):
         name = scorer.name or scorer.type
         if name in seen:
-            yield f"rewards.scorers.{index}.name: {name!r} is also the name of scorer {seen[name]}; give one of them another name"
+            yield f"{path}.{index}.name: {name!r} is also the name of scorer {seen[name]}; give one of them another name"
         seen.setdefault(name, index)
         for line in check_scorer(scorer):
-            yield f"rewards.scorers.{index}.{line}"
-        if scorer.type == "reasoning_gym":
-            scored = [("data.train", config.data.train)] if config.kind == "rl" else []
-            scored += [("evaluation.data", config.evaluation.data)] if config.evaluation.data is not None else []
-            for path, source in scored:
-                if not isinstance(source, ReasoningGymSource):
-                    yield (
-                        f"rewards.scorers.{index}.type: reasoning_gym scores only its own tasks, and {path} has type "
-                        f"{source.type}; use another scorer"
-                    )
+            yield f"{path}.{index}.{line}"
+
+
+SCORER_FIELDS = {
+    "pattern": ("regex", "format", "exact", "math", "reasoning_gym", "document_qa"),
+    "tags": ("format",),
+    "ngram": ("repetition",),
+    "script": ("language",),
+    "extract": ("document_qa",),
+    "match": ("document_qa",),
+    "judge": ("document_qa",),
+    "function": ("python",),
+    "step_separator": ("python",),
+    "url": ("reward_server",),
+    "engine": ("reward_server",),
+}
+REQUIRED_SCORER_FIELDS = {
+    "ngram": "for example 4",
+    "script": "for example latin",
+    "url": "for example http://127.0.0.1:8000",
+    "engine": "vllm or sglang",
+}
 
 
 def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
     """A scorer has the fields that its type needs, and only those; lines start with the field's name."""
+    for name, users in SCORER_FIELDS.items():
+        value = getattr(scorer, name)
+        if value and scorer.type not in users:
+            given = f"{name}:" if isinstance(value, Section) else f"{name}: {value!r}"
+            yield f"{given} has no use for type {scorer.type}; remove it or use type {' or '.join(users)}"
+        if value is None and users == (scorer.type,) and name in REQUIRED_SCORER_FIELDS:
+            yield f"{name}: is required for type {scorer.type}; give {REQUIRED_SCORER_FIELDS[name]}"
     if scorer.type == "regex" and scorer.pattern is None:
         yield "pattern: is required for type regex; give a regular expression"
-    if scorer.type == "python" and scorer.pattern is not None:
-        yield f"pattern: {scorer.pattern!r} has no use for type python; remove it"
-    if scorer.type != "python" and scorer.function is not None:
-        yield f"function: {scorer.function!r} has no use for type {scorer.type}; remove it or use type python"
+    if scorer.type == "format" and bool(scorer.tags) == (scorer.pattern is not None):
+        yield "tags: type format needs either tags or a pattern; give for example tags: [think, answer]"
+    if any(re.search(r"[<>/\s]", tag) or not tag for tag in scorer.tags):
+        yield f"tags: {scorer.tags!r} must be names without <, >, / and spaces; give for example [think, answer]"
     if scorer.type == "python" and (scorer.function is None or not FUNCTION_PATTERN.fullmatch(scorer.function)):
         given = "is required" if scorer.function is None else f"{scorer.function!r} is not module:function"
         yield f"function: {given} for type python; give for example my_package.rewards:score"
-    yield from check_document_qa(scorer)
+    if scorer.url is not None and not scorer.url.startswith(("http://", "https://")):
+        yield f"url: {scorer.url!r} is not a URL; give for example http://127.0.0.1:8000"
+    if scorer.type == "document_qa":
+        yield from check_document_qa(scorer)
     if scorer.pattern is None:
         return
     try:
@@ -160,13 +218,12 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
         yield f"pattern: {scorer.pattern!r} has no group to take the answer from; put the answer's part in ( )"
 
 
-def _sources(config: Config) -> Iterator[tuple[str, DataSource]]:
-    """Every data source with its dotted path."""
-    yield "data.train", config.data.train
+def _sources(config: Config) -> Iterator[tuple[str, RowSource]]:
+    """Every source of rows with its dotted path."""
+    for path, task in placed_tasks(config):
+        yield path, task.source
     for index, source in enumerate(config.data.exclude):
         yield f"data.exclude.{index}", source
-    if config.evaluation.data is not None:
-        yield "evaluation.data", config.evaluation.data
 
 
 CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
@@ -175,9 +232,18 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_batch,
     check_algorithm,
     check_sampling,
+    check_asynchronous,
     check_engine_server,
+    check_weight_transfer,
     check_data,
+    check_tasks,
+    check_order,
+    check_mixture,
+    check_surplus,
+    check_repetition_stop,
+    check_routing_replay,
     check_evaluation,
     check_rewards,
     check_judges,
+    check_environment,
 )

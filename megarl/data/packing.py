@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from megarl.data.template import SFTExample
 from megarl.errors import DataError
-from megarl.types import NO_VERSION, FinishReason, PackedBatch, RolloutGroup, ScoredRollout
+from megarl.types import NO_EXPERT, NO_VERSION, FinishReason, PackedBatch, Rollout, RolloutGroup, ScoredRollout
 
 
 def plan_micro_batches(
@@ -55,6 +57,11 @@ def plan_micro_batches(
     return plan
 
 
+def no_routing(num_tokens: int) -> Tensor:
+    """``routed_experts`` of a batch without routing replay."""
+    return torch.zeros(num_tokens, 0, 0, dtype=torch.int16)
+
+
 def with_scored_ends(packed: PackedBatch) -> PackedBatch:
     """Each sequence with one more token (0), the only one whose prediction counts: what a model says at the last real token."""
     num_tokens, num_sequences = packed.token_ids.numel(), packed.num_sequences
@@ -70,6 +77,7 @@ def with_scored_ends(packed: PackedBatch) -> PackedBatch:
         sampler_logprobs=torch.zeros(is_end.numel()),
         weight_versions=torch.full((is_end.numel(),), NO_VERSION),
         step_rewards=torch.full((is_end.numel(),), math.nan),
+        routed_experts=no_routing(is_end.numel()),
     )
 
 
@@ -122,7 +130,7 @@ def pack_examples(examples: Sequence[SFTExample]) -> PackedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sequence:
-    """One sequence of a batch; what is per token begins after the prompt."""
+    """One sequence of a batch; what is per token begins after the prompt, but for ``routed_experts``, which has all tokens."""
 
     prompt: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -130,6 +138,7 @@ class _Sequence:
     logprobs: tuple[float, ...]
     weight_versions: tuple[int, ...]
     step_rewards: Mapping[int, float]
+    routed_experts: Tensor
     group_id: int
     task_id: int
     reward: float
@@ -147,13 +156,22 @@ def _response(scored: ScoredRollout, group_id: int, task_ids: Mapping[str, int],
         logprobs=rollout.logprobs,
         weight_versions=rollout.weight_versions,
         step_rewards=dict(scored.step_rewards),
+        routed_experts=_known_experts(rollout),
         group_id=group_id,
         task_id=task_ids[rollout.prompt.task],
         reward=scored.reward,
         truncated=rollout.finish_reason is FinishReason.LENGTH,
         greedy_reward=math.nan if greedy is None else greedy.reward,
-        greedy_length=0 if greedy is None else len(greedy.rollout.token_ids),
+        greedy_length=0 if greedy is None else greedy.rollout.num_policy_tokens,
     )
+
+
+def _known_experts(rollout: Rollout) -> Tensor:
+    """``routed_experts`` of prompt and response, NO_EXPERT for what the engine did not read."""
+    num_tokens = len(rollout.prompt.token_ids) + len(rollout.token_ids)
+    if rollout.routed_experts is None:
+        return no_routing(num_tokens)
+    return F.pad(rollout.routed_experts, (0, 0, 0, 0, 0, num_tokens - len(rollout.routed_experts)), value=NO_EXPERT)
 
 
 def _example(example: SFTExample, group_id: int) -> _Sequence:
@@ -165,6 +183,7 @@ def _example(example: SFTExample, group_id: int) -> _Sequence:
         logprobs=(0.0,) * len(response),
         weight_versions=(NO_VERSION,) * len(response),
         step_rewards={},
+        routed_experts=no_routing(len(example.token_ids)),
         group_id=group_id,
         task_id=0,
         reward=0.0,
@@ -183,6 +202,7 @@ def _pack(sequences: Sequence[_Sequence]) -> PackedBatch:
     for sequence in sequences:
         num_prompt, num_response = len(sequence.prompt), len(sequence.token_ids)
         assert num_prompt > 0, "the first token of a sequence is never predicted"
+        assert len(sequence.routed_experts) == num_prompt + num_response
         assert {len(sequence.loss_mask), len(sequence.logprobs), len(sequence.weight_versions)} == {num_response}
         token_ids += [*sequence.prompt, *sequence.token_ids]
         loss_mask += [False] * num_prompt + [*sequence.loss_mask]
@@ -198,6 +218,7 @@ def _pack(sequences: Sequence[_Sequence]) -> PackedBatch:
         sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32),
         weight_versions=torch.tensor(versions, dtype=torch.int64),
         step_rewards=torch.tensor(step_rewards, dtype=torch.float32),
+        routed_experts=torch.cat([sequence.routed_experts for sequence in sequences]),
         group_ids=torch.tensor([sequence.group_id for sequence in sequences], dtype=torch.int64),
         task_ids=torch.tensor([sequence.task_id for sequence in sequences], dtype=torch.int64),
         rewards=torch.tensor([sequence.reward for sequence in sequences], dtype=torch.float32),

@@ -1,15 +1,18 @@
-"""An endless, exactly resumable order over rows, and the prompts and examples taken in that order."""
+"""The rows of a run's tasks, and the prompts and examples made of them, in an endless, exactly resumable order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy
 
-from megarl.config.schema import Config, DataConfig
-from megarl.data.sources import Row, read_rows
+from megarl.config.schema import Config
+from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
+from megarl.data.order import RowSampler, TaskChooser
+from megarl.data.sources import Row, number_at, read_rows
 from megarl.data.template import PromptTemplate, SFTExample
 from megarl.errors import CheckpointError, DataError
-from megarl.types import Prompt
+from megarl.types import Prompt, RolloutGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,84 +20,102 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 
-class RowSampler:
-    """Row indices, epoch after epoch; the order of an epoch depends only on ``(seed, epoch)``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRows:
+    """The rows of one task that are trained on.
 
-    def __init__(self, num_rows: int, seed: int, shuffle: bool) -> None:
-        assert num_rows > 0
-        self._identity = {"num_rows": num_rows, "seed": seed, "shuffle": shuffle}
-        self._epoch = 0
-        self._position = 0
-        self._order = self._permutation()
+    Attributes:
+        rows: all rows of the task's source; some may be made on access.
+        kept: int64, ascending indices of those that are trained on.
+        sampler: their order; it counts within ``kept``.
+    """
 
-    def next(self, count: int) -> list[int]:
-        """The next ``count`` indices; they may span epochs."""
-        indices: list[int] = []
-        while len(indices) < count:
-            if self._position == len(self._order):
-                self._epoch += 1
-                self._position = 0
-                self._order = self._permutation()
-            taken = self._order[self._position : self._position + count - len(indices)]
-            self._position += len(taken)
-            indices.extend(taken)
-        return indices
-
-    def state(self) -> dict[str, int]:
-        """Where the sampler is, as JSON values."""
-        return {**self._identity, "epoch": self._epoch, "position": self._position}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Continue exactly where ``state()`` was taken.
-
-        Raises:
-            CheckpointError: the state belongs to another number of rows, seed or shuffling, or lacks an entry.
-        """
-        missing = self.state().keys() - state.keys()
-        if missing:
-            raise CheckpointError(
-                f"the checkpoint's data position lacks {', '.join(sorted(missing))}; resume from an intact checkpoint"
-            )
-        for name, here in self._identity.items():
-            if state[name] != here:
-                raise CheckpointError(
-                    f"the checkpoint was made with {name} = {state[name]} for data.train but this run has {here}; "
-                    "resume with the data and seed of the interrupted run"
-                )
-        self._epoch, self._position = state["epoch"], state["position"]
-        self._order = self._permutation()
-
-    def _permutation(self) -> list[int]:
-        if not self._identity["shuffle"]:
-            return list(range(self._identity["num_rows"]))
-        # RandomState's stream is frozen for ever by NumPy's policy (NEP 19); Generator's may change between versions.
-        bits = numpy.random.MT19937(numpy.random.SeedSequence([self._identity["seed"], self._epoch]))
-        return numpy.random.RandomState(bits).permutation(self._identity["num_rows"]).tolist()
+    rows: Sequence[Row]
+    kept: numpy.ndarray
+    sampler: RowSampler
 
 
 class _Source(Generic[Item]):
-    """Rows, encoded when taken, in a sampler's order."""
+    """Rows of one or several tasks, encoded when taken.
 
-    def __init__(self, rows: Sequence[Row], encode: Callable[[Row], Item], sampler: RowSampler) -> None:
-        self._rows = rows
+    Args:
+        tasks: by name, in the order of the config.
+        encode: makes the item of a row.
+        chooser: says which task comes next.
+    """
+
+    def __init__(self, tasks: Mapping[str, TaskRows], encode: Callable[[Row], Item], chooser: TaskChooser) -> None:
+        self._tasks = tasks
         self._encode = encode
-        self._sampler = sampler
+        self._chooser = chooser
+        self._taken = 0
 
-    def take(self, count: int) -> list[Item]:
-        """The next ``count`` items."""
-        return [self._encode(self._rows[index]) for index in self._sampler.next(count)]
+    def take(self, count: int, held: Mapping[str, int] | None = None) -> list[Item]:
+        """The next ``count`` items.
 
-    def state(self) -> dict[str, int]:
+        Args:
+            count: items wanted.
+            held: for balanced mixtures, the items of each task that the step has already.
+        """
+        tasks = list(self._tasks.values())
+        numbers = self._chooser.choose(self._taken, count, [(held or {}).get(name, 0) for name in self._tasks])
+        self._taken += count
+        rows = [iter(task.sampler.next(numbers.count(number))) for number, task in enumerate(tasks)]
+        return [self._encode(tasks[number].rows[int(tasks[number].kept[next(rows[number])])]) for number in numbers]
+
+    def state(self) -> dict[str, Any]:
         """Position for a checkpoint, as JSON values."""
-        return self._sampler.state()
+        return {"taken": self._taken, "tasks": {name: task.sampler.state() for name, task in self._tasks.items()}}
 
-    def restore(self, state: dict[str, int]) -> None:
-        """Continue exactly where ``state()`` was taken; CheckpointError when the rows differ in number."""
-        self._sampler.restore(state)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue exactly where ``state()`` was taken; CheckpointError when the tasks or their rows are others."""
+        if list(state["tasks"]) != list(self._tasks):
+            raise CheckpointError(
+                f"the checkpoint was made with the tasks {', '.join(state['tasks'])} in data.train but this run has "
+                f"{', '.join(self._tasks)}; resume with the data of the interrupted run"
+            )
+        self._taken = state["taken"]
+        for name, task in self._tasks.items():
+            task.sampler.restore(state["tasks"][name])
 
 
 class PromptSource(_Source[Prompt]):
-    """Prompts for rollouts. A ``prompt_id`` comes back in each epoch."""
+    """Prompts for rollouts. A ``prompt_id`` comes back in each pass over its task's rows."""
+
+    def prompt(self, prompt_id: str) -> Prompt:
+        """The prompt of that id, wherever the order stands."""
+        name, row = _place(prompt_id)
+        return self._encode(self._tasks[name].rows[row])
+
+    def record(self, groups: Iterable[RolloutGroup], pass_threshold: float) -> None:
+        """Count what was sampled in one step into the prompts' success rates.
+
+        Args:
+            groups: all groups that were sampled and scored, whether they are trained on or not.
+            pass_threshold: a response with at least this reward is right.
+        """
+        shares: dict[str, list[tuple[int, float]]] = {name: [] for name in self._tasks}
+        for group in groups:
+            name, row = _place(group.prompt.prompt_id)
+            right = sum(scored.reward >= pass_threshold for scored in group.rollouts)
+            shares[name].append((int(numpy.searchsorted(self._tasks[name].kept, row)), right / len(group.rollouts)))
+        for name, task in self._tasks.items():
+            task.sampler.record(shares[name])
+
+    def metrics(self) -> dict[str, float]:
+        """Share of the rows that were answered so far, and the mean of their success rates."""
+        rates = numpy.concatenate([task.sampler.success.rates for task in self._tasks.values()])
+        seen = rates[~numpy.isnan(rates)]
+        return {
+            "data/seen_share": seen.size / rates.size,
+            "data/success_rate_mean": float(seen.mean(dtype=numpy.float64)) if seen.size else 0.0,
+        }
+
+
+def _place(prompt_id: str) -> tuple[str, int]:
+    """Task and row of ``task/17``."""
+    name, _, row = prompt_id.rpartition("/")
+    return name, int(row)
 
 
 class ExampleSource(_Source[SFTExample]):
@@ -112,8 +133,7 @@ def build_prompt_source(config: Config, tokenizer: "PreTrainedTokenizerBase") ->
     def encode(row: Row) -> Prompt:
         return template.encode_prompt(row, config.rollout.max_prompt_tokens)
 
-    rows = _checked_training_rows(config.data, encode)
-    return PromptSource(rows, encode, RowSampler(len(rows), config.seed, config.data.shuffle))
+    return PromptSource(_checked_training_rows(config, encode), encode, _task_chooser(config))
 
 
 def build_sft_source(config: Config, tokenizer: "PreTrainedTokenizerBase") -> ExampleSource:
@@ -127,8 +147,7 @@ def build_sft_source(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Ex
     def encode(row: Row) -> SFTExample:
         return template.encode_example(row, config.data.response_suffix, config.sft.max_tokens)
 
-    rows = _checked_training_rows(config.data, encode)
-    return ExampleSource(rows, encode, RowSampler(len(rows), config.seed, config.data.shuffle))
+    return ExampleSource(_checked_training_rows(config, encode), encode, _task_chooser(config))
 
 
 def build_evaluation_prompts(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
@@ -136,33 +155,43 @@ def build_evaluation_prompts(config: Config, tokenizer: "PreTrainedTokenizerBase
     if config.evaluation.data is None:
         return []
     template = PromptTemplate(tokenizer, config.data.template)
-    rows = read_rows(config.evaluation.data, "evaluation")
-    return [template.encode_prompt(row, config.rollout.max_prompt_tokens) for row in rows]
+    tasks = tasks_of(config.evaluation.data, EVALUATION)
+    return [
+        template.encode_prompt(row, config.rollout.max_prompt_tokens) for task in tasks for row in read_rows(task.source, task.name)
+    ]
 
 
-class _SelectedRows(Sequence[Row]):
-    """Some rows of a sequence, which may make its rows on access."""
-
-    def __init__(self, rows: Sequence[Row], indices: Sequence[int]) -> None:
-        self._rows = rows
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._rows[self._indices[index]]
+def _task_chooser(config: Config) -> TaskChooser:
+    weights = [task.weight for task in tasks_of(config.data.train, TRAIN)]
+    return TaskChooser(weights, config.seed, balanced=config.data.sampling.mixture == "balanced")
 
 
-def _checked_training_rows(data: DataConfig, encode: Callable[[Row], object]) -> Sequence[Row]:
-    """Rows of ``data.train`` that ``data.exclude`` does not name, each of which ``encode`` accepts."""
+def _checked_training_rows(config: Config, encode: Callable[[Row], object]) -> dict[str, TaskRows]:
+    """Rows of ``data.train`` by task that ``data.exclude`` does not name, each of which ``encode`` accepts."""
+    data = config.data
     excluded = {row.prompt_text for source in data.exclude for row in read_rows(source, "exclude")}
-    rows = read_rows(data.train, "train")
-    kept: list[int] = []
-    for index, row in enumerate(rows):
-        if row.prompt_text not in excluded:
-            encode(row)
-            kept.append(index)
-    if not kept:
-        raise DataError(f"data.exclude leaves none of the {len(rows)} rows of data.train; take other rows for one of them")
-    return _SelectedRows(rows, kept)
+    field = data.sampling.difficulty_field
+    tasks = {}
+    for number, task in enumerate(tasks_of(data.train, TRAIN)):
+        rows = read_rows(task.source, task.name)
+        kept: list[int] = []
+        difficulties: list[float] = []
+        for index, row in enumerate(rows):
+            if row.prompt_text not in excluded:
+                encode(row)
+                kept.append(index)
+                if field is not None:
+                    difficulties.append(number_at(row, field, "data.sampling.difficulty_field"))
+        if not kept:
+            raise DataError(
+                f"data.exclude leaves none of the {len(rows)} rows of task {task.name}; take other rows for one of them"
+            )
+        sampler = RowSampler(
+            len(kept),
+            config.seed,
+            data.sampling,
+            task=number,
+            difficulties=None if field is None else numpy.array(difficulties),
+        )
+        tasks[task.name] = TaskRows(rows=rows, kept=numpy.array(kept), sampler=sampler)
+    return tasks

@@ -2,12 +2,13 @@
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarl.config.schema import DatasetsSource, DataSource, JsonlSource, ReasoningGymSource
+from megarl.config.schema import DatasetsSource, JsonlSource, ReasoningGymSource, RowSource
 from megarl.errors import DataError
 
 ChatMessage = Mapping[str, str]
@@ -40,7 +41,7 @@ class Row:
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
 
 
-def read_rows(source: DataSource, task: str) -> Sequence[Row]:
+def read_rows(source: RowSource, task: str) -> Sequence[Row]:
     """All rows of a source, with ids ``task/0``, ``task/1`` ...; rows of datasets and reasoning_gym are made on access.
 
     Raises:
@@ -51,6 +52,29 @@ def read_rows(source: DataSource, task: str) -> Sequence[Row]:
     if isinstance(source, DatasetsSource):
         return _DatasetRows(source, task)
     return _ReasoningGymRows(source, task)
+
+
+def number_at(row: Row, field: str, option: str) -> float:
+    """The number in a field of the row's reference.
+
+    Args:
+        row: any row.
+        field: its name, dotted for nested fields (``entry.metadata.difficulty.num_terms``).
+        option: the key that names the field, for the error.
+
+    Raises:
+        DataError: there is no such field, or no finite number in it.
+    """
+    value: Any = row.reference
+    for depth, name in enumerate(names := field.split(".")):
+        if not isinstance(value, Mapping) or name not in value:
+            has = f"it has: {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"there is a {type(value).__name__}"
+            place = f" in {'.'.join(names[:depth])}" if depth else ""
+            raise DataError(f"row {row.row_id} has no field '{name}'{place} ({has}); add it or set {option}")
+        value = value[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"row {row.row_id}: field '{field}' is {value!r}; {option} needs a finite number in every row")
+    return float(value)
 
 
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -23,7 +23,8 @@ def broadcast_batch(batch: Batch | None, kind: type[Batch]) -> Batch:
     tensors = {}
     for name, (dtype, shape) in zip(names, layout[0], strict=True):
         tensor = torch.empty(shape, dtype=dtype) if batch is None else getattr(batch, name).contiguous()
-        dist.broadcast(tensor, src=0)
+        # neither gloo nor NCCL knows int16
+        dist.broadcast(tensor.view(torch.uint8) if dtype == torch.int16 else tensor, src=0)
         tensors[name] = tensor
     return kind(**tensors)
 

@@ -20,7 +20,8 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path) -> None:
     version = 0
     if saved_by_run:
         version = read_run_state(checkpoint, policy.weight_map).weight_version
-        policy.load_weights(load_policy(checkpoint, policy.sharded_weights()))
+        with policy.engine.weights.on_device():
+            policy.load_weights(load_policy(checkpoint, policy.sharded_weights()))
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     rollout = Rollout(config, tokenizer, policy, print, with_greedy=False)
     try:

@@ -8,6 +8,7 @@ from megarl.config.checks import check
 from megarl.config.load import save_config
 from megarl.config.schema import Config
 from megarl.errors import CheckpointError, ConfigError
+from megarl.loop.asynchronous import run_asynchronous_rl
 from megarl.loop.evaluate import evaluate_checkpoint
 from megarl.loop.rl import run_rl
 from megarl.loop.sft import run_sft
@@ -25,7 +26,8 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
     check(config, place.world_size if place else num_ranks)
     if place is None or place.rank == 0:
         _prepare_run_folder(config, resume=resume)
-    function = run_rl if config.kind == "rl" else run_sft
+    rl = run_rl if config.rollout.asynchronous is None else run_asynchronous_rl
+    function = rl if config.kind == "rl" else run_sft
     run_ranks(function, (config, resume), place, num_ranks, config.distributed_timeout)
 
 

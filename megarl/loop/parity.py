@@ -2,8 +2,8 @@
 
 The batch is made once from the config's own prompts (so lengths are the user's) with responses of unequal lengths, random
 rewards, and old, reference and sampler's log-probabilities near the model's own, so that ratios, clipping and KL all matter. Every
-layout then computes loss and gradients of that batch in a world of its own, and each gradient, put together under its
-Hugging Face name, is compared with one rank's.
+layout then computes loss and gradients of that batch, and what each of the run's models says of it, in a world of its own; each
+gradient, put together under its Hugging Face name, and each model's scores are compared with one rank's.
 """
 
 import math
@@ -20,16 +20,18 @@ from torch import Tensor
 from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.batches import build_supervised_batch
 from megarl.algorithms.objectives import ObjectiveFunction, supervised_objective
-from megarl.config.schema import Config, CriticConfig, ParallelConfig, RoleConfig
+from megarl.config.schema import Config, CriticConfig, ParallelConfig, ReferenceConfig, RewardModelConfig, RoleConfig
+from megarl.data.packing import no_routing
 from megarl.errors import ConfigError
 from megarl.models.architecture import read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
-from megarl.train.roles import Critic, Learner, Policy, is_main_rank
+from megarl.train.roles import Critic, Learner, Policy, Reference, RewardModel, is_main_rank, score
 from megarl.types import NO_VERSION, PackedBatch, TokenScores, TrainBatch
 from megarl.weights.transfer import hugging_face_gradients
 
 CRITIC = "critic."
+FOLLOWERS: dict[str, type[RoleConfig]] = {"reference": ReferenceConfig, "critic": CriticConfig, "reward_model": RewardModelConfig}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class LayoutResult:
         loss: of the policy, and of the critic where there is one, added up.
         gradients: by Hugging Face name; the critic's with ``critic.`` in front.
         parameters: Megatron parameter to the Hugging Face tensors in it.
+        scores: what each model says of the batch, by model; empty where only gradients were asked for.
     """
 
     layout: str
@@ -50,6 +53,7 @@ class LayoutResult:
     gradient_norm: float
     gradients: dict[str, Tensor]
     parameters: dict[str, tuple[str, ...]]
+    scores: dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class ParityRow:
         worst_gap: largest over Megatron parameters of ‖gradient - reference‖ / ‖reference‖. Query, key and value are one
             parameter there: the key bias's own gradient nearly cancels (softmax ignores a shift), which leaves rounding.
         worst_parameter: where.
+        score_gap: largest over models of ‖scores - reference‖ / ‖reference‖.
     """
 
     layout: str
@@ -71,12 +76,14 @@ class ParityRow:
     norm_gap: float
     worst_gap: float
     worst_parameter: str
+    score_gap: float
 
 
 def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedBatch:
     """Groups of random responses, lengths 1 to max_new_tokens (one empty), rewards in [0, 1]; a function of the seed.
 
-    Each group has the reward and the length of a greedy response, whether the method uses them or not.
+    Each group has the reward and the length of a greedy response, two tasks take turns, and steps end at about every fourth token,
+    whether the method uses them or not.
 
     Args:
         prompts: token ids; each is answered samples_per_prompt times.
@@ -98,15 +105,18 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
     rewards = torch.rand(len(lengths), generator=generator)
     greedy_rewards = torch.rand(len(prompts), generator=generator)
     greedy_lengths = torch.randint(0, limit + 1, (len(prompts),), generator=generator)
+    step_rewards = torch.rand(len(loss_mask), generator=generator)
+    ends_step = loss_mask & (torch.rand(len(loss_mask), generator=generator) < 0.25)
     return PackedBatch(
         token_ids=torch.cat(tokens),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         loss_mask=loss_mask,
         sampler_logprobs=torch.zeros(len(loss_mask)),
         weight_versions=torch.where(loss_mask, 0, NO_VERSION),
-        step_rewards=torch.full((len(loss_mask),), torch.nan),
+        step_rewards=torch.where(ends_step, step_rewards, torch.nan),
+        routed_experts=no_routing(len(loss_mask)),
         group_ids=group_ids,
-        task_ids=torch.zeros_like(group_ids),
+        task_ids=group_ids % 2,
         rewards=rewards,
         truncated=torch.tensor(truncated),
         greedy_rewards=greedy_rewards[group_ids],
@@ -168,9 +178,10 @@ def compute_gradients(
 
 
 def _loss_and_gradients(model: Learner, batch: TrainBatch, objective: ObjectiveFunction) -> tuple[float, dict[str, Tensor]]:
-    metrics = model.engine.forward_backward(batch, objective)
+    layout = model.engine.layout
+    metrics = layout.share(model.engine.forward_backward(batch, objective) if layout.is_member else None)
     gather_sharded_gradients(model.engine)
-    return metrics["loss"], dict(hugging_face_gradients(model.engine.chunks, model.weight_map, model.engine.layout))
+    return metrics["loss"], dict(hugging_face_gradients(model.engine.chunks, model.weight_map, layout))
 
 
 def megatron_parameters(policy: Policy, critic: Critic | None) -> dict[str, tuple[str, ...]]:
@@ -184,12 +195,22 @@ def megatron_parameters(policy: Policy, critic: Critic | None) -> dict[str, tupl
     }
 
 
+def _gradient_norm(model: Learner) -> float:
+    layout = model.engine.layout
+    return layout.share(model.optimizer.step()[0] if layout.is_member else None)
+
+
 def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> None:
     """One rank of one layout."""
     packed, scores = torch.load(batch_file, weights_only=False)
-    policy, critic = Policy(config, total_updates=1), build_critic(config)
+    policy, critic, names = Policy(config, total_updates=1), build_critic(config), _models(config)
+    reference = Reference(config) if "reference" in names else None
+    reward_model = RewardModel(config, config.reward_model) if config.reward_model is not None else None
+    own = score(policy, reference, critic, packed)
+    said = {"policy": own.old, "reference": own.reference, "critic": own.values}
+    said["reward_model"] = None if reward_model is None else reward_model.score(packed)
     loss, loss_scale, gradients = compute_gradients(policy, critic, config, packed, scores)
-    norm = math.hypot(*(model.optimizer.step()[0] for model in (policy, critic) if model is not None))
+    norm = math.hypot(*(_gradient_norm(model) for model in (policy, critic) if model is not None))
     if is_main_rank():
         result = LayoutResult(
             layout=name,
@@ -199,51 +220,92 @@ def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> 
             gradient_norm=norm,
             gradients=gradients,
             parameters=megatron_parameters(policy, critic),
+            scores={model: values for model, values in said.items() if values is not None},
         )
         torch.save(result, result_file)
 
 
 def parse_layout(text: str) -> dict[str, object]:
-    """Read ``"tp=2,pp=2"``.
+    """Read ``"tp=2,pp=2"`` or ``"tp=2,pp=2,critic.tp=4,critic.first_rank=4"``.
 
     Raises:
         ConfigError: an item is not key=value, or the key is no layout key.
     """
-    known = (*ParallelConfig.model_fields, "dp", "max_tokens_per_micro_batch")
+    known = (*ParallelConfig.model_fields, "dp", "first_rank", "max_tokens_per_micro_batch")
     layout: dict[str, object] = {}
     for item in filter(None, text.split(",")):
         name, separator, value = item.partition("=")
         if not separator:
             raise ConfigError(f"layout {text!r}: {item!r} is not key=value; write for example tp=2,pp=2")
-        if name not in known:
-            raise ConfigError(f"layout {text!r}: unknown key {name!r}; known: {', '.join(known)}")
+        model, _, key = name.rpartition(".")
+        if key not in known or model not in ("", *FOLLOWERS):
+            raise ConfigError(
+                f"layout {text!r}: unknown key {name!r}; known: {', '.join(known)}, and for another model than the policy these "
+                f"with {', '.join(f'{follower}.' for follower in FOLLOWERS)} in front"
+            )
         layout[name] = value
     return layout
 
 
 def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]:
-    """The config with its policy and critic in another layout, and the ranks it needs.
+    """The config with its models in another layout, and the ranks it needs.
+
+    A model without keys of its own has the policy's layout and ranks; one with such keys has tp · pp · cp · dp ranks from
+    ``first_rank`` on, whatever the config says.
 
     Args:
-        layout: keys of policy.parallel, plus ``dp`` and ``max_tokens_per_micro_batch``.
+        layout: keys of policy.parallel, plus ``dp`` (1 when not given), ``first_rank`` (0) and ``max_tokens_per_micro_batch``;
+            those of another model with its name and a dot in front.
+
+    Raises:
+        ConfigError: a value is of the wrong type, or the run has no such model.
     """
-    sizes = dict(layout)
+    keys: dict[str, dict[str, object]] = {}
+    for name, value in layout.items():
+        model, _, key = name.rpartition(".")
+        keys.setdefault(model or "policy", {})[key] = value
+    unused = sorted(keys.keys() - {"policy", *_models(config)})
+    if unused:
+        raise ConfigError(f"layout {layout}: the run has no {unused[0]}; leave out the keys that start with {unused[0]}.")
+    policy = _in_layout(config.policy, keys.get("policy", {}), layout)
+    place = policy.model_dump(include={"first_rank", "num_ranks", "parallel", "max_tokens_per_micro_batch", "offload"})
+    changed: dict[str, RoleConfig] = {"policy": policy}
+    for name, kind in FOLLOWERS.items():
+        role = getattr(config, name)
+        if name in keys:
+            role = role or kind.model_validate(policy.model_dump())
+            changed[name] = _in_layout(role, keys[name], layout)
+        elif role is not None:
+            changed[name] = kind.model_validate(role.model_dump() | place)
+    world = range(max(role.ranks(0).stop for role in changed.values()))
+    for name, role in changed.items():
+        if role.ranks(0) == world:
+            changed[name] = role.model_copy(update={"num_ranks": None})  # all of them, as a config says it
+    return config.model_copy(update=changed), len(world)
+
+
+def _in_layout(role: RoleConfig, keys: dict[str, object], layout: dict[str, object]) -> RoleConfig:
+    """The role with only these layout keys set."""
+    sizes = dict(keys)
     dp = int(str(sizes.pop("dp", 1)))
-    role = {"max_tokens_per_micro_batch": config.policy.max_tokens_per_micro_batch} | {
-        key: sizes.pop(key) for key in ("max_tokens_per_micro_batch",) if key in sizes
-    }
-    policy = config.policy.model_dump() | role | {"parallel": sizes}
+    own = {key: sizes.pop(key) for key in ("max_tokens_per_micro_batch", "first_rank") if key in sizes}
     try:
-        changed = config.model_copy(update={"policy": RoleConfig.model_validate(policy), "critic": _critic(config, role, sizes)})
+        parallel = ParallelConfig.model_validate(sizes)
+        num_ranks = parallel.tp * parallel.pp * parallel.cp * dp
+        place = {"first_rank": 0, "num_ranks": num_ranks, "parallel": parallel.model_dump(), "offload": "none"}
+        return type(role).model_validate(role.model_dump() | place | own)
     except ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(f"layout {layout}: {problem['loc'][-1]} = {problem['input']!r}: {problem['msg']}") from error
-    parallel = changed.policy.parallel
-    return changed, parallel.tp * parallel.pp * parallel.cp * dp
 
 
-def _critic(config: Config, role: dict[str, object], parallel: dict[str, object]) -> CriticConfig | None:
-    return config.critic and CriticConfig.model_validate(config.critic.model_dump() | role | {"parallel": parallel})
+def _models(config: Config) -> tuple[str, ...]:
+    """The models of the run beside the policy."""
+    if config.kind != "rl":
+        return ()
+    algorithm = config.algorithm
+    used = (algorithm.kl.place != "none", algorithm.advantage == "gae", config.reward_model is not None)
+    return tuple(name for name, is_used in zip(FOLLOWERS, used, strict=True) if is_used)
 
 
 def compare(reference: LayoutResult, result: LayoutResult) -> ParityRow:
@@ -264,7 +326,12 @@ def compare(reference: LayoutResult, result: LayoutResult) -> ParityRow:
         norm_gap=abs(result.gradient_norm - reference.gradient_norm) / reference.gradient_norm,
         worst_gap=gaps[worst],
         worst_parameter=worst,
+        score_gap=max((_score_gap(result.scores[model], scores) for model, scores in reference.scores.items()), default=0.0),
     )
+
+
+def _score_gap(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
 
 
 class ParityRun:

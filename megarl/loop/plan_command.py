@@ -37,7 +37,9 @@ def sync(
     replicas: Annotated[int, typer.Option(min=1, help="Engines, all alike.")] = 1,
     to: Annotated[str | None, typer.Option(help='A Megatron layout instead of an engine, such as "tp=4,pp=2".')] = None,
     optimizer: Annotated[bool, typer.Option("--optimizer", help="With --to: one float32 tensor of optimizer state.")] = False,
-    world_size: Annotated[int | None, typer.Option(min=1, help="Training ranks; the fewest of the layout by default.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of the policy; as configured, or the fewest, by default.")
+    ] = None,
     disjoint: Annotated[bool, typer.Option("--disjoint", help="The engines have nodes of their own.")] = False,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node; training rank r is on GPU r.")] = 8,
     intra_gbps: Annotated[float, typer.Option(min=0.001, help="Gigabits per second of a GPU within its node, each way.")] = 3600,
@@ -57,7 +59,7 @@ def sync(
         raise ConfigError("plan sync: give either --engine vllm or sglang, or --to with a Megatron layout")
     if engine is not None and optimizer:
         raise ConfigError("plan sync: engines take no optimizer state; give --optimizer with --to")
-    ranks = world_size or _fewest_ranks(config.policy.parallel)
+    ranks = world_size or config.policy.num_ranks or _fewest_ranks(config.policy.parallel)
     if engine is not None:
         target: EngineLayout | ParallelConfig = EngineLayout(engine=engine, tp=tp, ep=ep, replicas=replicas)
         words = f"{replicas} × {engine} tp={tp},ep={ep}"

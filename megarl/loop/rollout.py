@@ -1,23 +1,35 @@
 """Sampling and scoring as the loops see it: rank 0 does the work, every rank gets the batch."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config.schema import Config
+from megarl.config.tasks import task_scorers
+from megarl.data.observations import ObservationTemplate
 from megarl.data.packing import pack_groups
 from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_prompt_source
+from megarl.environments.run import Environments, open_environments
+from megarl.errors import CheckpointError
+from megarl.loop.background import BackgroundLoop
 from megarl.loop.broadcast import broadcast_batch, broadcast_metrics
-from megarl.loop.weight_sync import MainRankEngine, WeightSync
-from megarl.observe.metrics import pass_at_k, rollout_metrics
+from megarl.loop.saved_groups import load_groups, save_groups
+from megarl.loop.weight_sync import MainRankEngine, WeightSync, check_transport
+from megarl.observe.metrics import accuracy_metrics, rollout_metrics
 from megarl.rewards.combine import RewardScorer
+from megarl.rewards.episodes import EpisodeScorer
+from megarl.rollout.asynchronous_collector import AsynchronousCollector
 from megarl.rollout.build import build_engine
-from megarl.rollout.collector import Collector
+from megarl.rollout.collector import Collector, CollectResult, Score
+from megarl.rollout.episodes import EpisodePlayer
+from megarl.rollout.outstanding import Tickets
+from megarl.rollout.partial_collector import PartialCollector
+from megarl.rollout.resumable_collector import ResumableCollector
 from megarl.train.roles import Policy, RewardModel, is_main_rank
 from megarl.types import PackedBatch, RolloutGroup, ScoredRollout
+from megarl.weights.checkpoint import DataState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +40,17 @@ class Collected:
         packed: the batch, on every rank.
         groups: the same as people read it, on rank 0; empty elsewhere.
         metrics: what was seen while sampling and scoring, on rank 0.
-        score_seconds: wall time in which nothing was generated any more, only scored.
+        score_seconds: wall time in which nothing was generated, only scored or waited for environments.
+        outlived_updates: whether responses may have been under way while weights changed.
+        tickets: which groups the step used up, on rank 0; None where responses do not outlive a step.
     """
 
     packed: PackedBatch
     groups: tuple[RolloutGroup, ...]
     metrics: dict[str, float]
     score_seconds: float
+    outlived_updates: bool
+    tickets: Tickets | None
 
 
 def add_model_rewards(collected: Collected, reward_model: RewardModel) -> Collected:
@@ -54,7 +70,7 @@ def add_model_rewards(collected: Collected, reward_model: RewardModel) -> Collec
 
 
 class MainRankRollout:
-    """Engine, collector, prompts and scorers, on rank 0.
+    """Engine, collector, prompts, scorers and environments, on rank 0.
 
     Args:
         config: the run.
@@ -76,27 +92,51 @@ class MainRankRollout:
         self.config = config
         self.prompts: PromptSource | None = build_prompt_source(config, tokenizer) if config.kind == "rl" else None
         self.evaluation_prompts = build_evaluation_prompts(config, tokenizer)
-        self.scorer = RewardScorer(config.rewards)
+
+        def decode(token_ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+        self.scorer = RewardScorer(config.rewards, task_scorers(config), decode)
         self.engine = build_engine(config, config.run_dir, weight_shapes)
+
+        score: Score = self.scorer.score
+        self.environments: Environments | None = None
+        player = None
+        if (environment := config.rollout.environment) is not None:
+            score = EpisodeScorer(score, weight=environment.weight, on_failure=config.rewards.on_failure).score
+            self.environments = open_environments(environment)
+            encode = ObservationTemplate(tokenizer, environment).encode
+            player = EpisodePlayer(self.environments, encode, decode, environment.max_turns)
         stop_token_ids = {*config.rollout.stop_token_ids, tokenizer.eos_token_id}
-        self.collector = Collector(
+        self.collector = _collector_class(config)(
             self.engine,
             config,
             stop_token_ids=tuple(sorted(stop_token_ids)),
-            decode=lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True),
-            score=self.scorer.score,
+            decode=decode,
+            score=score,
             warn=warn,
             with_greedy=with_greedy,
+            player=player,
         )
-        self.runner = asyncio.Runner()
-        self.runner.run(self.scorer.start())  # before the engine, whose start takes minutes
+        self.runner = asyncio.Runner() if config.rollout.asynchronous is None else BackgroundLoop()
+        self.runner.run(self.scorer.check_servers())
         self.runner.run(self.engine.start())
 
     def close(self) -> None:
-        """End the engine and the scorers."""
+        """End the engine, the scorers and the environments, and what is under way."""
+        if isinstance(self.collector, AsynchronousCollector):
+            self.runner.run(self.collector.close())
         self.runner.run(self.engine.close())
         self.runner.run(self.scorer.close())
+        if self.environments is not None:
+            self.runner.run(self.environments.close())
         self.runner.close()
+
+
+def _collector_class(config: Config) -> type[Collector]:
+    if config.rollout.asynchronous is not None:
+        return AsynchronousCollector
+    return PartialCollector if config.rollout.partial is not None else Collector
 
 
 class Rollout:
@@ -111,9 +151,11 @@ class Rollout:
         *,
         with_greedy: bool,
     ) -> None:
+        check_transport(config)
         shapes = policy.weight_map.hugging_face_shapes()
         main = MainRankRollout(config, tokenizer, shapes, warn, with_greedy=with_greedy) if is_main_rank() else None
         self._main = main
+        self._outlives_updates = config.rollout.asynchronous is not None or config.rollout.partial is not None
         self._weight_sync = WeightSync(config, policy, MainRankEngine(main.engine, main.runner.run, warn) if main else None)
 
     def push_weights(self, version: int) -> None:
@@ -122,15 +164,41 @@ class Rollout:
 
     def collect(self, step: int) -> Collected:
         """Sample and score the groups of one step."""
-        if self._main is None:
-            return Collected(packed=broadcast_batch(None, PackedBatch), groups=(), metrics={}, score_seconds=0.0)
         main = self._main
+        if main is None:
+            return Collected(
+                packed=broadcast_batch(None, PackedBatch),
+                groups=(),
+                metrics={},
+                score_seconds=0.0,
+                outlived_updates=self._outlives_updates,
+                tickets=None,
+            )
         assert main.prompts is not None
         result = main.runner.run(main.collector.collect(main.prompts.take, step))
-        packed = broadcast_batch(pack_groups(result.groups), PackedBatch)
-        metrics = rollout_metrics(result.groups) | result.stats.metrics()
-        score_seconds = result.stats.wall_seconds - result.stats.generating_seconds
-        return Collected(packed=packed, groups=result.groups, metrics=metrics, score_seconds=score_seconds)
+        main.runner.run(_record(main, result))
+        return Collected(
+            packed=broadcast_batch(pack_groups(result.groups), PackedBatch),
+            groups=result.groups,
+            metrics=rollout_metrics(result.groups) | result.stats.metrics() | main.prompts.metrics(),
+            score_seconds=max(0.0, result.stats.wall_seconds - result.stats.generating_seconds),
+            outlived_updates=self._outlives_updates,
+            tickets=result.tickets,
+        )
+
+    def hold(self) -> None:
+        """Before weights change under a generation in the background: cut its requests or wait for them, and send no others."""
+        if self._main is not None:
+            collector = self._main.collector
+            assert isinstance(collector, AsynchronousCollector)
+            self._main.runner.run(collector.hold())
+
+    def go_on(self, version: int) -> None:
+        """Generate in the background with the weights of ``version``, which the engine has."""
+        if self._main is not None:
+            collector, prompts = self._main.collector, self._main.prompts
+            assert isinstance(collector, AsynchronousCollector) and prompts is not None
+            self._main.runner.run(collector.go_on(prompts.take, version))
 
     def evaluate(self) -> tuple[dict[str, float], tuple[RolloutGroup, ...]]:
         """Accuracy on the held-out prompts: metrics on every rank, groups on rank 0."""
@@ -138,22 +206,48 @@ class Rollout:
             return broadcast_metrics(None), ()
         main, evaluation = self._main, self._main.config.evaluation
         groups = main.runner.run(main.collector.evaluate(main.evaluation_prompts))
-        metrics = {"accuracy": pass_at_k(groups, 1, evaluation.pass_threshold)}
-        if evaluation.samples_per_prompt > 1:
-            k = evaluation.samples_per_prompt
-            metrics[f"pass@{k}"] = pass_at_k(groups, k, evaluation.pass_threshold)
+        metrics = accuracy_metrics(groups, evaluation.pass_threshold, evaluation.samples_per_prompt)
         return broadcast_metrics(metrics), tuple(groups)
 
-    def data_state(self) -> dict[str, Any]:
-        """Position in the training prompts, on rank 0."""
-        return {} if self._main is None or self._main.prompts is None else self._main.prompts.state()
+    def data_state(self) -> DataState:
+        """Position in the training prompts, what is known of them, and the groups that wait or were begun; on rank 0."""
+        if self._main is None or self._main.prompts is None:
+            return DataState(position={}, outstanding=None)
+        return self._main.runner.run(_data_state(self._main.prompts, self._main.collector))
 
-    def restore_data(self, state: dict[str, Any]) -> None:
-        """Go on from that position."""
-        if self._main is not None and self._main.prompts is not None:
-            self._main.prompts.restore(state)
+    def restore_data(self, state: DataState) -> None:
+        """Go on from there.
+
+        Raises:
+            CheckpointError: groups were begun that this run would lose, or the prompts differ.
+        """
+        if self._main is None or self._main.prompts is None:
+            return
+        self._main.prompts.restore(state.position["prompts"])
+        collector = self._main.collector
+        collector.surplus = load_groups(state.position["surplus"], self._main.prompts.prompt)
+        if isinstance(collector, ResumableCollector) and state.outstanding is not None:
+            collector.outstanding.restore(state.outstanding)
+        elif state.outstanding is not None:
+            raise CheckpointError(
+                "the checkpoint has groups that were begun and not yet trained on; resume with the rollout.asynchronous or "
+                "rollout.partial of the interrupted run"
+            )
 
     def close(self) -> None:
         """End the engine and the scorers."""
         if self._main is not None:
             self._main.close()
+
+
+async def _data_state(prompts: PromptSource, collector: Collector) -> DataState:
+    """Both at the same moment, in which nothing is begun: without a wait in it, the event loop does nothing else meanwhile."""
+    outstanding = collector.outstanding.state() if isinstance(collector, ResumableCollector) else None
+    position = {"prompts": prompts.state(), "surplus": save_groups(collector.surplus)}
+    return DataState(position=position, outstanding=outstanding)
+
+
+async def _record(main: MainRankRollout, result: CollectResult) -> None:
+    """On the loop that takes prompts, which may be another thread's."""
+    assert main.prompts is not None
+    main.prompts.record(result.sampled, main.config.evaluation.pass_threshold)

@@ -1,6 +1,8 @@
 """What every training run has around its loop: position, sampling, checkpoints, and what people watch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,11 +17,19 @@ from megarl.loop.broadcast import broadcast_batch
 from megarl.loop.rollout import Collected, Rollout
 from megarl.observe.progress import RunProgress
 from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
-from megarl.observe.sinks import MetricsWriter, RolloutWriter
+from megarl.observe.sinks import MetricsWriter, RolloutWriter, TicketsWriter
 from megarl.observe.timers import PhaseTimer
-from megarl.train.roles import Critic, Policy, is_main_rank
+from megarl.train.roles import Critic, Learner, Policy, is_main_rank
 from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
-from megarl.weights.checkpoint import CheckpointWriter, RunState, load_policy, read_run_state, whole_checkpoints
+from megarl.weights.checkpoint import (
+    CheckpointWriter,
+    DataState,
+    RunState,
+    load_policy,
+    read_data_state,
+    read_run_state,
+    whole_checkpoints,
+)
 from megarl.weights.export import write_hugging_face_folder
 
 
@@ -33,14 +43,14 @@ class Examples:
         """The next ``count`` examples."""
         return broadcast_batch(None if self._source is None else pack_examples(self._source.take(count)), PackedBatch)
 
-    def data_state(self) -> dict[str, Any]:
+    def data_state(self) -> DataState:
         """Position in the examples, on rank 0."""
-        return {} if self._source is None else self._source.state()
+        return DataState(position={} if self._source is None else self._source.state(), outstanding=None)
 
-    def restore_data(self, state: dict[str, Any]) -> None:
+    def restore_data(self, state: DataState) -> None:
         """Go on from that position."""
         if self._source is not None:
-            self._source.restore(state)
+            self._source.restore(state.position)
 
 
 class Run:
@@ -75,10 +85,11 @@ class Run:
         self.timer = PhaseTimer()
         folder = config.run_dir / "checkpoints"
         self._checkpoints = CheckpointWriter(folder, policy.weight_map, config.checkpoint.keep, config.checkpoint.asynchronous)
-        state = self._restore_models() if resume else None
+        checkpoint = whole_checkpoints(folder)[-1] if resume else None
+        state = self._restore_models(checkpoint) if checkpoint else None
         self.step = state.step if state else 0
         self.weight_version = state.weight_version if state else 0
-        self._first_step = self.step + 1
+        self._has_compared_logprobs = False
         self._entropy_floor = EntropyFloor(config.observe.min_entropy)
         self._open_displays(resume=resume)
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
@@ -86,8 +97,8 @@ class Run:
         samples = config.kind == "rl" or config.evaluation.data is not None
         with_greedy = algorithm is not None and algorithm.needs_greedy_response
         self._rollout = Rollout(config, tokenizer, policy, self.message, with_greedy=with_greedy) if samples else None
-        if state:
-            self._data.restore_data(state.data)
+        if checkpoint and state:
+            self._data.restore_data(read_data_state(checkpoint, state))
 
     @property
     def rollout(self) -> Rollout:
@@ -111,15 +122,23 @@ class Run:
             state["critic"] = self._critic.sharded_state(is_loading=is_loading)
         return state
 
-    def _restore_models(self) -> RunState:
-        checkpoint = whole_checkpoints(self._config.run_dir / "checkpoints")[-1]
+    @contextmanager
+    def _learners_on_device(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for learner in (self._policy, self._critic):
+                if learner is not None:
+                    stack.enter_context(learner.on_device())
+            yield
+
+    def _restore_models(self, checkpoint: Path) -> RunState:
         state = read_run_state(checkpoint, self._policy.weight_map)
         if self._critic is not None and not state.has_critic:
             raise CheckpointError(f"{checkpoint} has no critic; resume from a checkpoint of a run with one, or start a new run")
-        tensors = load_policy(checkpoint, self._sharded_state(is_loading=True))
-        self._policy.load_state(tensors)
-        if self._critic is not None:
-            self._critic.load_state(tensors["critic"])
+        with self._learners_on_device():
+            tensors = load_policy(checkpoint, self._sharded_state(is_loading=True))
+            self._policy.load_state(tensors)
+            if self._critic is not None:
+                self._critic.load_state(tensors["critic"])
         if self._algorithm is not None:
             self._algorithm.restore(state.algorithm)
         return state
@@ -129,11 +148,13 @@ class Run:
         self._metrics: MetricsWriter | None = None
         self._rollouts: RolloutWriter | None = None
         self._progress: RunProgress | None = None
+        self._tickets: TicketsWriter | None = None
         if is_main_rank():
             config = self._config
-            self._metrics = MetricsWriter(
-                config.run_dir, tensorboard=config.observe.tensorboard, resume_step=self.step if resume else None
-            )
+            resume_step = self.step if resume else None
+            self._metrics = MetricsWriter(config.run_dir, tensorboard=config.observe.tensorboard, resume_step=resume_step)
+            if config.rollout.asynchronous is not None or config.rollout.partial is not None:
+                self._tickets = TicketsWriter(config.run_dir, resume_step=resume_step)
             self._rollouts = RolloutWriter(config.run_dir, config.observe.rollouts_per_step)
             self._progress = RunProgress(config.steps, start_step=self.step, enabled=config.observe.progress).__enter__()
 
@@ -175,7 +196,7 @@ class Run:
         if collected is not None and scores is not None:
             groups = collected.groups
             metrics |= collected.metrics | self._watch(collected, scores)
-            if is_main_rank():
+            if is_main_rank() and self._config.rollout.asynchronous is None:
                 self.timer.move("generate", "score", collected.score_seconds)
         every, last = self._config.evaluation.every, self.step == self._config.steps
         if self._config.evaluation.data is not None and (last or (every and self.step % every == 0)):
@@ -185,6 +206,8 @@ class Run:
         if self._metrics is not None and self._rollouts is not None and self._progress is not None:
             self._metrics.write(self.step, metrics, seconds)
             self._rollouts.write(self.step, groups)
+            if collected is not None and collected.tickets is not None and self._tickets is not None:
+                self._tickets.write(self.step, collected.tickets.trained, collected.tickets.dropped)
             self._progress.update(self.step, metrics, seconds)
         # after the step's line: a run killed in between does the step again, and resume never finds a line missing
         if last or (self._config.checkpoint.every and self.step % self._config.checkpoint.every == 0):
@@ -196,38 +219,48 @@ class Run:
         packed = collected.packed
         num_trained = max(1, int(packed.loss_mask.sum()))
         entropy = float(scores.entropies.double().sum()) / num_trained
-        mean_gap, max_gap = masked_mean_gap(scores.old, packed.sampler_logprobs, packed.loss_mask)
-        gap_warning = check_logprob_gap(
-            mean_gap, self._config.observe.max_logprob_gap, self.step, first=self.step == self._first_step
-        )
+        # tokens of older weights have other log-probabilities, which says nothing of the setup
+        is_current = packed.loss_mask & (packed.weight_versions == self.weight_version - 1)
+        mean_gap, max_gap = masked_mean_gap(scores.old, packed.sampler_logprobs, is_current)
+        first = not self._has_compared_logprobs
+        self._has_compared_logprobs |= bool(is_current.any())
+        gap_warning = check_logprob_gap(mean_gap, self._config.observe.max_logprob_gap, self.step, first=first)
         for warning in (gap_warning, self._entropy_floor.check(entropy, self.step)):
             if warning:
                 self.message(f"warning: {warning}")
         return {"logprob_gap_mean": mean_gap, "logprob_gap_max": max_gap}
 
     def _save(self) -> None:
+        data = self._data.data_state()
         state = RunState(
             step=self.step,
             weight_version=self.weight_version,
-            data=self._data.data_state(),
+            data=data.position,
             algorithm={} if self._algorithm is None else self._algorithm.state(),
             has_critic=self._critic is not None,
         )
-        self._checkpoints.save(self._sharded_state(), state)
+        with self._learners_on_device():
+            self._checkpoints.save(self._sharded_state(), state, data.outstanding)
 
     def export(self) -> None:
-        """Write the policy as the run's Hugging Face folder ``hf``; collective."""
+        """Write the policy as the run's Hugging Face folder ``hf``, and the critic as ``hf_critic``; collective."""
         self._checkpoints.poll(blocking=True)
         if not self._config.checkpoint.export:
             return
-        config, tensors = self._config, self._policy.hugging_face_tensors()
+        self._export(self._policy, self._config.model.path, "hf")
+        if self._critic is not None:
+            critic = self._config.critic
+            self._export(self._critic, (critic and critic.path) or self._config.model.path, "hf_critic")
+
+    def _export(self, learner: Learner, source: Path, name: str) -> None:
+        tensors, folder = learner.hugging_face_tensors(), self._config.run_dir / name
         if is_main_rank():
-            tokenizer = config.model.tokenizer or config.model.path
-            write_hugging_face_folder(tensors, config.model.path, tokenizer, config.run_dir / "hf")
+            tokenizer = self._config.model.tokenizer or self._config.model.path
+            write_hugging_face_folder(tensors, source, tokenizer, folder, with_value_head=learner is self._critic)
         else:
             for _ in tensors:
                 pass
-        self.message(f"exported {config.run_dir / 'hf'}")
+        self.message(f"exported {folder}")
 
     def __enter__(self) -> Self:
         return self
@@ -237,6 +270,8 @@ class Run:
             self._rollout.close()
         if self._metrics is not None and self._progress is not None:
             self._metrics.close()
+            if self._tickets is not None:
+                self._tickets.close()
             self._progress.__exit__(kind, error, trace)
         if error is None:
             self._checkpoints.close()

@@ -4,7 +4,7 @@ from megarl.algorithms.batches import build_supervised_batch
 from megarl.algorithms.objectives import supervised_objective
 from megarl.config.schema import Config
 from megarl.loop.run import Run
-from megarl.train.roles import Policy
+from megarl.train.roles import Policy, share_results
 
 
 def run_sft(config: Config, resume: bool) -> None:
@@ -16,6 +16,6 @@ def run_sft(config: Config, resume: bool) -> None:
             with run.timer.phase("data"):
                 packed = run.examples.take(config.sft.examples_per_step)
             with run.timer.phase("update"):
-                result = policy.update(build_supervised_batch(packed), supervised_objective)
-            run.finish_step([result])
+                updates = [policy.update(build_supervised_batch(packed), supervised_objective)]
+            run.finish_step(share_results(policy, updates))
         run.export()

@@ -12,12 +12,11 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megarl.config.schema import Config
-from megarl.errors import MegaRLError, TransferError
+from megarl.errors import ConfigError, MegaRLError, TransferError
 from megarl.models.transformer_config import DTYPES
-from megarl.reshard.engine_transfer import EngineTransfer
+from megarl.reshard.engine_transfer import EngineTransfer, EngineTransferSettings, plan_engine_transfer
 from megarl.reshard.engines import EngineLayout
 from megarl.reshard.meeting import AbsentRankError, Meetings
-from megarl.reshard.megatron import TransferSettings
 from megarl.rollout.protocol import RolloutEngine
 from megarl.rollout.server_engine import EngineSizes, ServerEngine
 from megarl.train.roles import Policy
@@ -60,6 +59,7 @@ class WeightSync:
         """Give the policy's weights to the engine; afterwards every response reports ``version``.
 
         Raises:
+            ConfigError: the transport that was asked for cannot reach the engine's workers.
             MegaRLError: the engine could not be updated, not even after restarts, or a trainer rank is missing.
         """
         if self._config.rollout.engine == "embedded" or self._settings.method == "broadcast":
@@ -72,7 +72,7 @@ class WeightSync:
             except AbsentRankError:
                 raise
             except TransferError as error:
-                self._transfer = None
+                self._drop_transfer()
                 if restarts_left == 0:
                     raise
                 self._restart(error)
@@ -81,6 +81,11 @@ class WeightSync:
     def bytes_sent(self) -> int:
         """By this rank in each update with slices; 0 before the first."""
         return self._transfer.bytes_sent if self._transfer is not None else 0
+
+    @property
+    def transport(self) -> str:
+        """That brings the slices; empty before the first update."""
+        return self._transfer.transport if self._transfer is not None else ""
 
     def _push_whole_tensors(self, version: int) -> None:
         tensors = self._policy.hugging_face_tensors()
@@ -93,12 +98,26 @@ class WeightSync:
     def _push_slices(self, version: int) -> None:
         if self._transfer is None:
             self._transfer = self._plan_transfer()
-        with self._meeting("weight update"):
+        if not self._transfer.is_joined:
+            self._join(self._transfer)
+        with self._meeting("weight update"), self._policy.engine.weights.on_device():
             if self._main is not None:
                 self._main.run(_server(self._main).update_slices(self._transfer, version))
             else:
-                self._transfer.join()
                 self._transfer.send()
+
+    def _join(self, transfer: EngineTransfer) -> None:
+        refusal: ConfigError | None = None
+        with self._meeting("joining of the engine's workers"):
+            try:
+                if self._main is not None:
+                    self._main.run(_server(self._main).join_transfer(transfer))
+                else:
+                    transfer.join()
+            except ConfigError as error:  # all ranks find the same, and another engine would not change it
+                refusal = error
+        if refusal is not None:
+            raise refusal
 
     def _plan_transfer(self) -> EngineTransfer:
         box: list[tuple[EngineSizes, str] | None] = [None]
@@ -111,18 +130,24 @@ class WeightSync:
         (sizes, address), engine = box[0], self._config.rollout.engine
         assert engine != "embedded"
         section = getattr(self._config.rollout, engine)
-        return EngineTransfer(
+        return plan_engine_transfer(
             self._policy.weight_map,
             (self._policy.engine.chunks, self._policy.engine.layout),
             EngineLayout(engine=engine, tp=sizes.tp, ep=sizes.ep),
             DTYPES[section.dtype or self._config.model.dtype],
             address,
-            TransferSettings(
+            EngineTransferSettings(
+                transport=self._settings.transport,
                 bucket_bytes=self._settings.bucket_mib << 20,
                 gpus_per_node=torch.cuda.device_count() or dist.get_world_size(),
                 timeout_seconds=section.update_timeout,
             ),
         )
+
+    def _drop_transfer(self) -> None:
+        if self._transfer is not None:
+            self._transfer.close()
+        self._transfer = None
 
     def _restart(self, error: TransferError) -> None:
         with self._meeting("restart of the engine"):
@@ -139,6 +164,17 @@ class WeightSync:
         except MegaRLError as error:
             problem = str(error)
         self._meetings.hold(where, problem)
+
+
+def check_transport(config: Config) -> None:
+    """Refuse, before an engine is started, a transport between GPUs where there is none.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    transport = config.rollout.weight_transfer.transport
+    if transport in ("nccl", "cuda_ipc") and not torch.cuda.is_available():
+        raise ConfigError(f"rollout.weight_transfer.transport: {transport} goes between GPUs, and training has none; use auto")
 
 
 def _server(main: MainRankEngine) -> ServerEngine:

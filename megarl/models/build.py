@@ -79,7 +79,9 @@ def build_model_chunks(
     seed: int,
     model_class: type[CausalLM] = CausalLM,
 ) -> list[CausalLM]:
-    """This rank's model chunks (one, or vpp of them), with weights still undefined."""
+    """This rank's model chunks (one, or vpp of them), with weights still undefined; none on a rank outside the role."""
+    if not layout.is_member:
+        return []
     groups = layout.groups
     model_parallel_cuda_manual_seed(
         seed, tp_rank=layout.tp_rank, ep_rank=groups.ep.rank(), etp_rank=groups.expt_tp.rank(), force_reset_rng=True

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megarl.types import FinishReason, RolloutGroup
+from megarl.types import FinishReason, Rollout, RolloutGroup
 
 REPETITION_NGRAM = 4
 REPETITION_LIMIT = 0.5
@@ -19,17 +19,20 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
     Returns:
         ``reward_mean, reward_min, reward_max, reward_std`` (population), ``score_<scorer>`` (mean raw score),
+        ``reward_mean/<task>`` and ``prompts/<task>`` (where there are several tasks),
         ``zero_variance_share`` (groups whose rewards, a greedy response's included, are all equal: they teach nothing),
         ``greedy_reward_mean`` (where there are greedy responses), ``response_length_mean`` and
-        ``response_length_max`` (tokens), ``truncated_share`` (responses that ended at max_new_tokens),
+        ``response_length_max`` (tokens that the policy sampled), ``truncated_share`` (responses that ended at max_new_tokens),
+        ``repetition_stopped_share`` (responses ended by rollout.repetition_stop),
         ``reward_length_correlation`` (Pearson, over responses; NaN when either is constant), ``repetition_share`` (responses
-        with a ``repetition`` above 0.5) and ``scorer_failures`` (count, a greedy response's included).
+        with a ``repetition`` above 0.5) and ``scorer_failures`` (count, a greedy response's and environments' included); with an
+        environment also those of ``episode_metrics``.
     """
     scored = [rollout for group in groups for rollout in group.rollouts]
     assert scored, "no responses"
     greedy = [group.greedy for group in groups if group.greedy is not None]
     rewards = np.array([item.reward for item in scored])
-    lengths = np.array([len(item.rollout.token_ids) for item in scored], dtype=np.float64)
+    lengths = np.array([item.rollout.num_policy_tokens for item in scored], dtype=np.float64)
     metrics = {
         "reward_mean": rewards.mean(),
         "reward_min": rewards.min(),
@@ -39,16 +42,72 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "response_length_mean": lengths.mean(),
         "response_length_max": lengths.max(),
         "truncated_share": np.mean([item.rollout.finish_reason is FinishReason.LENGTH for item in scored]),
+        "repetition_stopped_share": np.mean([item.rollout.finish_reason is FinishReason.REPETITION for item in scored]),
         "reward_length_correlation": correlation(rewards, lengths),
-        "repetition_share": np.mean([repetition(item.rollout.token_ids) > REPETITION_LIMIT for item in scored]),
+        "repetition_share": np.mean([repetition(_policy_tokens(item.rollout)) > REPETITION_LIMIT for item in scored]),
         "scorer_failures": sum(len(item.failures) for item in (*scored, *greedy)),
     }
     if greedy:
         metrics["greedy_reward_mean"] = np.mean([item.reward for item in greedy])
+    by_task = groups_by_task(groups)
+    if len(by_task) > 1:
+        for task, own in by_task.items():
+            metrics[f"reward_mean/{task}"] = np.mean([item.reward for group in own for item in group.rollouts])
+            metrics[f"prompts/{task}"] = len(own)
     names = sorted({name for item in scored for name in item.parts})
     for name in names:
         metrics[f"score_{name}"] = np.mean([item.parts[name] for item in scored if name in item.parts])
+    metrics |= episode_metrics([item.rollout for item in scored])
     return {name: float(value) for name, value in metrics.items()}
+
+
+def groups_by_task(groups: Sequence[RolloutGroup]) -> dict[str, list[RolloutGroup]]:
+    """The groups of each task, tasks in alphabetical order."""
+    tasks = sorted({group.prompt.task for group in groups})
+    return {task: [group for group in groups if group.prompt.task == task] for task in tasks}
+
+
+def accuracy_metrics(groups: Sequence[RolloutGroup], threshold: float, samples_per_prompt: int) -> dict[str, float]:
+    """``accuracy`` (pass@1), with several samples ``pass@<samples>``, and both for each task (``accuracy/<task>``) of a mixture."""
+
+    def rates(own: Sequence[RolloutGroup], suffix: str) -> dict[str, float]:
+        metrics = {f"accuracy{suffix}": pass_at_k(own, 1, threshold)}
+        if samples_per_prompt > 1:
+            metrics[f"pass@{samples_per_prompt}{suffix}"] = pass_at_k(own, samples_per_prompt, threshold)
+        return metrics
+
+    by_task = groups_by_task(groups)
+    metrics = rates(groups, "")
+    if len(by_task) > 1:
+        for task, own in by_task.items():
+            metrics |= rates(own, f"/{task}")
+    return metrics
+
+
+def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What is watched of episodes; nothing without an environment.
+
+    Returns:
+        ``turns_mean`` and ``turns_max`` (of the policy), ``out_of_turns_share`` (episodes that ended at max_turns),
+        ``environment_token_share`` (of all tokens behind the prompts) and ``environment_seconds`` (an episode's wait for it, mean).
+    """
+    episodes = [rollout.episode for rollout in rollouts if rollout.episode is not None]
+    if not episodes:
+        return {}
+    turns = [episode.num_turns for episode in episodes]
+    num_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    num_environment_tokens = num_tokens - sum(rollout.num_policy_tokens for rollout in rollouts)
+    return {
+        "turns_mean": float(np.mean(turns)),
+        "turns_max": float(max(turns)),
+        "out_of_turns_share": float(np.mean([episode.is_out_of_turns for episode in episodes])),
+        "environment_token_share": num_environment_tokens / max(1, num_tokens),
+        "environment_seconds": float(np.mean([episode.seconds for episode in episodes])),
+    }
+
+
+def _policy_tokens(rollout: Rollout) -> list[int]:
+    return [token for token, is_sampled in zip(rollout.token_ids, rollout.from_policy, strict=True) if is_sampled]
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megarl.errors import CheckpointError
-from megarl.types import RolloutGroup, ScoredRollout
+from megarl.types import NO_VERSION, RolloutGroup, ScoredRollout
 
 
 class MetricsWriter:
@@ -75,12 +75,41 @@ def _truncate(path: Path, last_step: int) -> None:
         except (json.JSONDecodeError, KeyError, TypeError):
             if number == len(lines):
                 break
-            raise CheckpointError(f"{path}:{number}: is not a line of metrics; repair or remove the file to resume") from None
+            raise CheckpointError(f"{path}:{number}: is not a line of this log; repair or remove the file to resume") from None
         if step <= last_step:
             kept.append(line + "\n")
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+class TicketsWriter:
+    """Writes which groups each step used up: a line of ``groups.jsonl`` for each step.
+
+    A line is ``{"step": 3, "trained": [[<ticket>, <prompt id>], ...], "dropped": [...]}``. A ticket is the running number of a
+    group that was begun: those of all lines and of the newest checkpoint's outstanding groups are 0, 1, 2 ..., each once.
+
+    Args:
+        run_dir: the run folder, which exists.
+        resume_step: as MetricsWriter's.
+
+    Raises:
+        CheckpointError: the file to resume is malformed.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
+        path = run_dir / "groups.jsonl"
+        if resume_step is not None:
+            _truncate(path, resume_step)
+        self._file = path.open("x" if resume_step is None else "a", encoding="utf-8", buffering=1)
+
+    def write(self, step: int, trained: Sequence[tuple[int, str]], dropped: Sequence[tuple[int, str]]) -> None:
+        """Record the groups that ``step`` trained on, and those given up since the step before, by ticket and prompt id."""
+        self._file.write(json.dumps({"step": step, "trained": trained, "dropped": dropped}) + "\n")
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._file.close()
 
 
 class RolloutWriter:
@@ -122,7 +151,7 @@ def _in_turn(groups: Sequence[RolloutGroup]) -> Iterator[ScoredRollout]:
 
 def _readable(scored: ScoredRollout) -> dict[str, Any]:
     rollout = scored.rollout
-    return {
+    readable = {
         "prompt_id": rollout.prompt.prompt_id,
         "sample_index": rollout.sample_index,
         "prompt": rollout.prompt.text,
@@ -131,10 +160,14 @@ def _readable(scored: ScoredRollout) -> dict[str, Any]:
         "parts": _finite(scored.parts),
         "finish_reason": rollout.finish_reason.value,
         "prompt_tokens": len(rollout.prompt.token_ids),
-        "response_tokens": len(rollout.token_ids),
-        "weight_versions": sorted(set(rollout.weight_versions)),
+        "response_tokens": rollout.num_policy_tokens,
+        "weight_versions": sorted({version for version in rollout.weight_versions if version != NO_VERSION}),
         "failures": list(scored.failures),
     }
+    if rollout.episode is not None:
+        readable["environment_tokens"] = len(rollout.token_ids) - rollout.num_policy_tokens
+        readable["turns"] = [{turn.speaker: turn.text} for turn in rollout.episode.turns]
+    return readable
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:

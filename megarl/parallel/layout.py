@@ -1,4 +1,4 @@
-"""The layout of one role over the ranks of the world, and its process groups.
+"""The layout of one role over its ranks of the world, and its process groups.
 
 megatron-core's ``parallel_state`` stays uninitialised: every role passes its own ProcessGroupCollection, so that two roles can
 have two layouts in one world and a forgotten read of a global fails loudly.
@@ -6,6 +6,7 @@ have two layouts in one world and a forgotten read of a global fails loudly.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -16,20 +17,46 @@ from megarl.parallel.placement import place
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
 
+Shared = TypeVar("Shared")
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where this rank stands in one role.
+    """Where this rank stands in one role; of the ranks outside the role only ``is_member`` and ``share`` have an answer.
 
     Attributes:
         config: the sizes.
-        dp: data parallel size, world size / (tp · pp · cp).
-        groups: megatron-core's process groups of the role.
+        ranks: of the role, in the world.
+        dp: data parallel size, the role's ranks / (tp · pp · cp).
+        groups: megatron-core's process groups of the role; each is None on the ranks outside it.
     """
 
     config: ParallelConfig
+    ranks: range
     dp: int
     groups: ProcessGroupCollection
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this rank has a part of the role's model."""
+        return dist.get_rank() in self.ranks
+
+    @property
+    def is_whole_world(self) -> bool:
+        """Whether every rank has a part of the role's model."""
+        return len(self.ranks) == dist.get_world_size()
+
+    def share(self, value: Shared | None) -> Shared:
+        """What the first rank of the role has, on every rank of the world; collective where the role is not the whole world.
+
+        Args:
+            value: equal on all ranks of the role, and None on the others.
+        """
+        box = [value]
+        if not self.is_whole_world:
+            dist.broadcast_object_list(box, src=self.ranks.start)
+        assert box[0] is not None
+        return box[0]
 
     @property
     def tp_rank(self) -> int:
@@ -89,18 +116,25 @@ def _hierarchical_groups(context_groups: Sequence[Sequence[int]], neighbours: in
     return [_new_group(exchanges), _new_group(rings)]
 
 
-def build_layout(config: ParallelConfig) -> Layout:
-    """Create the process groups of one role over the whole world. Every rank must call it, roles in the same order.
+def build_layout(config: ParallelConfig, ranks: range | None = None) -> Layout:
+    """Create the process groups of one role. Every rank of the world must call it, roles in the same order.
+
+    Args:
+        config: the sizes.
+        ranks: of the role, in the world; the whole world when not given.
 
     Raises:
-        ConfigError: the sizes do not divide the world.
+        ConfigError: the sizes do not divide the ranks.
     """
+    ranks = ranks or range(dist.get_world_size())
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()  # the one global that linear layers need and no argument replaces
-    placement = place(config, dist.get_world_size())
-    dense = parallel_state.RankGenerator(tp=config.tp, ep=1, dp=placement.dp, pp=config.pp, cp=config.cp, order=RANK_ORDER)
+    placement = place(config, len(ranks))
+    dense = parallel_state.RankGenerator(
+        tp=config.tp, ep=1, dp=placement.dp, pp=config.pp, cp=config.cp, order=RANK_ORDER, rank_offset=ranks.start
+    )
     expert = parallel_state.RankGenerator(
-        tp=placement.etp, ep=config.ep, dp=placement.expert_dp, pp=config.pp, cp=1, order=RANK_ORDER
+        tp=placement.etp, ep=config.ep, dp=placement.expert_dp, pp=config.pp, cp=1, order=RANK_ORDER, rank_offset=ranks.start
     )
 
     groups = ProcessGroupCollection()
@@ -125,5 +159,6 @@ def build_layout(config: ParallelConfig) -> Layout:
     groups.embd = _new_group([parallel_state.default_embedding_ranks(ranks) for ranks in pipelines])
     groups.pos_embd = _new_group([parallel_state.default_position_embedding_ranks(ranks) for ranks in pipelines])
     groups.intra_dp_cp, groups.intra_expt_dp = groups.dp_cp, groups.expt_dp
-    groups.intra_dist_opt, groups.inter_dist_opt = dist.group.WORLD, None
-    return Layout(config=config, dp=placement.dp, groups=groups)
+    is_whole_world = len(ranks) == dist.get_world_size()
+    groups.intra_dist_opt, groups.inter_dist_opt = dist.group.WORLD if is_whole_world else _new_group([ranks]), None
+    return Layout(config=config, ranks=ranks, dp=placement.dp, groups=groups)

@@ -2,100 +2,118 @@
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
-from megarl.errors import TransferError
+from megarl.errors import ConfigError, TransferError, listed
 from megarl.models.build import CausalLM
 from megarl.parallel.layout import Layout
 from megarl.parallel.placement import place
 from megarl.reshard.balance import Machines
+from megarl.reshard.carriers import Carrier, Crew, GroupCarrier, SharedCarrier
 from megarl.reshard.engines import EngineLayout, engine_side
 from megarl.reshard.meeting import first_line
 from megarl.reshard.megatron import TransferSettings
-from megarl.reshard.parcels import FlatPart, Parcel, bucket_work, digest, flat_parts
-from megarl.reshard.plan import Copy, Plan, build_plan
+from megarl.reshard.orders import element_size, order
+from megarl.reshard.parcels import FlatPart, Parcel, digest, flat_parts
+from megarl.reshard.plan import Plan, build_plan
 from megarl.reshard.side import megatron_side, tensor_table
+from megarl.reshard.transport_choice import SHARED, Place, choose_transport, own_place
 from megarl.weights.mapping import WeightMap
 from megarl.weights.transfer import global_parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineTransferSettings(TransferSettings):
+    """How a transfer to an engine is carried out.
+
+    Attributes:
+        transport: ``rollout.weight_transfer.transport``.
+    """
+
+    transport: str
 
 
 class EngineTransfer:
     """Sends the weights of a policy to the workers of one engine, as often as asked.
 
-    Trainer ranks and workers are a gloo group of their own, the workers last; weights on a GPU go through host memory. A worker is
-    told once, through the group's store, what it will get. Its end is rollout/engine_plugin/megarl_slice_receiver.py: what
-    arrives changed, does not fit or does not come is an error there.
+    Trainer ranks and workers are a gloo group of their own, the workers last. When all have said where they are, the transport is
+    chosen (``transport_choice.py``) and the carrier made that brings the parcels (``carriers.py``). A worker is told once, through
+    the group's store, what it will get. Its end is rollout/engine_plugin/megarl_slice_receiver.py: what arrives changed, does not
+    fit or does not come is an error there.
+
+    Attributes:
+        plan: what each rank sends to each worker.
+        transport: the chosen one, when all have joined.
+        bytes_sent: by this rank each time.
+        host, port: of the store.
+        world_size, first_worker: of the group.
     """
 
     def __init__(
         self,
-        weight_map: WeightMap,
-        source: tuple[list[CausalLM], Layout],
-        engine: EngineLayout,
-        dtype: torch.dtype,
+        plan: Plan,
+        held: Callable[[], dict[str, FlatPart]],
+        dtypes: dict[int, torch.dtype],
         address: str,
-        settings: TransferSettings,
+        settings: EngineTransferSettings,
     ) -> None:
-        """Plan the transfer; collective over the trainer's world.
+        """Open the store; collective over the trainer's world, whose ranks are the plan's source ranks.
 
         Args:
-            dtype: of the engine's weights.
+            held: gives this rank's parameters.
+            dtypes: of the engine's weights, by the size of a number in bytes.
             address: of rank 0's machine, for all ranks and workers.
-
-        Raises:
-            ConfigError: the engine's layout does not divide the model.
         """
-        tensors = tensor_table(weight_map, dtype.itemsize)
-        trainer = place(source[1].config, dist.get_world_size())
-        self.plan = build_plan(
-            megatron_side(weight_map, trainer, tensors),
-            engine_side(weight_map.architecture, engine, tensors),
-            tensors,
-            Machines(gpus_per_node=settings.gpus_per_node),
-            settings.bucket_bytes,
-        )
-        self._weight_map, self._source = weight_map, source
-        self._dtypes = {4: torch.float32, dtype.itemsize: dtype}
+        self.plan, self._held, self._dtypes, self._settings = plan, held, dtypes, settings
         self._timeout = datetime.timedelta(seconds=settings.timeout_seconds)
-        self._rank, self.first_worker = dist.get_rank(), dist.get_world_size()
-        self.world_size = self.first_worker + engine.ranks_per_engine
-        ranks, workers = range(self.first_worker), range(self.first_worker, self.world_size)
-        self._buckets = [work.outgoing for work in bucket_work(self.plan, ranks, workers, self._rank)]
-        self._buffer = torch.empty(
-            max((sum(parcel.num_bytes for parcel in bucket) for bucket in self._buckets), default=0), dtype=torch.uint8
-        )
-        self._group: Any = None
+        self._rank, self.first_worker = dist.get_rank(), plan.source.num_ranks
+        self.world_size = self.first_worker + plan.destination.num_ranks
+        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self._carrier: Carrier | None = None
+        self.transport = ""
+        self.bytes_sent = int(plan.message_bytes[plan.sender == self._rank].sum())
         self.host = address
-        self._store = self._open_store([_order(self.plan, ranks, workers, worker, self._dtypes) for worker in workers])
+        self._store = self._open_store()
         self.port = self._store.port
 
     @property
-    def bytes_sent(self) -> int:
-        """By this rank each time, digests included."""
-        return sum(parcel.num_bytes for bucket in self._buckets for parcel in bucket)
-
-    @property
     def is_joined(self) -> bool:
-        """Whether the group stands."""
-        return self._group is not None
+        """Whether all have joined."""
+        return self._carrier is not None
 
     def join(self) -> None:
-        """Wait until all trainer ranks and workers are in the group; once they are, nothing.
+        """Meet all trainer ranks and workers, and choose the transport.
 
         Raises:
             TransferError: some did not come within the time-out.
+            ConfigError: on every rank, the transport that was asked for cannot join them.
         """
-        if self.is_joined:
-            return
-        try:
-            self._group = ProcessGroupGloo(PrefixStore("slices", self._store), self._rank, self.world_size, self._timeout)
-        except RuntimeError as error:
-            raise TransferError(f"rank {self._rank} did not meet the engine's workers: {first_line(error)}") from error
+        with self._on_device():
+            places = self._meet()
+            try:
+                transport = choose_transport(self._settings.transport, places[: self.first_worker], places[self.first_worker :])
+            except ConfigError:
+                self._give_orders(lambda worker: {"transport": None, "parameters": [], "buckets": []})
+                raise
+            self._give_orders(lambda worker: order(self.plan, worker, self._dtypes, places, transport))
+            try:
+                group = ProcessGroupGloo(PrefixStore("slices", self._store), self._rank, self.world_size, self._timeout)
+                staging = self._device if transport in ("nccl", "cuda_ipc") else torch.device("cpu")
+                crew = Crew(self.plan, self._rank, group, staging, self._timeout)
+                self._carrier = (
+                    SharedCarrier(crew, self._store, places, transport) if transport in SHARED else GroupCarrier(crew, self._store)
+                )
+            except RuntimeError as error:
+                raise TransferError(f"rank {self._rank} did not meet the engine's workers: {first_line(error)}") from error
+        self.transport = transport
 
     @torch.no_grad()
     def send(self) -> None:
@@ -104,75 +122,97 @@ class EngineTransfer:
         Raises:
             TransferError: a worker died or was too slow.
         """
-        chunks, layout = self._source
-        held = flat_parts(global_parameters(chunks, self._weight_map, layout))
-        for number, bucket in enumerate(self._buckets):
-            sending = []
-            for parcel in bucket:
-                self._pack(parcel, held)
-                try:
-                    sending.append((parcel, self._group.send([parcel.bytes_of(self._buffer)], parcel.peer, number)))
-                except RuntimeError as error:
-                    raise self._failure(parcel, error) from error
-            for parcel, work in sending:
-                try:
-                    work.wait(self._timeout)
-                except RuntimeError as error:
-                    raise self._failure(parcel, error) from error
+        assert self._carrier is not None
+        held = self._held()
+        with self._on_device():
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # on rank 0 this is another thread than the optimizer's
+            self._carrier.carry(lambda parcel, data: self._pack(held, parcel, data))
 
-    def _pack(self, parcel: Parcel, held: dict[str, FlatPart]) -> None:
-        values = [
-            held[copy.source_parameter].region(copy.source).to("cpu", self._dtypes[_element_size(copy)]) for copy in parcel.copies
+    def close(self) -> None:
+        """End what a failed update has left under way."""
+        if self._carrier is not None:
+            self._carrier.close()
+
+    def _pack(self, held: dict[str, FlatPart], parcel: Parcel, data: Tensor) -> None:
+        regions = [held[copy.source_parameter].region(copy.source) for copy in parcel.copies]
+        staged = [
+            data[offset : offset + copy.num_bytes].view(self._dtypes[element_size(copy)]).view(region.shape)
+            for copy, offset, region in zip(parcel.copies, parcel.offsets, regions, strict=True)
         ]
-        torch._foreach_copy_(parcel.staged(self._buffer, values), values)
-        words = parcel.bytes_of(self._buffer).view(torch.int64)
+        torch._foreach_copy_(staged, regions)
+        words = data.view(torch.int64)
         words[-1] = digest(words[:-1])
 
-    def _failure(self, parcel: Parcel, error: RuntimeError) -> TransferError:
-        return TransferError(
-            f"rank {self._rank} could not send {parcel} to worker {parcel.peer - self.first_worker} of the engine within "
-            f"{self._timeout.total_seconds():g} s: {first_line(error)}"
-        )
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """A thread begins on GPU 0, whatever the process has chosen."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
-    def _open_store(self, orders: list[dict[str, Any]]) -> TCPStore:
+    def _meet(self) -> list[Place]:
+        """Of all ranks and workers, in order. Rank 0 asks for them and tells the others."""
+        self._store.set(f"place/{self._rank}", json.dumps(asdict(own_place(self._device))))
+        keys = [f"place/{rank}" for rank in range(self.world_size)]
+        try:
+            if self._rank == 0:
+                try:
+                    self._store.wait(keys, self._timeout)
+                    found = [json.loads(place) for place in self._store.multi_get(keys)]
+                except RuntimeError:
+                    found = [self._name(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
+                self._store.set("places", json.dumps(found))
+            self._store.wait(["places"], 2 * self._timeout)
+            found = json.loads(self._store.get("places"))
+        except RuntimeError as error:
+            raise TransferError(f"rank {self._rank} did not hear from rank 0 who has joined: {first_line(error)}") from error
+        if isinstance(found[0], str):
+            raise TransferError(f"{listed(found)} did not join within {self._timeout.total_seconds():g} s")
+        return [Place(**place) for place in found]
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank}" if rank < self.first_worker else f"worker {rank - self.first_worker} of the engine"
+
+    def _give_orders(self, order_of: Callable[[int], dict[str, Any]]) -> None:
+        """Tell every worker what it will get."""
+        if self._rank == 0:
+            for worker in range(self.first_worker, self.world_size):
+                self._store.set(f"order/{worker}", json.dumps(order_of(worker)))
+
+    def _open_store(self) -> TCPStore:
         """The group's store, served by rank 0."""
         port = [0]
         store = None
         if self._rank == 0:
             store = TCPStore(self.host, 0, self.world_size, is_master=True, timeout=self._timeout, wait_for_workers=False)
-            for worker, order in enumerate(orders, self.first_worker):
-                store.set(f"order/{worker}", json.dumps(order))
             port = [store.port]
         dist.broadcast_object_list(port, src=0)
         return store or TCPStore(self.host, port[0], self.world_size, is_master=False, timeout=self._timeout)
 
 
-def _element_size(copy: Copy) -> int:
-    rows, columns = copy.source
-    return copy.num_bytes // ((rows.stop - rows.start) * (columns.stop - columns.start))
+def plan_engine_transfer(
+    weight_map: WeightMap,
+    source: tuple[list[CausalLM], Layout],
+    engine: EngineLayout,
+    dtype: torch.dtype,
+    address: str,
+    settings: EngineTransferSettings,
+) -> EngineTransfer:
+    """From a policy to the workers of one engine; collective over the trainer's world.
 
+    Args:
+        dtype: of the engine's weights.
+        address: of rank 0's machine, for all ranks and workers.
 
-def _order(plan: Plan, ranks: Sequence[int], workers: Sequence[int], worker: int, dtypes: dict[int, torch.dtype]) -> dict[str, Any]:
-    """What a worker will get in each update, as its receiver reads it."""
-    shapes = dict(zip(plan.destination.parameters, plan.destination.shapes, strict=True))
-    numbers: dict[str, int] = {}
-    parameters: list[list[Any]] = []
-    buckets: list[list[dict[str, Any]]] = []
-    for work in bucket_work(plan, ranks, workers, worker):
-        parcels = []
-        for parcel in work.incoming:
-            copies = []
-            for copy, offset in zip(parcel.copies, parcel.offsets, strict=True):
-                name, (rows, columns) = copy.destination_parameter, copy.destination
-                if name not in numbers:
-                    numbers[name] = len(parameters)
-                    dtype = str(dtypes[_element_size(copy)]).removeprefix("torch.")
-                    parameters.append([name, shapes[name], dtype, 0])
-                parameters[numbers[name]][-1] += copy.num_bytes
-                copies.append(
-                    (numbers[name], rows.start, rows.stop - rows.start, columns.start, columns.stop - columns.start, offset)
-                )
-            described = {"sender": parcel.peer, "bytes": parcel.num_bytes, "tensor": parcel.copies[0].tensor, "copies": copies}
-            parcels.append(described)
-        buckets.append(parcels)
-    return {"parameters": parameters, "buckets": buckets}
+    Raises:
+        ConfigError: the engine's layout does not divide the model.
+    """
+    tensors = tensor_table(weight_map, dtype.itemsize)
+    chunks, layout = source
+    plan = build_plan(
+        megatron_side(weight_map, place(layout.config, len(layout.ranks)), tensors).in_world(layout.ranks, dist.get_world_size()),
+        engine_side(weight_map.architecture, engine, tensors),
+        tensors,
+        Machines(gpus_per_node=settings.gpus_per_node),
+        settings.bucket_bytes,
+    )
+    dtypes = {4: torch.float32, dtype.itemsize: dtype}
+    return EngineTransfer(plan, lambda: flat_parts(global_parameters(chunks, weight_map, layout)), dtypes, address, settings)

@@ -160,7 +160,8 @@ def _actual_sizes(tensors: TensorTable, weight_map: WeightMap, parameters: dict[
 
 
 def _side(weight_map: WeightMap, layout: Layout, tensors: TensorTable) -> Side:
-    return megatron_side(weight_map, place(layout.config, dist.get_world_size()), tensors)
+    assert layout.is_whole_world
+    return megatron_side(weight_map, place(layout.config, len(layout.ranks)), tensors)
 
 
 def _state_side(side: Side, states: dict[str, ParameterState], *, with_copies: bool) -> Side:

@@ -5,7 +5,7 @@ vector is one column, and a parameter of three dimensions (fused experts) is see
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,6 +134,13 @@ class Side:
         """The name under which ``rank`` has a parameter."""
         name, ranks = self.copy_names.get(parameter, ("", frozenset()))
         return name if rank in ranks else self.parameters[parameter]
+
+    def in_world(self, ranks: range, world_size: int) -> "Side":
+        """The same on some ranks of a world, of which the others have nothing."""
+        first = ranks.start
+        copy_names = {number: (name, frozenset(first + rank for rank in own)) for number, (name, own) in self.copy_names.items()}
+        rank_sets = RankSets(self.rank_sets.ranks + np.int32(first), self.rank_sets.starts)
+        return replace(self, rank_sets=rank_sets, num_ranks=world_size, copy_names=copy_names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,57 +5,86 @@ import inspect
 import logging
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from megarl.config.schema import RewardsConfig
-from megarl.errors import ConfigError, RewardError
+from megarl.config.schema import RewardsConfig, ScorerConfig
+from megarl.errors import ConfigError, RewardError, one_line
 from megarl.rewards.hybrid import HybridScore, HybridScorer, verdict_specs
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
-from megarl.rewards.scorers import ScorerSpec, compile_pattern, import_function, one_line
-from megarl.rewards.worker import checked_score
+from megarl.rewards.reward_server import RewardServer
+from megarl.rewards.scorers import ScorerSpec, compile_pattern, import_function
+from megarl.rewards.steps import split_steps, step_ends
+from megarl.rewards.worker import checked_scores
 from megarl.types import Rollout, ScoredRollout
 
-AsyncScorer = Callable[[str, Mapping[str, Any]], Awaitable[Any]]
-Outcome = float | HybridScore | ScorerFailure
+AsyncScorer = Callable[[Any, Mapping[str, Any]], Awaitable[Any]]
+Score = float | list[float]
+Outcome = Score | HybridScore | ScorerFailure
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TaskScorer:
+    """One scorer of a task: as it is logged (``name``), weighted, and known to the workers (``spec``)."""
+
+    name: str
+    weight: float
+    step_separator: str | None
+    spec: ScorerSpec
 
 
 class RewardScorer:
     """Scores responses; used from one event loop, closed at the end.
 
-    Async functions run on the event loop. All other scorers run in worker processes, where a regular expression or a
-    comparison that never ends can be killed and does not hold the loop up.
+    Async functions and requests to reward servers and judges run on the event loop. All other scorers run in worker processes,
+    where a regular expression or a comparison that never ends can be killed and does not hold the loop up.
     """
 
-    def __init__(self, config: RewardsConfig) -> None:
-        """Raises ConfigError when a scorer's pattern or function is wrong or two have one name."""
+    def __init__(
+        self,
+        config: RewardsConfig,
+        task_scorers: Mapping[str, Sequence[ScorerConfig]],
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        """Prepare all scorers.
+
+        Args:
+            config: its scorers are those of every task that has none of its own.
+            task_scorers: the scorers of the other tasks, by the task's name.
+            decode: gives the text of a run of response tokens, as ``Rollout.text`` was made.
+
+        Raises:
+            ConfigError: a scorer's pattern or function is wrong, or two of a task have one name.
+        """
         self._config = config
-        self._specs = [
-            ScorerSpec(
-                name=scorer.name or scorer.type,
-                type=scorer.type,
-                pattern=scorer.pattern,
-                function=scorer.function,
-                extract=scorer.extract,
-                match=tuple(scorer.match),
-            )
-            for scorer in config.scorers
-        ]
-        names = Counter(spec.name for spec in self._specs)
-        if repeated := [name for name, count in names.items() if count > 1]:
-            raise ConfigError(f"{names[repeated[0]]} scorers have the name '{repeated[0]}'; give each a name of its own")
+        self._decode = decode
+        self._default = _with_specs(config.scorers, prefix="")
+        self._of_task = {task: _with_specs(scorers, prefix=f"{task}/") for task, scorers in task_scorers.items()}
+        specs = [scorer.spec for scorers in (self._default, *self._of_task.values()) for scorer in scorers]
         self._async_functions: dict[str, AsyncScorer] = {}
-        for spec in self._specs:
+        for spec in specs:
             compile_pattern(spec)
             if spec.type == "python" and _is_async(function := import_function(spec)):
                 self._async_functions[spec.name] = function
-        judges = {
-            spec.name: scorer.judge for spec, scorer in zip(self._specs, config.scorers, strict=True) if spec.type == "document_qa"
+        lists = [(self._default, config.scorers), *((self._of_task[task], task_scorers[task]) for task in task_scorers)]
+        self._servers = {
+            one.spec.name: RewardServer(scorer, one.spec.name)
+            for own, scorers in lists
+            for one, scorer in zip(own, scorers, strict=True)
+            if scorer.type == "reward_server"
         }
-        in_workers = [spec for spec in self._specs if spec.name not in self._async_functions]
+        judges = {
+            one.spec.name: scorer.judge
+            for own, scorers in lists
+            for one, scorer in zip(own, scorers, strict=True)
+            if scorer.type == "document_qa"
+        }
         num_workers = min(config.concurrency, len(os.sched_getaffinity(0)))
+        on_event_loop = self._async_functions.keys() | self._servers.keys()
+        in_workers = [spec for spec in specs if spec.name not in on_event_loop]
         self._pool = WorkerPool([*in_workers, *verdict_specs(judges)], num_workers)
         self._hybrids = {name: HybridScorer(name, judge, config.timeout, self._pool) for name, judge in judges.items()}
         self._responses = asyncio.Semaphore(config.concurrency)
@@ -66,15 +95,13 @@ class RewardScorer:
         """Failures so far of each scorer that failed, by name."""
         return dict(self._failure_counts)
 
-    async def start(self) -> None:
-        """Make sure that every judge answers; needed before ``score`` where there is one.
-
-        Raises:
-            RewardError: one does not.
-        """
+    async def check_servers(self) -> None:
+        """Let every reward server score something, and every judge judge something; raises RewardError when one cannot."""
         try:
+            for server in self._servers.values():
+                await server.check()
             for hybrid in self._hybrids.values():
-                await hybrid.start()
+                await hybrid.check()
         except RewardError:
             await self.close()
             raise
@@ -88,63 +115,110 @@ class RewardScorer:
         Raises:
             RewardError: a scorer failed and ``on_failure`` is stop, or no worker process can be started.
         """
+        scorers = self._of_task.get(rollout.prompt.task, self._default)
         async with self._responses:
-            outcomes = await self._run_all(rollout)
+            outcomes = await self._run_all(scorers, rollout)
         parts: dict[str, float] = {}
         failures: list[str] = []
-        for spec, outcome in zip(self._specs, outcomes, strict=True):
-            if isinstance(outcome, float):
-                parts[spec.name] = outcome
-            elif isinstance(outcome, HybridScore):
-                parts |= outcome.parts(spec.name)
+        step_rewards: dict[int, float] = {}
+        for scorer, outcome in zip(scorers, outcomes, strict=True):
             failure = outcome.failure if isinstance(outcome, HybridScore) else outcome
             if isinstance(failure, ScorerFailure):
-                self._failure_counts[spec.name] += 1
-                failures.append(f"{spec.name} failed on {rollout.name}: {failure}")
+                self._failure_counts[scorer.spec.name] += 1
+                failures.append(f"{scorer.spec.name} failed on {rollout.name}: {failure}")
+            if isinstance(outcome, HybridScore):
+                parts |= outcome.parts(scorer.name)
+            elif isinstance(outcome, list):
+                parts[scorer.name] = sum(outcome) / len(outcome) if outcome else 0.0
+                for token, reward in self._at_tokens(scorer, outcome, rollout):
+                    step_rewards[token] = step_rewards.get(token, 0.0) + scorer.weight * reward
+            elif isinstance(outcome, float):
+                parts[scorer.name] = outcome
         for line in failures:
             logger.warning("%s", line)
         if failures and self._config.on_failure == "stop":
             raise RewardError(f"scorer {failures[0]}; set rewards.on_failure to drop or zero to go on without it")
         if failures and self._config.on_failure == "drop":
             return None
-        reward = sum(
-            scorer.weight * parts.get(spec.name, 0.0) for scorer, spec in zip(self._config.scorers, self._specs, strict=True)
+        reward = sum(scorer.weight * parts.get(scorer.name, 0.0) for scorer in scorers)
+        return ScoredRollout(
+            rollout=rollout,
+            reward=float(reward),
+            parts=parts,
+            step_rewards=tuple(sorted(step_rewards.items())),
+            failures=tuple(failures),
         )
-        return ScoredRollout(rollout=rollout, reward=float(reward), parts=parts, step_rewards=(), failures=tuple(failures))
 
     async def close(self) -> None:
-        """End the worker processes and the connections to judges."""
+        """End the worker processes and the connections to reward servers and judges."""
+        await self._pool.close()
         for hybrid in self._hybrids.values():
             await hybrid.close()
-        await self._pool.close()
+        for server in self._servers.values():
+            await server.close()
 
-    async def _run_all(self, rollout: Rollout) -> list[Outcome]:
+    def _at_tokens(self, scorer: _TaskScorer, scores: Sequence[float], rollout: Rollout) -> Iterator[tuple[int, float]]:
+        """The scores of a response's steps with the index of the last token of each."""
+        assert scorer.step_separator is not None
+        steps = split_steps(rollout.text, scorer.step_separator)
+        return zip(step_ends(steps, rollout.token_ids, self._decode), scores, strict=True)
+
+    async def _run_all(self, scorers: Sequence[_TaskScorer], rollout: Rollout) -> list[Outcome]:
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._run(spec.name, rollout)) for spec in self._specs]
+                tasks = [group.create_task(self._run(scorer, rollout)) for scorer in scorers]
         except ExceptionGroup as errors:  # no scorer's failure, those are outcomes: no worker could be started
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _run(self, name: str, rollout: Rollout) -> Outcome:
-        reference = rollout.prompt.reference
+    async def _run(self, scorer: _TaskScorer, rollout: Rollout) -> Outcome:
+        name, reference = scorer.spec.name, rollout.prompt.reference
+        response = rollout.text if scorer.step_separator is None else split_steps(rollout.text, scorer.step_separator)
         try:
             if name in self._hybrids:
                 return await self._hybrids[name].score(rollout)
             if name in self._async_functions:
-                return await self._run_async(self._async_functions[name], rollout.text, reference)
-            return await self._pool.score(name, rollout.text, reference, self._config.timeout)
+                return await self._limited(self._async_functions[name](response, reference), response)
+            if name in self._servers:
+                return await self._limited(self._servers[name].score(rollout.prompt.token_ids + rollout.token_ids), rollout.text)
+            return await self._pool.score(name, response, reference, self._config.timeout)
         except ScorerFailure as failure:
             return failure
 
-    async def _run_async(self, function: AsyncScorer, response: str, reference: Mapping[str, Any]) -> float:
+    async def _limited(self, scoring: Awaitable[Any], response: str | list[str]) -> Score:
         deadline = asyncio.timeout(self._config.timeout)
         try:
             async with deadline:
-                return checked_score(await function(response, reference))
-        except Exception as error:  # a failure of the user's code, whatever it is
+                return checked_scores(await scoring, response)
+        except Exception as error:  # a failure of the user's code, whatever it is, or of a server
             late = f"no score within rewards.timeout = {self._config.timeout:g} seconds"
             raise ScorerFailure(late if deadline.expired() else one_line(error)) from error
+
+
+def _with_specs(scorers: Sequence[ScorerConfig], prefix: str) -> list[_TaskScorer]:
+    """The scorers with what the workers are told of them; ``prefix`` tells apart scorers of different tasks."""
+    names = Counter(scorer.name or scorer.type for scorer in scorers)
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise ConfigError(f"{names[repeated[0]]} scorers have the name '{repeated[0]}'; give each a name of its own")
+    return [
+        _TaskScorer(
+            name=scorer.name or scorer.type,
+            weight=scorer.weight,
+            step_separator=scorer.step_separator,
+            spec=ScorerSpec(
+                name=prefix + (scorer.name or scorer.type),
+                type=scorer.type,
+                pattern=scorer.pattern,
+                tags=tuple(scorer.tags),
+                ngram=scorer.ngram,
+                script=scorer.script,
+                extract=scorer.extract,
+                match=tuple(scorer.match),
+                function=scorer.function,
+            ),
+        )
+        for scorer in scorers
+    ]
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

@@ -45,7 +45,7 @@ class HybridScorer:
         self._pool = pool
         self._judge = Judge(judge) if judge is not None else None
 
-    async def start(self) -> None:
+    async def check(self) -> None:
         """Make sure that the judge answers, and with a verdict.
 
         Raises:
@@ -53,7 +53,7 @@ class HybridScorer:
         """
         if self._judge is None:
             return
-        reply = await self._judge.start()
+        reply = await self._judge.check()
         try:
             await self._verdict(reply, self._judge)
         except ScorerFailure as failure:
@@ -98,7 +98,7 @@ class HybridScorer:
 
 def verdict_name(name: str) -> str:
     """What the pool calls the reader of verdicts of the scorer ``name``."""
-    return f"{name} verdict"
+    return f"{name}_judge"  # that of its part in the log, so that no other scorer of the list has it
 
 
 def verdict_specs(specs: Mapping[str, JudgeConfig | None]) -> list[ScorerSpec]:

@@ -24,7 +24,7 @@ class _Busy(Exception):
 
 
 class Judge:
-    """One judge; used from one event loop, between ``start`` and ``close``.
+    """One judge; used from one event loop, closed at the end.
 
     It bounds the time of a question, not their number: ``rewards.concurrency`` does, as at most one is open for a response.
 
@@ -36,15 +36,12 @@ class Judge:
         self.config = config
         self._session: aiohttp.ClientSession | None = None
 
-    async def start(self) -> str:
-        """Open the connections and return the reply to a question whose answer is plain, so that nothing is found out later.
+    async def check(self) -> str:
+        """The reply to a question whose answer is plain, so that nothing is found out later.
 
         Raises:
             RewardError: no reply came.
         """
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=self.config.timeout)
-        )
         try:
             return await self.ask("What is 2 + 2?", "4", ["4"])
         except JudgeFailure as failure:
@@ -54,6 +51,7 @@ class Judge:
         """Close the connections."""
         if self._session is not None:
             await self._session.close()
+            self._session = None
 
     async def ask(self, question: str, answer: str, references: Sequence[str]) -> str:
         """The judge's reply to one answer at temperature 0.
@@ -91,7 +89,9 @@ class Judge:
         }
 
     async def _request(self, body: Mapping[str, Any]) -> str:
-        assert self._session is not None, "the judge is not started"
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=self.config.timeout)
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
         async with self._session.post(f"{self.config.url.rstrip('/')}/chat/completions", json=body) as response:
             text = await response.text(errors="replace")
         shown = " ".join(text.split())[:300]

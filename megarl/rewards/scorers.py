@@ -1,6 +1,7 @@
 """What each scorer computes. Worker processes import this, so it stays light: no torch, hence no megarl.types.
 
-A scorer is called with the decoded response and the prompt's reference and returns a number; whatever it raises is a failure.
+A scorer is called with the decoded response and the prompt's reference and returns a number; a scorer of steps is called with the
+list of them and returns a list of numbers. Whatever it raises is a failure.
 """
 
 import importlib
@@ -12,10 +13,11 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, one_line
 from megarl.rewards.document_qa import document_qa_scorer, verdict_scorer
+from megarl.rewards.text_scorers import ngram_repetition, script_share, tagged_sections
 
-Scorer = Callable[[str, Mapping[str, Any]], Any]
+Scorer = Callable[[Any, Mapping[str, Any]], Any]
 
 _LATEX_ANCHOR = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin\{")
 _LATEX_COMMAND = re.compile(r"\\[A-Za-z]+")
@@ -26,18 +28,22 @@ _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d+)?[eE][+-]?\d{1,2}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerSpec:
-    """One scorer as a worker process is told of it; the fields are those of ScorerConfig, ``name`` always given.
+    """One scorer as a worker process is told of it; the fields are those of ScorerConfig.
 
+    ``name`` is unique in the run: the scorer's, after its task's where the task has scorers of its own (``sums/exact``).
     Type ``verdict`` exists here only: it reads the replies of a judge, ``pattern`` and ``positive`` are the judge's.
     """
 
     name: str
     type: str
-    pattern: str | None
-    function: str | None
+    pattern: str | None = None
+    tags: tuple[str, ...] = ()
+    ngram: int | None = None
+    script: str | None = None
     extract: str | None = None
     match: tuple[str, ...] = ()
     positive: str | None = None
+    function: str | None = None
 
 
 def build_scorer(spec: ScorerSpec) -> Scorer:
@@ -52,6 +58,17 @@ def build_scorer(spec: ScorerSpec) -> Scorer:
     if spec.type == "regex":
         assert pattern is not None
         return lambda response, reference: 1.0 if pattern.search(response) else 0.0
+    if spec.type == "format":
+        whole = pattern or tagged_sections(spec.tags)
+        return lambda response, reference: 1.0 if whole.fullmatch(response) else 0.0
+    if spec.type == "repetition":
+        ngram = spec.ngram
+        assert ngram is not None
+        return lambda response, reference: -ngram_repetition(response, ngram)
+    if spec.type == "language":
+        script = spec.script
+        assert script is not None
+        return lambda response, reference: script_share(response, script)
     if spec.type == "document_qa":
         return document_qa_scorer(pattern, spec.extract, spec.match)
     if spec.type == "verdict":
@@ -83,10 +100,11 @@ def compile_pattern(spec: ScorerSpec) -> re.Pattern[str] | None:
     if spec.type == "python":
         raise ConfigError(f"scorer '{spec.name}' of type python takes no pattern; search the response in {spec.function}")
     try:
-        pattern = re.compile(spec.pattern)
+        # a format is of the whole response, so its dots stand for line ends too
+        pattern = re.compile(spec.pattern, re.DOTALL if spec.type == "format" else 0)
     except re.error as error:
         raise ConfigError(f"scorer '{spec.name}': pattern {spec.pattern!r} is not a regular expression: {error}") from error
-    if spec.type != "regex" and pattern.groups == 0:
+    if spec.type not in ("regex", "format") and pattern.groups == 0:
         raise ConfigError(f"scorer '{spec.name}': pattern {spec.pattern!r} has no group; put the answer's part in ( )")
     return pattern
 
@@ -174,8 +192,3 @@ def load_reasoning_gym() -> Scorer:
         return generators[key].score_answer(answer.strip(), reference["entry"])
 
     return score
-
-
-def one_line(error: BaseException) -> str:
-    """The error's type and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -24,4 +24,10 @@ def build_engine(config: Config, run_dir: Path, weight_shapes: Mapping[str, tupl
         return VllmEngine(config, run_dir, weight_shapes)
     if config.rollout.engine == "sglang":
         return SGLangEngine(config, run_dir, weight_shapes)
-    return EmbeddedEngine(config.model.path, getattr(torch, config.model.dtype), config.rollout.embedded, weight_shapes)
+    return EmbeddedEngine(
+        config.model.path,
+        getattr(torch, config.model.dtype),
+        config.rollout.embedded,
+        weight_shapes,
+        reports_experts=config.rollout.routing_replay,
+    )

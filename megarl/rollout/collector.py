@@ -2,15 +2,22 @@
 
 import asyncio
 import hashlib
+import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import Any, TypeVar
 
 from megarl.config.schema import Config
 from megarl.errors import RolloutError, listed
+from megarl.rollout.episodes import EpisodePlayer
+from megarl.rollout.lock_step import EpisodeKey, LockStep
+from megarl.rollout.outstanding import Tickets
 from megarl.rollout.protocol import Generation, RolloutEngine, SamplingParams
+from megarl.rollout.surplus import SurplusGroup, fill_step, groups_per_task
 from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 
 T = TypeVar("T")
@@ -18,6 +25,7 @@ T = TypeVar("T")
 PROMPTS_NAMED = 5
 
 Score = Callable[[Rollout], Awaitable[ScoredRollout | None]]
+Take = Callable[[int, Mapping[str, int]], Sequence[Prompt]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,14 +34,19 @@ class CollectStats:
 
     Attributes:
         wall_seconds: from the first request to the last score.
-        generating_seconds: wall time with at least one request at the engine; the rest of ``wall_seconds`` only scored.
-        generate_seconds: time at the engine, summed over prompts.
+        generating_seconds: wall time with at least one request at the engine; in the rest of ``wall_seconds`` responses were only
+            scored or waited for their environments.
+        generate_seconds: time at the engine, summed over requests.
         score_seconds: time in scorers, summed over responses.
         waves: rounds of prompts.
-        dropped_unscored: groups dropped because a scorer failed and rewards.on_failure is drop.
+        dropped_unscored: groups dropped because a scorer or the environment failed and rewards.on_failure is drop.
         dropped_filtered: groups dropped by dynamic sampling for equal rewards.
+        reused: groups of the step that waited from an earlier one.
+        dropped_surplus: groups dropped because they waited longer than algorithm.max_surplus_age.
+        surplus: groups that wait for the next step.
         retries: requests sent again.
-        failures: one line for each failed request or scorer.
+        environment_failures: episodes whose environment failed, in dropped groups too.
+        failures: one line for each failed request, scorer or environment.
     """
 
     wall_seconds: float = 0.0
@@ -43,7 +56,11 @@ class CollectStats:
     waves: int = 0
     dropped_unscored: int = 0
     dropped_filtered: int = 0
+    reused: int = 0
+    dropped_surplus: int = 0
+    surplus: int = 0
     retries: int = 0
+    environment_failures: int = 0
     failures: list[str] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
@@ -56,11 +73,21 @@ class CollectStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectResult:
-    """Groups in the order of their prompts, and what collecting them took; ``filtered`` are those of equal rewards."""
+    """What collecting one step gave.
+
+    Attributes:
+        groups: those to train on, in the order of their prompts; of balanced tasks in turn.
+        filtered: those that dynamic sampling dropped for equal rewards.
+        sampled: all that were sampled and scored now, filtered ones and those that wait for the next step included.
+        stats: what it took.
+        tickets: names of the groups where some outlive a step; None elsewhere.
+    """
 
     groups: tuple[RolloutGroup, ...]
     filtered: tuple[RolloutGroup, ...]
+    sampled: tuple[RolloutGroup, ...]
     stats: CollectStats
+    tickets: Tickets | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +104,23 @@ class _Request:
     samples: SamplingParams
     greedy: SamplingParams | None
 
+    @property
+    def responses(self) -> list[tuple[int, SamplingParams]]:
+        """Sample index and settings of each response, the greedy one last."""
+        responses = [(index, self.samples) for index in range(self.samples.num_samples)]
+        return responses if self.greedy is None else [*responses, (GREEDY_INDEX, self.greedy)]
+
+    @property
+    def episodes(self) -> list[EpisodeKey]:
+        """What LockStep knows the responses by."""
+        return [(self.samples.seed, index) for index, _ in self.responses]
+
 
 @dataclass(slots=True)
 class _Progress:
-    """What is going on now, for the stall warning and the time spent generating."""
+    """What is going on now, for the stall warning, the time spent generating, and turns taken together."""
 
+    lock_step: LockStep
     in_flight: dict[str, None] = field(default_factory=dict)  # prompt ids, in the order they were sent
     completed: asyncio.Event = field(default_factory=asyncio.Event)
     at_engine: int = 0
@@ -116,6 +155,7 @@ class Collector:
         score: Score,
         warn: Callable[[str], None],
         with_greedy: bool,
+        player: EpisodePlayer | None = None,
     ) -> None:
         """Give the collector all that it needs for the whole run.
 
@@ -128,6 +168,7 @@ class Collector:
             warn: called with one line when something needs a person's eye.
             with_greedy: whether ``collect`` also answers each prompt at temperature 0. Such a response is part of its group: it
                 shares the group's request timeout and retries, and when it cannot be scored the group is dropped.
+            player: plays each response as an episode; None where a response is one turn.
         """
         self._engine = engine
         self._config = config
@@ -137,35 +178,49 @@ class Collector:
         self._score_rollout = score
         self._warn = warn
         self._with_greedy = with_greedy
+        self._player = player
+        self.surplus: list[SurplusGroup] = []
 
-    async def collect(self, take: Callable[[int], Sequence[Prompt]], step: int) -> CollectResult:
+    async def collect(self, take: Take, step: int) -> CollectResult:
         """Collect exactly ``rollout.prompts_per_step`` groups, asking ``take`` in waves for as many prompts as are missing.
 
-        With dynamic sampling, groups whose rewards are all equal are dropped and replaced.
+        With dynamic sampling, groups whose rewards are all equal are dropped and replaced; what is sampled beyond the step's groups
+        (``algorithm.over_sampling``) waits in ``surplus`` for the next steps, which take it first.
 
         Args:
-            take: gives the next so many prompts.
+            take: gives the next so many prompts, knowing how many groups of each task the step has.
             step: of the run; part of the seeds.
 
         Raises:
             RolloutError: the engine died, a prompt got no answer after all retries, or the waves did not suffice.
         """
         stats = CollectStats()
-        kept: list[RolloutGroup] = []
+        num_groups, algorithm = self._rollout.prompts_per_step, self._config.algorithm
+        per_task = groups_per_task(self._config)
+        waiting = [one for one in self.surplus if step - one.step <= algorithm.max_surplus_age]
+        stats.dropped_surplus = len(self.surplus) - len(waiting)
+        sampled: list[RolloutGroup] = []
         filtered: list[RolloutGroup] = []
         position = 0
-        num_groups, algorithm = self._rollout.prompts_per_step, self._config.algorithm
-        while len(kept) < num_groups:
+        while len(kept := fill_step(waiting, num_groups, per_task)) < num_groups:
             if stats.waves == algorithm.max_sampling_waves:
-                raise RolloutError(_exhausted(stats, kept, filtered, num_groups))
-            prompts = take(num_groups - len(kept))
+                raise RolloutError(_exhausted(stats, [one.group for one in kept], filtered, num_groups))
+            num_prompts = math.ceil((num_groups - len(kept)) * algorithm.over_sampling)
+            prompts = take(num_prompts, Counter(one.group.prompt.task for one in kept))
             requests = [self._training_request(prompt, step, position + offset) for offset, prompt in enumerate(prompts)]
             position += len(prompts)
-            for group in await self._wave(requests, stats):
-                uninformative = algorithm.dynamic_sampling and group.has_equal_rewards
-                (filtered if uninformative else kept).append(group)
+            groups = await self._wave(requests, stats)
+            sampled += groups
+            for group in groups:
+                if algorithm.dynamic_sampling and group.has_equal_rewards:
+                    filtered.append(group)
+                else:
+                    waiting.append(SurplusGroup(step=step, group=group))
             stats.dropped_filtered = len(filtered)
-        return CollectResult(groups=tuple(kept), filtered=tuple(filtered), stats=stats)
+        self.surplus = [one for one in waiting if not any(one is other for other in kept)]
+        stats.surplus, stats.reused = len(self.surplus), sum(one.step < step for one in kept)
+        groups_of_step = tuple(one.group for one in kept)
+        return CollectResult(groups=groups_of_step, filtered=tuple(filtered), sampled=tuple(sampled), stats=stats, tickets=None)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """Sample and score every prompt as ``evaluation`` says; seeds do not depend on the step, so that evaluations compare.
@@ -181,7 +236,8 @@ class Collector:
             requests.append(_Request(prompt=prompt, samples=samples, greedy=None))
         groups = await self._wave(requests, stats)
         if stats.dropped_unscored:
-            self._warn(f"{stats.dropped_unscored} of {len(prompts)} evaluation prompts are left out: a scorer failed on them")
+            left_out = f"{stats.dropped_unscored} of {len(prompts)} evaluation prompts are left out"
+            self._warn(f"{left_out}: a scorer or the environment failed on them")
         return groups
 
     def _training_request(self, prompt: Prompt, step: int, position: int) -> _Request:
@@ -196,7 +252,7 @@ class Collector:
         """Answer and score all prompts at the same time; the groups that were scored, in prompt order."""
         stats.waves += 1
         started = time.monotonic()
-        progress = _Progress()
+        progress = _Progress(LockStep(self._rollout.concurrency))
         slots = asyncio.Semaphore(self._rollout.concurrency)
         watcher = asyncio.create_task(self._watch_for_stalls(progress))
         try:
@@ -213,16 +269,13 @@ class Collector:
         """One prompt from request to group, with retries; None when a response could not be scored."""
         prompt = request.prompt
         for attempt in range(self._rollout.max_retries + 1):
-            await slots.acquire()
-            deadline = asyncio.get_running_loop().time() + self._rollout.request_timeout
-            progress.in_flight[prompt.prompt_id] = None
             try:
-                try:
-                    generations = await self._generate(request, deadline, progress, stats)
-                finally:
-                    slots.release()
+                async with self._place(request, slots, progress):
+                    deadline = asyncio.get_running_loop().time() + self._rollout.request_timeout
+                    progress.in_flight[prompt.prompt_id] = None
+                    rollouts = await self._generate(request, deadline, progress, stats)
                 async with asyncio.timeout_at(deadline):
-                    return await self._score(request, generations, progress, stats)
+                    return await self._score(request, rollouts, progress, stats)
             except TimeoutError:
                 failure = f"prompt {prompt.prompt_id} was not answered and scored within {self._rollout.request_timeout:g} s"
                 cause: BaseException | None = None
@@ -239,57 +292,109 @@ class Collector:
             f"{failure}, after {self._rollout.max_retries} retries (rollout.request_timeout, rollout.max_retries)"
         ) from cause
 
-    async def _generate(self, request: _Request, deadline: float, progress: _Progress, stats: CollectStats) -> list[Generation]:
-        """The samples, and behind them the greedy response where one is wanted; asked for at the same time."""
-        wanted = [request.samples] if request.greedy is None else [request.samples, request.greedy]
-        started = time.monotonic()
-        progress.engine_enter()
+    @asynccontextmanager
+    async def _place(self, request: _Request, slots: asyncio.Semaphore, progress: _Progress) -> AsyncIterator[None]:
+        """One of ``rollout.concurrency`` places at the engine."""
+        progress.lock_step.enqueue()
         try:
-            async with asyncio.timeout_at(deadline):
-                answers = await _all(self._engine.generate(request.prompt.token_ids, sampling) for sampling in wanted)
-        except RolloutError as error:
-            raise _RequestFailed from error
+            await slots.acquire()
+        except BaseException:
+            progress.lock_step.give_up()
+            raise
+        progress.lock_step.admit(request.episodes)
+        try:
+            yield
         finally:
-            progress.engine_exit(stats)
-            stats.generate_seconds += time.monotonic() - started
-        generations = list(chain.from_iterable(answers))
-        if any(generation.finish_reason is FinishReason.ABORT for generation in generations):
-            raise _RequestFailed from RolloutError("the engine gave the request up")
-        progress.completed.set()
-        return generations
+            slots.release()
+            progress.lock_step.leave(request.episodes)
 
-    async def _score(
-        self, request: _Request, generations: Sequence[Generation], progress: _Progress, stats: CollectStats
-    ) -> RolloutGroup | None:
-        """The group of the generations that ``_generate`` gave; None when one of them could not be scored."""
+    async def _generate(self, request: _Request, deadline: float, progress: _Progress, stats: CollectStats) -> list[Rollout]:
+        """The samples, and behind them the greedy response where one is wanted; asked for at the same time."""
+        async with asyncio.timeout_at(deadline):
+            if self._player is not None:
+                return await self._play(self._player, request, progress, stats)
+            wanted = [request.samples] if request.greedy is None else [request.samples, request.greedy]
+            token_ids = request.prompt.token_ids
+            answers = await _all(self._ask(token_ids, sampling, progress, stats) for sampling in wanted)
+        return self._rollouts(request, list(chain.from_iterable(answers)))
 
-        async def score_one(rollout: Rollout) -> ScoredRollout | None:
-            started = time.monotonic()
-            scored = await self._score_rollout(rollout)
-            stats.score_seconds += time.monotonic() - started
-            if scored is not None:
-                stats.failures.extend(scored.failures)
-            progress.completed.set()
-            return scored
-
-        num_samples = request.samples.num_samples
-        rollouts = [
+    def _rollouts(self, request: _Request, generations: Sequence[Generation]) -> list[Rollout]:
+        """The request's responses of one turn, the greedy one last."""
+        return [
             Rollout(
                 prompt=request.prompt,
-                sample_index=index if index < num_samples else GREEDY_INDEX,
+                sample_index=index,
                 token_ids=generation.token_ids,
                 from_policy=(True,) * len(generation.token_ids),
                 logprobs=generation.logprobs,
                 weight_versions=generation.weight_versions,
                 finish_reason=generation.finish_reason,
                 text=self._decode(generation.token_ids),
+                routed_experts=generation.routed_experts,
             )
-            for index, generation in enumerate(generations)
+            for (index, _), generation in zip(request.responses, generations, strict=True)
         ]
+
+    async def _play(self, player: EpisodePlayer, request: _Request, progress: _Progress, stats: CollectStats) -> list[Rollout]:
+        """The same as episodes, each with requests of its own."""
+        # The embedded engine decodes what it is asked for together; where servers batch, waiting for the slowest only costs.
+        takes_turns_together = self._rollout.engine == "embedded"
+
+        async def play(episode: EpisodeKey, index: int, settings: SamplingParams) -> Rollout:
+            async def generate(token_ids: tuple[int, ...], sampling: SamplingParams) -> Generation:
+                if takes_turns_together:
+                    await progress.lock_step.turn(episode)
+                return (await self._ask(token_ids, sampling, progress, stats))[0]
+
+            try:
+                return await player.play(request.prompt, index, settings, generate)
+            finally:
+                progress.lock_step.finish(episode)
+
+        pairs = zip(request.episodes, request.responses, strict=True)
+        return await _all(play(episode, index, settings) for episode, (index, settings) in pairs)
+
+    async def _ask(
+        self, token_ids: tuple[int, ...], sampling: SamplingParams, progress: _Progress, stats: CollectStats
+    ) -> list[Generation]:
+        """One request to the engine."""
+        started = time.monotonic()
+        progress.engine_enter()
+        try:
+            generations = await self._engine.generate(token_ids, sampling)
+        except RolloutError as error:
+            raise _RequestFailed from error
+        finally:
+            progress.engine_exit(stats)
+            stats.generate_seconds += time.monotonic() - started
+        if any(generation.finish_reason is FinishReason.ABORT for generation in generations):
+            raise _RequestFailed from RolloutError("the engine gave the request up")
+        progress.completed.set()
+        return generations
+
+    async def _score(
+        self, request: _Request, rollouts: Sequence[Rollout], progress: _Progress, stats: CollectStats
+    ) -> RolloutGroup | None:
+        """The group of what ``_generate`` gave; None when one of them could not be scored."""
+
+        async def score_one(rollout: Rollout) -> ScoredRollout | None:
+            started = time.monotonic()
+            environment_failure = rollout.environment_failure
+            stats.environment_failures += environment_failure is not None
+            scored = await self._score_rollout(rollout)
+            stats.score_seconds += time.monotonic() - started
+            if scored is not None:
+                stats.failures.extend(scored.failures)
+            elif environment_failure is not None:
+                stats.failures.append(environment_failure)
+            progress.completed.set()
+            return scored
+
         scored = await _all(score_one(rollout) for rollout in rollouts)
         complete = tuple(one for one in scored if one is not None)
         if len(complete) < len(scored):
             return None
+        num_samples = request.samples.num_samples
         greedy = None if request.greedy is None else complete[num_samples]
         return RolloutGroup(prompt=request.prompt, rollouts=complete[:num_samples], greedy=greedy)
 
@@ -312,6 +417,7 @@ class Collector:
             top_p=self._rollout.top_p,
             top_k=self._rollout.top_k,
             stop_token_ids=self._stop_token_ids,
+            repetition_stop=self._rollout.repetition_stop,
             seed=seed,
         )
 

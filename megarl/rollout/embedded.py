@@ -4,17 +4,30 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from megarl.config.schema import EmbeddedEngineConfig
 from megarl.errors import RolloutError
 from megarl.rollout.checkpoint_views import checkpoint_views
 from megarl.rollout.protocol import Generation, SamplingParams
+from megarl.rollout.repetition import RepetitionStop
+from megarl.rollout.routed_experts import experts_of_rows, recorded_experts
 from megarl.rollout.sampler import GumbelSampler
 from megarl.rollout.weight_checklist import WeightChecklist
 from megarl.types import FinishReason
@@ -41,7 +54,19 @@ class _Row:
     def batch_key(self) -> tuple[object, ...]:
         """Rows that differ in it cannot be decoded together."""
         sampling = self.request.sampling
-        return (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids)
+        return (sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids, sampling.repetition_stop)
+
+
+class _Limits(StoppingCriteria):
+    """Ends each row at its own limit, and all rows when a cut is asked for."""
+
+    def __init__(self, limits: Tensor, width: int, cut: Event) -> None:
+        """``limits``: int64 [batch], response tokens of each row; ``width``: of the prompts."""
+        self._limits, self._width, self._cut = limits, width, cut
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Bool [batch], whether the row ends with its last token."""
+        return (input_ids.shape[1] - self._width >= self._limits) | self._cut.is_set()
 
 
 class EmbeddedEngine:
@@ -53,13 +78,23 @@ class EmbeddedEngine:
     """
 
     def __init__(
-        self, model_path: Path, dtype: torch.dtype, config: EmbeddedEngineConfig, weight_shapes: Mapping[str, tuple[int, ...]]
+        self,
+        model_path: Path,
+        dtype: torch.dtype,
+        config: EmbeddedEngineConfig,
+        weight_shapes: Mapping[str, tuple[int, ...]],
+        *,
+        reports_experts: bool = False,
     ) -> None:
-        """``model_path`` is a Hugging Face folder, of which only config.json is read; ``weight_shapes`` says what updates bring."""
+        """``model_path`` is a Hugging Face folder, of which only config.json is read; ``weight_shapes`` says what updates bring.
+
+        With ``reports_experts`` every generation tells where the routers sent its tokens.
+        """
         self._model_path = model_path
         self._weight_shapes = weight_shapes
         self._dtype = dtype
         self._config = config
+        self._reports_experts = reports_experts
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self._model: PreTrainedModel | None = None
         self._views: dict[str, Tensor] = {}
@@ -68,6 +103,7 @@ class EmbeddedEngine:
         self._queue: deque[_Row] = deque()
         self._decoding: asyncio.Task[None] | None = None
         self._model_lock = asyncio.Lock()
+        self._cut = Event()  # read by the worker thread between tokens
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedded-engine")
 
     async def start(self) -> None:
@@ -109,6 +145,15 @@ class EmbeddedEngine:
             self._decoding = asyncio.create_task(self._decode_queue())
         return await request.answer
 
+    async def cut(self) -> None:
+        """End the requests in flight at the next token; returns when all have answered."""
+        self._cut.set()
+        try:
+            while self._decoding is not None and not self._decoding.done():
+                await asyncio.wait({self._decoding})
+        finally:
+            self._cut.clear()
+
     async def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Copy a whole new set of weights in place, after the batch being decoded.
 
@@ -127,7 +172,8 @@ class EmbeddedEngine:
             self._version = version
 
     async def close(self) -> None:
-        """Drop the queue and the model; a batch being decoded ends on its own."""
+        """Drop the queue and the model; a batch being decoded ends at its next token."""
+        self._cut.set()
         if self._decoding is not None:
             self._decoding.cancel()
         for row in self._queue:
@@ -142,7 +188,10 @@ class EmbeddedEngine:
             try:
                 async with self._model_lock:
                     await self.health()
-                    generations = await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, rows)
+                    if self._cut.is_set():
+                        generations = [_generation([], [], (), row.request.sampling.max_new_tokens, None, 0) for row in rows]
+                    else:
+                        generations = await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, rows)
             except Exception as error:
                 self._fail(rows, error)
                 continue
@@ -183,38 +232,65 @@ class EmbeddedEngine:
         sampler = GumbelSampler(
             [(row.request.sampling.seed, row.sample_index) for row in rows], sampling.temperature, sampling.top_k, sampling.top_p
         )
+        limits = [row.request.sampling.max_new_tokens for row in rows]
         generation_config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=max(limits),
             eos_token_id=list(sampling.stop_token_ids) or None,
             pad_token_id=0,
         )
+        limit = _Limits(torch.tensor(limits, device=self._device), width, self._cut)
+        repetition = RepetitionStop(sampling.repetition_stop, len(rows), width) if sampling.repetition_stop is not None else None
         threads_before = torch.get_num_threads()
         torch.set_num_threads(self._config.threads or torch.multiprocessing.cpu_count())
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), recorded_experts(self._model) if self._reports_experts else nullcontext() as recorded:
                 sequences = self._model.generate(
                     input_ids,
                     attention_mask=attention_mask,
                     generation_config=generation_config,
                     logits_processor=LogitsProcessorList([sampler]),
+                    stopping_criteria=StoppingCriteriaList([limit, repetition] if repetition is not None else [limit]),
                 )
         finally:
             torch.set_num_threads(threads_before)
         responses = sequences[:, width:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
+        repeating = [None] * len(rows) if repetition is None else repetition.lengths
+        generations = [
+            _generation(response, row_logprobs, sampling.stop_token_ids, limit, length, self._version)
+            for response, row_logprobs, limit, length in zip(responses, logprobs, limits, repeating, strict=True)
+        ]
+        if recorded is None:
+            return generations
+        experts = experts_of_rows(recorded, len(rows))
         return [
-            _generation(response, row_logprobs, sampling.stop_token_ids, self._version)
-            for response, row_logprobs in zip(responses, logprobs, strict=True)
+            # from the first prompt token on, up to the last token that was sampled, which no forward pass read
+            replace(generation, routed_experts=row_experts[width - len(prompt) : width + len(generation.token_ids) - 1])
+            for row_experts, prompt, generation in zip(experts, prompts, generations, strict=True)
         ]
 
 
-def _generation(response: list[int], logprobs: list[float], stop_token_ids: tuple[int, ...], version: int) -> Generation:
-    """Cut a row of a batch after its first stop token: what follows is padding."""
-    length = next((index + 1 for index, token in enumerate(response) if token in stop_token_ids), None)
+def _generation(
+    response: list[int], logprobs: list[float], stop_token_ids: tuple[int, ...], limit: int, repeating: int | None, version: int
+) -> Generation:
+    """Cut a row of a batch where it ended: what follows is padding.
+
+    Args:
+        limit: most tokens of this row.
+        repeating: how many there were when it first repeated itself.
+    """
+    length, reason = limit, FinishReason.LENGTH
+    if repeating is not None and repeating < limit:
+        length, reason = repeating, FinishReason.REPETITION
+    stop = next((index + 1 for index, token in enumerate(response[:length]) if token in stop_token_ids), None)
+    if stop is not None:
+        length, reason = stop, FinishReason.STOP
+    elif len(response) < length:
+        length, reason = len(response), FinishReason.ABORT
     return Generation(
         token_ids=tuple(response[:length]),
         logprobs=tuple(logprobs[:length]),
-        weight_versions=(version,) * len(response[:length]),
-        finish_reason=FinishReason.LENGTH if length is None else FinishReason.STOP,
+        weight_versions=(version,) * length,
+        finish_reason=reason,
     )

@@ -37,7 +37,9 @@ class ServerConnection:
         self._log_path = log_path
         self._hint = hint
         # One connection per prompt in flight; the collector bounds these.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None))
+        # Each serves one request: a server closes idle ones after some seconds, and a request sent at that moment would be lost.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
     @property
     def death(self) -> RolloutError | None:

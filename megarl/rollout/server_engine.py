@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
+import numpy
 from torch import Tensor
 from transformers import AutoConfig
 
+from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import Config, EngineServerConfig
-from megarl.errors import RolloutError
+from megarl.errors import MegaRLError, RolloutError
 from megarl.rollout.protocol import Generation, SamplingParams
+from megarl.rollout.routed_experts import reported_experts
 from megarl.rollout.server_connection import LateError, ServerConnection, abandon
 from megarl.rollout.server_launch import HOST
 from megarl.rollout.server_process import ServerProcess, free_port
@@ -28,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT = 10.0  # seconds
 POLL_SECONDS = 0.25
+CUT_SECONDS = 0.5  # a request that was on its way when others were given up is given up that much later
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +54,6 @@ class SliceSender(Protocol):
     port: int
     world_size: int
     first_worker: int  # workers come last in the group
-
-    @property
-    def is_joined(self) -> bool:
-        """Whether the group stands."""
 
     def join(self) -> None:
         """Wait until all of the group are there."""
@@ -80,9 +80,11 @@ class ServerEngine(ABC):
         self.settings: EngineServerConfig = getattr(config.rollout, self.section)
         self._log_path = run_dir / "engine.log"
         self._server: ServerConnection | None = None
+        self._experts = read_model_facts(config.model.path).experts if config.rollout.routing_replay else None
         self._vocabulary_size: int = AutoConfig.from_pretrained(config.model.path).vocab_size
         self._sender: WeightSender | None = None
         self._starts = 0
+        self._in_flight: set[asyncio.Future[list[Generation]]] = set()
         self._version: int | None = None
         self._unusable = "it has no weights yet; call update_weights first"
 
@@ -93,6 +95,10 @@ class ServerEngine(ABC):
     @abstractmethod
     async def sample(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
         """``sampling.num_samples`` different responses; one at temperature 0."""
+
+    @abstractmethod
+    async def give_up(self) -> None:
+        """Have the server answer the requests that it has with what there is of them."""
 
     @abstractmethod
     async def pause(self) -> None:
@@ -187,9 +193,25 @@ class ServerEngine(ABC):
                 f"{self.name} got a prompt of {len(prompt_token_ids)} tokens that is empty or has ids outside 0..{vocabulary - 1}; "
                 f"does the tokenizer belong to {self.config.model.path}?"
             )
-        generations = await self.server.watch(self.sample(prompt_token_ids, sampling), "answer a prompt", None)
+        request = asyncio.ensure_future(self.sample(prompt_token_ids, sampling))
+        self._in_flight.add(request)
+        request.add_done_callback(self._in_flight.discard)
+        generations = await self.server.watch(request, "answer a prompt", None)
         # Greedy samples are all the same, and some servers refuse several of one request.
         return generations * sampling.num_samples if sampling.temperature == 0 else generations
+
+    async def cut(self) -> None:
+        """End the requests in flight at the next token; returns when all have answered.
+
+        Raises:
+            RolloutError: the server died, or took longer than the section's ``update_timeout``.
+        """
+        await self.limited(self._cut(), "give up its requests")
+
+    async def _cut(self) -> None:
+        while requests := set(self._in_flight):
+            await self.give_up()
+            await asyncio.wait(requests, timeout=CUT_SECONDS)
 
     async def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Send a whole new set of weights to every worker; requests in flight finish on the old weights first.
@@ -208,6 +230,14 @@ class ServerEngine(ABC):
             for _ in weights:  # read to its end: making it is a collective of all trainer ranks
                 pass
 
+    async def join_transfer(self, sender: SliceSender) -> None:
+        """Let every worker join the sender's group for slices.
+
+        Raises:
+            RolloutError: the server died, refused, or took longer than the section's ``update_timeout``.
+        """
+        await self._together(self.join_slices(sender), sender.join, "join the weight-transfer group")
+
     async def update_slices(self, sender: SliceSender, version: int) -> None:
         """Let every worker take its slices of a whole new set of weights from all trainer ranks, which send at the same time.
 
@@ -215,8 +245,6 @@ class ServerEngine(ABC):
             RolloutError: the server died, refused, or took longer than the section's ``update_timeout``.
         """
         async with self._updating(version):
-            if not sender.is_joined:
-                await self._together(self.join_slices(sender), sender.join, "join the weight-transfer group")
             await self._together(self.receive_slices(), sender.send, "receive and load the new weights")
 
     async def restart(self) -> None:
@@ -251,6 +279,14 @@ class ServerEngine(ABC):
     async def sent(self, send: Callable[..., None], *arguments: Any, task: str, partner: asyncio.Future[Any] | None = None) -> None:
         """One blocking step of the sender, in a thread, while ``partner`` receives."""
         await self.limited(self._in_thread(send, *arguments), task, partner)
+
+    def routed_experts(self, report: "numpy.ndarray[Any, Any] | None", num_tokens: int) -> Tensor | None:
+        """``Generation.routed_experts`` of a response of ``num_tokens`` with its prompt, from the server's report.
+
+        Raises:
+            RolloutError: rollout.routing_replay is set and the report is missing or not of this model.
+        """
+        return None if self._experts is None else reported_experts(self.name, report, num_tokens, self._experts)
 
     @asynccontextmanager
     async def _updating(self, version: int) -> AsyncIterator[None]:
@@ -304,6 +340,8 @@ class ServerEngine(ABC):
                 return
             if error is None:
                 future.set_result(cast(T, result))
+            elif isinstance(error, MegaRLError):
+                future.set_exception(error)
             else:
                 failure = RolloutError(f"weight transfer to {self.name} failed: {' '.join(str(error).split())[:500]}")
                 failure.__cause__ = error

@@ -1,10 +1,12 @@
 """The real SGLang as a rollout engine."""
 
 import asyncio
+import base64
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -54,6 +56,7 @@ class SGLangEngine(ServerEngine):
             "enable_deterministic_inference": True,  # without it a request's seed is ignored
             "random_seed": self.config.seed,
             "disable_shared_experts_fusion": True,  # else its GPU kernels have them among the experts, where no plan puts them
+            "enable_return_routed_experts": rollout.routing_replay,
             "log_level": "warning",
         }
         needed = {"PYTHONPATH": str(PLUGIN_FOLDER), "HF_HUB_OFFLINE": "1"}
@@ -81,8 +84,27 @@ class SGLangEngine(ServerEngine):
             "input_ids": [prompt_token_ids] * num_requests,
             "sampling_params": [_sampling_params(sampling, index) for index in range(num_requests)],
             "return_logprob": True,
+            "return_routed_experts": self.config.rollout.routing_replay,
         }
-        return [_generation(answer) for answer in await self.server.call("POST", "/generate", body)]
+        return [self._generation(answer, len(prompt_token_ids)) for answer in await self.server.call("POST", "/generate", body)]
+
+    def _generation(self, answer: dict[str, Any], num_prompt_tokens: int) -> Generation:
+        about = answer["meta_info"]
+        token_ids = tuple(answer["output_ids"])
+        num_tokens = num_prompt_tokens + len(token_ids)
+        encoded = about.get("routed_experts")
+        report = None if encoded is None else numpy.frombuffer(base64.b64decode(encoded), numpy.int32)
+        return Generation(
+            token_ids=token_ids,
+            logprobs=tuple(logprob for logprob, *_ in about["output_token_logprobs"]),
+            weight_versions=token_versions("SGLang", about["weight_versions"], len(token_ids)),
+            finish_reason=FinishReason(about["finish_reason"]["type"]),
+            routed_experts=self.routed_experts(report, num_tokens),
+        )
+
+    async def give_up(self) -> None:
+        """Have the server answer the requests that it has with what there is of them."""
+        await self.server.call("POST", "/abort_request", {"abort_all": True})
 
     async def pause(self) -> None:
         """Let the requests in flight finish and start no others."""
@@ -162,14 +184,3 @@ def _sampling_params(sampling: SamplingParams, index: int) -> dict[str, Any]:
         "stop_token_ids": list(sampling.stop_token_ids),
         "sampling_seed": sampling.seed + index,
     }
-
-
-def _generation(answer: dict[str, Any]) -> Generation:
-    about = answer["meta_info"]
-    token_ids = tuple(answer["output_ids"])
-    return Generation(
-        token_ids=token_ids,
-        logprobs=tuple(logprob for logprob, *_ in about["output_token_logprobs"]),
-        weight_versions=token_versions("SGLang", about["weight_versions"], len(token_ids)),
-        finish_reason=FinishReason(about["finish_reason"]["type"]),
-    )

@@ -1,10 +1,13 @@
 """The real vLLM as a rollout engine."""
 
 import asyncio
+import base64
+import io
 import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -51,6 +54,8 @@ class VllmEngine(ServerEngine):
             "worker_extension_cls": WORKER_EXTENSION,
             "enable_scale_out": True,  # the token-in token-out endpoint
         }
+        if rollout.routing_replay:
+            arguments["enable_return_routed_experts"] = True
         needed = {
             "PYTHONPATH": str(PLUGIN_FOLDER),
             "VLLM_SERVER_DEV_MODE": "1",  # the endpoints for pausing, worker calls and cache resets
@@ -68,6 +73,11 @@ class VllmEngine(ServerEngine):
     async def start(self) -> None:
         """Start the server, or find the one at ``rollout.vllm.url``, and wait until it is healthy."""
         rollout = self.config.rollout
+        if rollout.routing_replay and not self.settings.url and not torch.cuda.is_available():
+            raise RolloutError(
+                "rollout.routing_replay: vLLM reports experts only from its second model runner, which needs Triton and so a GPU; "
+                "on CPU use engine sglang or embedded, or set it to false"
+            )
         self._require_known_logprobs(rollout.temperature, rollout.top_p, rollout.top_k)
         await super().start()
 
@@ -76,7 +86,27 @@ class VllmEngine(ServerEngine):
         self._require_known_logprobs(sampling.temperature, sampling.top_p, sampling.top_k)
         body = {"token_ids": list(prompt_token_ids), "sampling_params": _sampling_params(sampling)}
         answer = await self.server.call("POST", "/inference/v1/generate", body)
-        return [_generation(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+        return [
+            self._generation(choice, len(prompt_token_ids))
+            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
+        ]
+
+    def _generation(self, choice: dict[str, Any], num_prompt_tokens: int) -> Generation:
+        token_ids = tuple(choice["token_ids"])
+        encoded = choice.get("routed_experts")
+        report = None if encoded is None else numpy.load(io.BytesIO(base64.b64decode(encoded)))
+        return Generation(
+            token_ids=token_ids,
+            logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
+            weight_versions=token_versions("vLLM", choice["weight_versions"], len(token_ids)),
+            finish_reason=FinishReason(choice["finish_reason"]),
+            routed_experts=self.routed_experts(report, num_prompt_tokens + len(token_ids)),
+        )
+
+    async def give_up(self) -> None:
+        """Have the server answer the requests that it has with what there is of them."""
+        await self.server.call("POST", "/pause?mode=abort")
+        await self.server.call("POST", "/resume")
 
     async def pause(self) -> None:
         """Let the requests in flight finish and start no others."""
@@ -155,7 +185,7 @@ class VllmEngine(ServerEngine):
 
 
 def _sampling_params(sampling: SamplingParams) -> dict[str, Any]:
-    greedy = sampling.temperature == 0
+    greedy, repetition = sampling.temperature == 0, sampling.repetition_stop
     return {
         "n": 1 if greedy else sampling.num_samples,
         "max_tokens": sampling.max_new_tokens,
@@ -163,18 +193,9 @@ def _sampling_params(sampling: SamplingParams) -> dict[str, Any]:
         "top_p": 1.0 if greedy else sampling.top_p,
         "top_k": 0 if greedy else sampling.top_k,
         "stop_token_ids": list(sampling.stop_token_ids),
+        "repetition_detection": None if repetition is None else repetition.model_dump(),  # the same names
         "ignore_eos": True,  # stop_token_ids are the only ones that stop
         "seed": sampling.seed,
         "logprobs": 0,  # of the sampled token only
         "detokenize": False,
     }
-
-
-def _generation(choice: dict[str, Any]) -> Generation:
-    token_ids = tuple(choice["token_ids"])
-    return Generation(
-        token_ids=token_ids,
-        logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
-        weight_versions=token_versions("vLLM", choice["weight_versions"], len(token_ids)),
-        finish_reason=FinishReason(choice["finish_reason"]),
-    )

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megarl.algorithms.objectives import Objective, ObjectiveFunction, finish_metrics, select_tokens
@@ -22,33 +21,43 @@ from megarl.parallel.layout import Layout
 from megarl.parallel.pipeline import PipelineCommunicator
 from megarl.train.heads import Head
 from megarl.train.micro_batch import MicroBatch, build_micro_batch
+from megarl.train.offload import Offloaded
 from megarl.types import PackedBatch, TrainBatch
 
 
 class TrainingEngine:
-    """One model over the ranks of its layout.
+    """One model over the ranks of its layout. The other ranks of the world have one too, without model.
 
     Args:
-        chunks: this rank's model chunks with their weights.
+        chunks: this rank's model chunks with their weights; none outside the role.
         role: layout and sizes.
         layout: this rank's place.
         head: what it computes for each trained token.
         trainable: build gradient buffers; a frozen model has none.
+
+    Attributes:
+        weights: the parameters, which may be in host memory.
     """
 
     def __init__(self, chunks: list[CausalLM], role: RoleConfig, layout: Layout, *, head: Head, trainable: bool) -> None:
         self.role = role
         self.layout = layout
         self.chunks = chunks
-        self.device = next(chunks[0].parameters()).device
+        self.device = torch.device(torch.cuda.current_device())
         self._head = head
-        self._config: TransformerConfig = chunks[0].config
-        self._flops = sequence_flops(self._config)
-        self.ddp_chunks: list[DistributedDataParallel] = self._wrap() if trainable else []
-        self._communicator = PipelineCommunicator(pp_group=layout.groups.pp, config=self._config)
+        self.ddp_chunks: list[DistributedDataParallel] = self._wrap() if trainable and layout.is_member else []
+        self.weights = Offloaded(self._parameters, "changing" if trainable else "constant", enabled=role.offload == "all")
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (parameter.data for chunk in self.chunks for parameter in chunk.parameters())
+
+    def gradient_buffers(self) -> Iterator[Tensor]:
+        """megatron-core's, for all parameters of this rank."""
+        for chunk in self.ddp_chunks:
+            yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))
 
     def _wrap(self) -> list[DistributedDataParallel]:
-        parallel = self.role.parallel
+        parallel, config = self.role.parallel, self.chunks[0].config
         ddp_config = DistributedDataParallelConfig(
             use_distributed_optimizer=parallel.distributed_optimizer,
             overlap_grad_reduce=parallel.overlap_gradient_reduce,
@@ -56,41 +65,53 @@ class TrainingEngine:
             average_in_collective=False,
         )
         wrapped = [
-            DistributedDataParallel(self._config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=self.layout.groups)
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=self.layout.groups)
             for number, chunk in enumerate(self.chunks)
         ]
         if parallel.overlap_gradient_reduce:
             no_sync = [chunk.no_sync for chunk in wrapped]
-            self._config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+            config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
         # the objective's weights hold the global normaliser: gradients are summed and never divided by a token count
-        self._config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(
-            model, None, **kwargs
-        )
+        config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(model, None, **kwargs)
         return wrapped
 
     def score(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """What the head gives for every trained token, without gradients.
+        """What the head gives for every trained token, without gradients; collective over the world.
 
         Returns:
             For each of the head's outputs a float32 CPU tensor [num_tokens], 0 where ``loss_mask`` is False; equal on all ranks.
         """
+        return self.share_scores(self.compute_scores(batch))
+
+    def share_scores(self, scores: Tensor) -> tuple[Tensor, ...]:
+        """Scores from the role's ranks to all ranks of the world, as ``score`` returns them."""
+        if not self.layout.is_whole_world:
+            dist.broadcast(scores, src=self.layout.ranks.start)
+        return tuple(scores)
+
+    def compute_scores(self, batch: PackedBatch) -> Tensor:
+        """The part of ``score`` that only the role's ranks work on: float32 [outputs, num_tokens] on the CPU, 0 on other ranks."""
+        values = torch.zeros(self._head.num_outputs, batch.token_ids.numel(), device=self.device)
+        if not self.layout.is_member:
+            return values.cpu()
 
         def collect(micro_batch: MicroBatch, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
             return outputs[0].sum(), (micro_batch.index, torch.stack(outputs))
 
-        with torch.no_grad():
+        with torch.no_grad(), self.weights.on_device():
             scored = self._run(batch, self.chunks, collect, forward_only=True)
-        values = torch.zeros(self._head.num_outputs, batch.token_ids.numel(), device=self.device)
         for index, rows in scored:
             values[:, index.to(self.device)] = rows
         self._sum_over_replicas(values)
-        return tuple(values.cpu())
+        return values.cpu()
 
     def forward_backward(self, batch: TrainBatch, objective: ObjectiveFunction) -> dict[str, float]:
-        """Accumulate the gradient of the objective over the whole batch into the gradient buffers.
+        """Accumulate the gradient of the objective over the whole batch into the gradient buffers; on the role's ranks only.
+
+        Weights and gradient buffers must be on the device.
 
         Returns:
-            The objective's metrics, reduced over the batch; equal on all ranks.
+            The objective's metrics, reduced over the batch; equal on all ranks of the role.
         """
         packed = batch.packed
         numbers = sequence_numbers(packed.cu_seqlens)
@@ -119,12 +140,12 @@ class TrainingEngine:
         forward_only: bool,
     ) -> list[Any]:
         """Send the batch through megatron-core's schedule; returns what ``collect`` gave per micro-batch (last stage only)."""
-        parallel = self.role.parallel
-        multiple = self.layout.sequence_multiple
+        parallel, config = self.role.parallel, self.chunks[0].config
+        multiple, flops = self.layout.sequence_multiple, sequence_flops(config)
         lengths = [-(-length // multiple) * multiple for length in batch.sequence_lengths.tolist()]
         plan = plan_micro_batches(
             lengths,
-            [self._flops.of(length) for length in lengths],
+            [flops.of(length) for length in lengths],
             num_replicas=self.layout.dp,
             max_tokens=self.role.max_tokens_per_micro_batch,
             # the interleaved schedule works through micro-batches in rounds of pp
@@ -145,7 +166,7 @@ class TrainingEngine:
             seq_length=1,  # lengths differ and are sent along
             micro_batch_size=1,
             forward_only=forward_only,
-            p2p_communicator=self._communicator,
+            p2p_communicator=PipelineCommunicator(pp_group=self.layout.groups.pp, config=config),
             pg_collection=self.layout.groups,
         )
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megarl.models.routing_replay import ReplayedSeqParams
 from megarl.parallel.attention import zigzag_positions
 from megarl.parallel.layout import Layout
-from megarl.types import PackedBatch
+from megarl.types import NO_EXPERT, PackedBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class MicroBatch:
     Attributes:
         input_ids: int64 [1, tokens / cp], this context parallel rank's zigzag chunks of every (padded) sequence.
         position_ids: int64 [1, tokens / cp], position within the sequence.
-        packed_seq_params: megatron-core's description of the packing, over all cp ranks.
+        packed_seq_params: megatron-core's description of the packing, over all cp ranks, and the experts of this rank's tokens.
         rows: int64 [trained], positions in ``input_ids`` whose output predicts a trained token.
         targets: int64 [trained], those tokens.
         index: int64 [trained], where those tokens stand in the PackedBatch.
@@ -30,7 +30,7 @@ class MicroBatch:
 
     input_ids: Tensor
     position_ids: Tensor
-    packed_seq_params: PackedSeqParams
+    packed_seq_params: ReplayedSeqParams
     rows: Tensor
     targets: Tensor
     index: Tensor
@@ -71,7 +71,7 @@ def build_micro_batch(batch: PackedBatch, sequences: Sequence[int], layout: Layo
 
     boundaries = torch.tensor([0, *padded]).cumsum(0).to(torch.int32)
     longest = max(padded)
-    packed_seq_params = PackedSeqParams(
+    packed_seq_params = ReplayedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries,
         cu_seqlens_kv=boundaries,
@@ -79,6 +79,7 @@ def build_micro_batch(batch: PackedBatch, sequences: Sequence[int], layout: Layo
         cu_seqlens_kv_padded=boundaries,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        routed_experts=_replayed_experts(batch, source, layout),
     )
     return MicroBatch(
         input_ids=input_ids[None].to(device),
@@ -88,3 +89,15 @@ def build_micro_batch(batch: PackedBatch, sequences: Sequence[int], layout: Layo
         targets=batch.token_ids[index].to(device),
         index=index,
     )
+
+
+def _replayed_experts(batch: PackedBatch, source: Tensor, layout: Layout) -> Tensor | None:
+    """The experts of the tokens whose routers this rank computes: under sequence parallelism its part of the cp rank's tokens.
+
+    Args:
+        source: int64 [tokens / cp], where each of the cp rank's tokens stands in the batch; -1 for padding.
+    """
+    if batch.routed_experts.shape[1] == 0:
+        return None
+    experts = torch.where((source >= 0)[:, None, None], batch.routed_experts[source], NO_EXPERT)
+    return experts.chunk(layout.config.tp)[layout.tp_rank] if layout.config.sequence_parallel else experts

@@ -1,17 +1,23 @@
 """megatron-core's Adam and learning-rate schedule for one engine, with non-finite gradients skipped and counted."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from megarl.config.schema import OptimizerConfig
 from megarl.errors import TrainingError
 from megarl.train.engine import TrainingEngine
+from megarl.train.offload import storages
 
 NO_PARAMETER = "no parameter"  # key in the state of an Adam without parameters
 
@@ -40,13 +46,14 @@ class EngineOptimizer:
             use_distributed_optimizer=engine.role.parallel.distributed_optimizer,
             clip_grad=config.clip_gradient,
         )
-        self.megatron = get_megatron_optimizer(
-            megatron_config,
-            engine.ddp_chunks,
-            config_overrides=get_standard_config_overrides(megatron_config),
-            use_gloo_process_groups=False,
-            pg_collection=engine.layout.groups,
-        )
+        with _as_world(engine.layout.groups.intra_dist_opt):
+            self.megatron = get_megatron_optimizer(
+                megatron_config,
+                engine.ddp_chunks,
+                config_overrides=get_standard_config_overrides(megatron_config),
+                use_gloo_process_groups=False,
+                pg_collection=engine.layout.groups,
+            )
         transformer.grad_scale_func = self.megatron.scale_loss
         self.scheduler = OptimizerParamScheduler(
             self.megatron,
@@ -64,6 +71,7 @@ class EngineOptimizer:
             override_opt_param_scheduler=True,
         )
         self._config = config
+        self._chunks = engine.chunks
         self._is_distributed = engine.role.parallel.distributed_optimizer
         self.num_skipped = 0
         self.num_consecutive_skipped = 0
@@ -107,6 +115,15 @@ class EngineOptimizer:
                 f"{self._config.max_skipped_steps}; lower the learning rate or look at the last rollouts"
             )
 
+    def tensors(self) -> Iterator[Tensor]:
+        """State on the device and float32 main parameters, without those that are the model's own parameters."""
+        own = storages(parameter.data for chunk in self._chunks for parameter in chunk.parameters())
+        for optimizer in self.megatron.chained_optimizers:
+            adam = optimizer.optimizer
+            main = [parameter.data for group in adam.param_groups for parameter in group["params"]]
+            moments = [value for state in adam.state.values() for name, value in state.items() if name != "step"]
+            yield from (tensor for tensor in (*main, *moments) if tensor.untyped_storage()._cdata not in own)
+
     def fill_state(self) -> None:
         """Give a fresh Adam its zero state (step 0): checkpoints are written from it and loaded into it."""
         adams: list[Any] = [optimizer.optimizer for optimizer in self.megatron.chained_optimizers]
@@ -121,6 +138,17 @@ class EngineOptimizer:
                         }
         if self._is_distributed:
             _keep_step_where_there_are_no_parameters(adams)
+
+
+@contextmanager
+def _as_world(group: dist.ProcessGroup) -> Iterator[None]:
+    """Let megatron-core, which compares parameter groups over all ranks there are, ask those of one role."""
+    world = distributed_c10d._get_default_group()
+    distributed_c10d._update_default_pg(group)
+    try:
+        yield
+    finally:
+        distributed_c10d._update_default_pg(world)
 
 
 def _keep_step_where_there_are_no_parameters(adams: list[Any]) -> None:

@@ -1,13 +1,14 @@
 """The models of a run: policy and critic, which learn, and reference and reward model, which do not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding, extract_sharded_base
 from torch import Tensor
 
 from megarl.algorithms.objectives import ObjectiveFunction
@@ -15,9 +16,12 @@ from megarl.config.schema import Config, CriticConfig, OptimizerConfig, RewardMo
 from megarl.data.packing import with_scored_ends
 from megarl.models.architecture import read_architecture
 from megarl.models.build import ValueModel, build_model_chunks, use_transformer_engine
+from megarl.models.routing_replay import replay_routing
+from megarl.models.transformer_config import DTYPES
 from megarl.parallel.layout import build_layout
 from megarl.train.engine import TrainingEngine
 from megarl.train.heads import LogProbHead, ValueHead
+from megarl.train.offload import Offloaded
 from megarl.train.optimizer import EngineOptimizer
 from megarl.types import PackedBatch, TokenScores, TrainBatch, UpdateResult
 from megarl.weights.distributed_checkpoint import is_distributed_checkpoint
@@ -28,12 +32,14 @@ from megarl.weights.transfer import hugging_face_tensors, load_weights
 from megarl.weights.value_head import value_head_source, with_value_head
 
 
-def _build_engine(config: Config, role: RoleConfig, path: Path, *, trainable: bool) -> tuple[TrainingEngine, WeightMap]:
+def _build_engine(
+    config: Config, role: RoleConfig, path: Path, *, trainable: bool, replays_routing: bool = False
+) -> tuple[TrainingEngine, WeightMap]:
     architecture = read_architecture(path)
     weight_map = build_weight_map(
         architecture, config.model.vocabulary_pad_multiple, use_transformer_engine(config.model.transformer_impl)
     )
-    layout = build_layout(role.parallel)
+    layout = build_layout(role.parallel, role.ranks(dist.get_world_size()))
     chunks = build_model_chunks(architecture, config.model, role, layout, config.seed)
     if config.model.init == "random" and path == config.model.path:
         load_weights(chunks, RandomSource(weight_map, config.seed), weight_map, layout)
@@ -41,6 +47,8 @@ def _build_engine(config: Config, role: RoleConfig, path: Path, *, trainable: bo
         load_megatron_weights(chunks, path, layout)
     else:
         load_weights(chunks, SafetensorsSource(path, weight_map), weight_map, layout)
+    if replays_routing:
+        replay_routing(chunks, architecture)
     temperature = config.rollout.temperature if config.kind == "rl" else 1.0
     head = LogProbHead(role=role, layout=layout, vocabulary_size=architecture.vocabulary_size, temperature=temperature)
     return TrainingEngine(chunks, role, layout, head=head, trainable=trainable), weight_map
@@ -53,7 +61,7 @@ def _build_value_model(config: Config, role: CriticConfig | RewardModelConfig) -
     architecture = replace(read_architecture(path), tied_embeddings=False)  # it has no output layer that could be tied
     with_transformer_engine = use_transformer_engine(config.model.transformer_impl)
     weight_map = with_value_head(build_weight_map(architecture, config.model.vocabulary_pad_multiple, with_transformer_engine))
-    layout = build_layout(role.parallel)
+    layout = build_layout(role.parallel, role.ranks(dist.get_world_size()))
     chunks = build_model_chunks(architecture, config.model, role, layout, config.seed, ValueModel)
     source: WeightSource
     if config.model.init == "random" and role.path is None:
@@ -73,6 +81,7 @@ class Reference:
         role = config.reference or config.policy
         path = (config.reference.path if config.reference else None) or config.model.path
         self.engine, _ = _build_engine(config, role, path, trainable=False)
+        self.engine.weights.release()
 
 
 class RewardModel:
@@ -81,6 +90,7 @@ class RewardModel:
     def __init__(self, config: Config, role: RewardModelConfig) -> None:
         self.weight = role.weight
         self.engine, _ = _build_value_model(config, role)
+        self.engine.weights.release()
 
     def score(self, packed: PackedBatch) -> Tensor:
         """Its score of each sequence, read at the last token as transformers does: float32 [num_sequences] on the CPU."""
@@ -95,30 +105,63 @@ class Learner:
     Args:
         engine: the model.
         weight_map: of the model.
+        dtype: of its parameters.
         optimizer: settings.
         total_updates: optimizer steps of the run, for the learning-rate schedule.
     """
 
-    def __init__(self, engine: TrainingEngine, weight_map: WeightMap, optimizer: OptimizerConfig, total_updates: int) -> None:
+    def __init__(
+        self, engine: TrainingEngine, weight_map: WeightMap, dtype: torch.dtype, optimizer: OptimizerConfig, total_updates: int
+    ) -> None:
         self.engine = engine
         self.weight_map = weight_map
-        self.optimizer = EngineOptimizer(engine, optimizer, total_updates)
+        self._dtype = dtype
+        self._optimizer = EngineOptimizer(engine, optimizer, total_updates) if engine.layout.is_member else None
+        enabled = engine.role.offload != "none"
+        self._gradients = Offloaded(engine.gradient_buffers, "dropped", enabled=enabled)
+        self._optimizer_state = Offloaded(self._optimizer_tensors, "changing", enabled=enabled)
+        for part in (self._gradients, self._optimizer_state, engine.weights):
+            part.release()
 
-    def update(self, batch: TrainBatch, objective: ObjectiveFunction) -> UpdateResult:
-        """One optimizer step on one batch."""
-        metrics = self.engine.forward_backward(batch, objective)
-        norm, learning_rate, skipped = self.optimizer.step()
+    @property
+    def optimizer(self) -> EngineOptimizer:
+        """On the role's ranks only."""
+        assert self._optimizer is not None
+        return self._optimizer
+
+    def _optimizer_tensors(self) -> Iterable[Tensor]:
+        return () if self._optimizer is None else self._optimizer.tensors()
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Within it weights, gradients and optimizer state can be used."""
+        with self.engine.weights.on_device(), self._gradients.on_device(), self._optimizer_state.on_device():
+            yield
+
+    def update_each(self, batches: Sequence[TrainBatch], objective: ObjectiveFunction) -> list[UpdateResult | None]:
+        """``update`` on one batch after another."""
+        with self.on_device():
+            return [self.update(batch, objective) for batch in batches]
+
+    def update(self, batch: TrainBatch, objective: ObjectiveFunction) -> UpdateResult | None:
+        """One optimizer step on one batch; None on a rank outside the role, which does not wait for it (see ``share_results``)."""
+        if not self.engine.layout.is_member:
+            return None
+        with self.on_device():
+            metrics = self.engine.forward_backward(batch, objective)
+            norm, learning_rate, skipped = self.optimizer.step()
         return UpdateResult(metrics=metrics, gradient_norm=norm, learning_rate=learning_rate, skipped=skipped)
 
     def hugging_face_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights as whole Hugging Face tensors on rank 0; every rank must exhaust it."""
-        return hugging_face_tensors(self.engine.chunks, self.weight_map, self.engine.layout)
+        with self.engine.weights.on_device():
+            yield from hugging_face_tensors(self.engine.chunks, self.weight_map, self.engine.layout, self._dtype)
 
     def _metadata(self) -> dict[str, Any]:
         return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": self.engine.layout.groups.dp_cp}
 
     def sharded_weights(self) -> dict[str, Any]:
-        """The model's part of ``sharded_state``."""
+        """The model's part of ``sharded_state``, like that a view of what must be on the device until it is saved or loaded."""
         return {
             f"model{number}": chunk.sharded_state_dict(metadata=self._metadata()) for number, chunk in enumerate(self.engine.chunks)
         }
@@ -131,9 +174,17 @@ class Learner:
     def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
         """Model, optimizer, scheduler and random state as megatron-core's sharded state dict; collective.
 
+        A rank outside the role has only what is equal on all ranks: rank 0 writes that, whatever its roles.
+
         Args:
             is_loading: it is a template to load into.
         """
+        layout = self.engine.layout
+        state = self._member_state(is_loading=is_loading) if layout.is_member else None
+        common = layout.share(None if state is None else extract_sharded_base(state)[1])
+        return common if state is None else state
+
+    def _member_state(self, *, is_loading: bool) -> dict[str, Any]:
         model = self.sharded_weights()
         self.optimizer.fill_state()
         optimizer = self.optimizer.megatron.sharded_state_dict(dict(model), is_loading=is_loading, metadata=self._metadata())
@@ -147,12 +198,14 @@ class Learner:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over a state dict that ``weights.checkpoint.load_policy`` filled."""
+        torch.set_rng_state(state["random"])
+        if not self.engine.layout.is_member:
+            return
         self.load_weights(state)
         self.optimizer.megatron.load_state_dict(state["optimizer"])
         self.optimizer.scheduler.load_state_dict(state["scheduler"])
         self.optimizer.num_skipped = state["counters"]["num_skipped"]
         self.optimizer.num_consecutive_skipped = state["counters"]["num_consecutive_skipped"]
-        torch.set_rng_state(state["random"])
 
 
 class Policy(Learner):
@@ -164,8 +217,11 @@ class Policy(Learner):
     """
 
     def __init__(self, config: Config, total_updates: int) -> None:
-        engine, weight_map = _build_engine(config, config.policy, config.model.path, trainable=True)
-        super().__init__(engine, weight_map, config.optimizer, total_updates)
+        replays_routing = config.rollout.routing_replay
+        engine, weight_map = _build_engine(
+            config, config.policy, config.model.path, trainable=True, replays_routing=replays_routing
+        )
+        super().__init__(engine, weight_map, DTYPES[config.model.dtype], config.optimizer, total_updates)
 
 
 class Critic(Learner):
@@ -179,7 +235,7 @@ class Critic(Learner):
     def __init__(self, config: Config, total_updates: int) -> None:
         role = config.critic or CriticConfig.model_validate(config.policy.model_dump())
         engine, weight_map = _build_value_model(config, role)
-        super().__init__(engine, weight_map, role.optimizer or config.optimizer, total_updates)
+        super().__init__(engine, weight_map, DTYPES[config.model.dtype], role.optimizer or config.optimizer, total_updates)
 
     def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
         """As the policy's, with keys of its own, so that one checkpoint holds both."""
@@ -189,14 +245,27 @@ class Critic(Learner):
 
 
 def score(policy: Policy, reference: Reference | None, critic: Critic | None, packed: PackedBatch) -> TokenScores:
-    """What all models say of the batch before the updates."""
-    old, entropies = policy.engine.score(packed)
+    """What all models say of the batch before the updates. Models on disjoint ranks work at the same time."""
+    engines = [None if model is None else model.engine for model in (policy, reference, critic)]
+    computed = [None if engine is None else engine.compute_scores(packed) for engine in engines]
+    shared = [
+        None if engine is None or scores is None else engine.share_scores(scores)
+        for engine, scores in zip(engines, computed, strict=True)
+    ]
+    of_policy, of_reference, of_critic = shared
+    assert of_policy is not None
     return TokenScores(
-        old=old,
-        entropies=entropies,
-        reference=None if reference is None else reference.engine.score(packed)[0],
-        values=None if critic is None else critic.engine.score(packed)[0],
+        old=of_policy[0],
+        entropies=of_policy[1],
+        reference=None if of_reference is None else of_reference[0],
+        values=None if of_critic is None else of_critic[0],
     )
+
+
+def share_results(model: Learner, results: Sequence[UpdateResult | None]) -> list[UpdateResult]:
+    """What ``update`` gave on the model's ranks, on every rank of the world; collective."""
+    layout = model.engine.layout
+    return layout.share([result for result in results if result is not None] if layout.is_member else None)
 
 
 def is_main_rank() -> bool:

@@ -1,8 +1,9 @@
 """Checkpoints of a run: megatron-core's distributed format, which any layout can load, and one manifest written last.
 
     checkpoints/step_00000012/
-        policy/           model, optimizer, scheduler and random state (megatron dist_checkpointing), and the critic's
-        manifest.json     step, weight version, data position, model digest, and every file with its size
+        policy/              model, optimizer, scheduler and random state (megatron dist_checkpointing), and the critic's
+        outstanding.pickle   groups begun and not yet trained on, where responses outlive a step
+        manifest.json        step, weight version, data position, model digest, and every file with its size
 
 A folder without a manifest is an unfinished save and is never read.
 """
@@ -34,7 +35,21 @@ from megarl.weights.mapping import WeightMap
 
 MANIFEST = "manifest.json"
 POLICY = "policy"  # folder of the tensors
+OUTSTANDING = "outstanding.pickle"
 FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataState:
+    """Where a run is in its training data.
+
+    Attributes:
+        position: as the sampler gives it.
+        outstanding: what was taken from it and not yet trained on, as the store of such groups gives it; None without a store.
+    """
+
+    position: dict[str, Any]
+    outstanding: bytes | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +114,12 @@ def read_run_state(checkpoint: Path, weight_map: WeightMap) -> RunState:
     return RunState(**manifest["state"])
 
 
+def read_data_state(checkpoint: Path, state: RunState) -> DataState:
+    """Where the run that saved the checkpoint was in its data."""
+    file = checkpoint / OUTSTANDING
+    return DataState(position=state.data, outstanding=file.read_bytes() if file.exists() else None)
+
+
 def load_policy(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     """Fill a sharded state dict from a checkpoint of any layout; collective.
 
@@ -131,8 +152,8 @@ class CheckpointWriter:
         self._queue = AsyncCallsQueue() if asynchronous else None
         _start_result_queue()
 
-    def save(self, sharded_state: dict[str, Any], state: RunState) -> None:
-        """Save one checkpoint; collective.
+    def save(self, sharded_state: dict[str, Any], state: RunState, outstanding: bytes | None = None) -> None:
+        """Save one checkpoint; collective. ``outstanding``: of DataState, on rank 0.
 
         Raises:
             CheckpointError: it could not be written; earlier checkpoints are untouched.
@@ -144,6 +165,8 @@ class CheckpointWriter:
             (checkpoint / POLICY).mkdir(parents=True)
         dist.barrier()
         with _write_errors(str(checkpoint), self._folder):
+            if outstanding is not None:
+                (checkpoint / OUTSTANDING).write_bytes(outstanding)
             request = dist_checkpointing.save(
                 sharded_state, str(checkpoint / POLICY), async_sharded_save=self._queue is not None, **_async_strategy()
             )

@@ -1,7 +1,8 @@
-"""The policy as a Hugging Face folder."""
+"""A trained model as a Hugging Face folder."""
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ CARRIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # config, generation c
 LEFT_BEHIND = (INDEX, MEGATRON_MARKER, SHARD_MAP)
 
 
-def write_hugging_face_folder(tensors: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path, output: Path) -> None:
+def write_hugging_face_folder(
+    tensors: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path, output: Path, *, with_value_head: bool = False
+) -> None:
     """Write safetensors shards with index, and the config and tokenizer files of the source model.
 
     The folder appears under its name only when it is whole; one that stood there is replaced.
@@ -30,6 +33,7 @@ def write_hugging_face_folder(tensors: Iterable[tuple[str, Tensor]], source: Pat
         source: folder whose config is carried over.
         tokenizer: folder whose tokenizer files are carried over.
         output: the folder to write.
+        with_value_head: the tensors are a critic's, and the folder is one of transformers' ...ForSequenceClassification.
 
     Raises:
         WeightsError: it cannot be written, for example because the disk is full.
@@ -40,6 +44,8 @@ def write_hugging_face_folder(tensors: Iterable[tuple[str, Tensor]], source: Pat
         partial.mkdir(parents=True)
         copy_side_files(tokenizer, partial)
         copy_side_files(source, partial)
+        if with_value_head:
+            _describe_value_head(partial / "config.json")
         _write_shards(tensors, partial)
         shutil.rmtree(output, ignore_errors=True)
         os.replace(partial, output)
@@ -53,6 +59,16 @@ def copy_side_files(source: Path, output: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.suffix in CARRIED_SUFFIXES and path.name not in LEFT_BEHIND:
             shutil.copyfile(path, output / path.name)
+
+
+def _describe_value_head(config: Path) -> None:
+    """Make a language model's config that of the same model with one label, which transformers takes from the number of names."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values["architectures"] = [
+        re.sub(r"For\w+$", "ForSequenceClassification", architecture) for architecture in values.get("architectures") or ()
+    ]
+    values |= {"id2label": {"0": "value"}, "label2id": {"value": 0}}
+    config.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 def shard_name(number: int, count: int) -> str:

@@ -18,9 +18,13 @@ from megarl.weights.sources import WeightSource
 def global_parameters(chunks: list[CausalLM], weight_map: WeightMap, layout: Layout) -> dict[str, Tensor]:
     """This rank's parameters, and the buffers of the weight map, by global name (layers and experts counted over the whole model).
 
+    There are none on a rank outside the role.
+
     Raises:
         WeightsError: the model has parameters that the map does not know, or lacks some that the map puts on this rank.
     """
+    if not layout.is_member:
+        return {}
     num_experts = weight_map.architecture.num_experts // layout.config.ep
     first_expert = layout.groups.ep.rank() * num_experts
     found: dict[str, Tensor] = {}
@@ -87,14 +91,19 @@ def _tensor_parallel_place(parameter: Parameter, layout: Layout) -> tuple[int, i
     return group.rank(), group.size()
 
 
-def hugging_face_tensors(chunks: list[CausalLM], weight_map: WeightMap, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def hugging_face_tensors(
+    chunks: list[CausalLM], weight_map: WeightMap, layout: Layout, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """Whole Hugging Face tensors, one Megatron parameter after another, on rank 0; other ranks get none but must exhaust it.
+
+    Args:
+        dtype: of the model's parameters, which rank 0 need not have.
 
     Yields:
         Name and full tensor on the rank's device, in the model's type; buffers in float32.
     """
     names = [name for name, parameter in weight_map.parameters.items() if not parameter.is_copy]
-    return _gather(names, lambda tensor: tensor.data, chunks[0].config.params_dtype, chunks, weight_map, layout)
+    return _gather(names, lambda tensor: tensor.data, dtype, chunks, weight_map, layout)
 
 
 def hugging_face_gradients(chunks: list[CausalLM], weight_map: WeightMap, layout: Layout) -> Iterator[tuple[str, Tensor]]:
@@ -114,7 +123,7 @@ def _gather(
 ) -> Iterator[tuple[str, Tensor]]:
     wanted = set(names)
     local = {name: value(tensor) for name, tensor in global_parameters(chunks, weight_map, layout).items() if name in wanted}
-    device = next(iter(local.values())).device
+    device = torch.cuda.current_device()
     holders_of = _Holders(weight_map, layout)
     for name in names:
         holders = holders_of(weight_map.parameters[name])
@@ -136,11 +145,12 @@ def _gather(
 
 
 class _Holders:
-    """The ranks that hold the parts of a parameter, in the order of the parts, in the first replica."""
+    """The ranks of the world that hold the parts of a parameter, in the order of the parts, in the first replica."""
 
     def __init__(self, weight_map: WeightMap, layout: Layout) -> None:
-        placement = place(layout.config, dist.get_world_size())
-        self._dense, self._experts = placement.dense_ranks(), placement.expert_ranks()
+        placement = place(layout.config, len(layout.ranks))
+        self._dense = placement.dense_ranks() + layout.ranks.start
+        self._experts = placement.expert_ranks() + layout.ranks.start
         self._stages = placement.pipeline_rank_of_layers(weight_map.architecture.num_layers)
         self._experts_per_rank = weight_map.architecture.num_experts // layout.config.ep
         self._weight_map = weight_map

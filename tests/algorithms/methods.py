@@ -10,16 +10,13 @@ import references
 from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.objectives import Objective, select_tokens
 from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
-from megarl.config.algorithm_checks import NOT_RUNNABLE
 from megarl.config.presets import PRESETS
 from megarl.config.schema import AlgorithmConfig
 from megarl.types import TrainBatch
-from ragged import GREEDY_LENGTHS, GROUPS, LONGEST, Ragged
+from ragged import GREEDY_LENGTHS, GROUPS, LONGEST, TASKS, Ragged
 
-# every preset that runs; what would wait for later steps (Kimi's length reward) or a higher entropy does not
-RUNNABLE = {
-    name: {"preset": name} for name in PRESETS if AlgorithmConfig.model_validate({"preset": name}).advantage not in NOT_RUNNABLE
-} | {
+# every preset; what would wait for later steps (Kimi's length reward) or a higher entropy does not
+RUNNABLE = {name: {"preset": name} for name in PRESETS} | {
     "kimi_k1_5": {"preset": "kimi_k1_5", "reward_shaping": {"length_start": 0, "correct_reward": 0.5}},
     "aepo": {"preset": "aepo", "entropy_control": {"low": 0.1, "high": 0.2}},
 }
@@ -88,7 +85,15 @@ class Reference:
         values = [[float(scores.values[p]) for p in one] for one in self.trained()]
         gae = (values, self.config.gae.discount, self.config.gae.trace_decay)
         advantages = references.token_advantages(
-            self.config.advantage, self.rewards(), penalties, GROUPS, self.greedy_rewards(), *gae
+            self.config.advantage,
+            self.rewards(),
+            penalties,
+            GROUPS,
+            self.greedy_rewards(),
+            *gae,
+            tasks=TASKS,
+            steps=self.batch.steps(),
+            positions=self.trained(),
         )
         if self.config.whiten:
             advantages = references.whitened(advantages)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megarl.data.packing import no_routing
 from megarl.types import NO_VERSION, PackedBatch, TokenScores
 
 # p: prompt, r: response token of the policy, e: token of the environment
@@ -29,6 +30,13 @@ class Ragged:
     scores: TokenScores
     trained: list[list[int]]
 
+    def steps(self) -> list[list[tuple[int, float]]]:
+        """For each sequence the positions and rewards of the ends of its steps."""
+        starts, rewards = self.packed.cu_seqlens.tolist(), self.packed.step_rewards.tolist()
+        return [
+            [(p, rewards[p]) for p in range(starts[i], starts[i + 1]) if rewards[p] == rewards[p]] for i in range(len(SEQUENCES))
+        ]
+
 
 def ragged(seed: int, dtype: torch.dtype = torch.float64, spread: float = 0.3) -> Ragged:
     """Random rewards, and log-probabilities that differ by about ``spread``."""
@@ -47,15 +55,22 @@ def ragged(seed: int, dtype: torch.dtype = torch.float64, spread: float = 0.3) -
     mask = torch.tensor([letter == "r" for letter in text])
     base = -3 * torch.rand(len(text), generator=generator, dtype=torch.float64) - 0.1
     old, reference, sampler = (near(base) * mask for _ in range(3))
+    steps = torch.Generator().manual_seed(seed + 2000)
+    step_rewards = [
+        # sometimes steps end in an environment's answer, never in the prompt; some responses have none
+        float(torch.randn((), generator=steps)) if letter != "p" and torch.rand((), generator=steps) < 0.4 else torch.nan
+        for letter in text
+    ]
     packed = PackedBatch(
         token_ids=torch.randint(0, 50, (len(text),), generator=generator),
         cu_seqlens=torch.tensor(starts),
         loss_mask=mask,
         sampler_logprobs=sampler.to(dtype),
         weight_versions=torch.where(mask, 0, NO_VERSION),
-        step_rewards=torch.full((len(text),), torch.nan, dtype=dtype),
+        step_rewards=torch.tensor(step_rewards, dtype=dtype),
+        routed_experts=no_routing(len(text)),
         group_ids=groups,
-        task_ids=torch.zeros_like(groups),
+        task_ids=torch.tensor(TASKS),
         rewards=rewards.to(dtype),
         truncated=torch.tensor([sequence.count("r") >= LONGEST - 1 for sequence in SEQUENCES]),
         greedy_rewards=greedy_rewards[groups].to(dtype),

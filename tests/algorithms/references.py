@@ -20,7 +20,7 @@ def sample_std(values: Floats) -> float:
     return math.sqrt(sum((value - center) ** 2 for value in values) / (len(values) - 1))
 
 
-def sequence_advantages(name: str, returns: Floats, groups: Sequence[int], greedy: Floats) -> list[float]:
+def sequence_advantages(name: str, returns: Floats, groups: Sequence[int], greedy: Floats, tasks: Sequence[int]) -> list[float]:
     """One advantage for each response; ``greedy`` are the rewards of its prompt's greedy response."""
     advantages = []
     for i, value in enumerate(returns):
@@ -39,6 +39,9 @@ def sequence_advantages(name: str, returns: Floats, groups: Sequence[int], greed
                 advantage = value - greedy[i]
             case "group_mean_batch_std":
                 advantage = (value - mean(group)) / (sample_std(returns) + 1e-6)
+            case "group_mean_task_std":
+                task = [returns[j] for j in range(len(returns)) if tasks[j] == tasks[i]]
+                advantage = (value - mean(group)) / (sample_std(task) + 1e-6)
             case _:
                 raise AssertionError(name)
         advantages.append(advantage)
@@ -54,6 +57,9 @@ def token_advantages(
     values: Sequence[Floats],
     discount: float,
     decay: float,
+    tasks: Sequence[int],
+    steps: Sequence[Sequence[tuple[int, float]]],
+    positions: Sequence[Sequence[int]],
 ) -> list[list[float]]:
     """One advantage for each trained token of each response.
 
@@ -61,7 +67,11 @@ def token_advantages(
         token_rewards: the penalties, without the outcome's reward.
         greedy: for each response the reward of its prompt's greedy response.
         values, discount, decay: gae's.
+        tasks: of each response.
+        steps, positions: for each response the place and the reward of each step's end, and the places of the trained tokens.
     """
+    if name == "process_rewards":
+        return process_advantages(steps, positions, groups)
     if name == "gae":
         return [
             gae([*tokens[:-1], tokens[-1] + reward], own, discount, decay) if tokens else []
@@ -74,8 +84,25 @@ def token_advantages(
             [reward + sum(tokens[t:]) - baseline for t in range(len(tokens))]
             for reward, tokens in zip(rewards, token_rewards, strict=True)
         ]
-    per_sequence = sequence_advantages(name, returns, groups, greedy)
+    per_sequence = sequence_advantages(name, returns, groups, greedy, tasks)
     return [[advantage] * len(tokens) for advantage, tokens in zip(per_sequence, token_rewards, strict=True)]
+
+
+def process_advantages(
+    steps: Sequence[Sequence[tuple[int, float]]], positions: Sequence[Sequence[int]], groups: Sequence[int]
+) -> list[list[float]]:
+    advantages = []
+    for i in range(len(groups)):
+        rewards = [reward for j in range(len(groups)) if groups[j] == groups[i] for _, reward in steps[j]]
+        row = []
+        for position in positions[i]:
+            total = 0.0
+            for end, reward in steps[i]:
+                if end >= position:
+                    total += (reward - mean(rewards)) / (sample_std(rewards) + 1e-6)
+            row.append(total)
+        advantages.append(row)
+    return advantages
 
 
 def whitened(advantages: list[list[float]]) -> list[list[float]]:

@@ -1,21 +1,15 @@
 """Advantages against loops over Python floats, and the special cases that the papers state."""
 
-import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import references
-from megarl.algorithms.advantages import (
-    ADVANTAGES,
-    AdvantageInput,
-    group_mean_task_std,
-    process_rewards,
-    whiten,
-)
+from megarl.algorithms.advantages import ADVANTAGES, AdvantageInput, whiten
 from megarl.algorithms.sequences import spread_over_tokens
 from megarl.config.algorithm_checks import GREEDY_ADVANTAGES
-from ragged import EQUAL_REWARD_GROUP, GROUPS, SEQUENCES, TASKS, Ragged, assert_tokens, ragged
+from ragged import EQUAL_REWARD_GROUP, GROUPS, TASKS, Ragged, assert_tokens, ragged
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
@@ -26,7 +20,9 @@ def inputs_of(batch: Ragged, token_rewards: torch.Tensor) -> AdvantageInput:
         rewards=packed.rewards,
         greedy_rewards=packed.greedy_rewards,
         token_rewards=token_rewards,
+        step_rewards=packed.step_rewards,
         group_ids=packed.group_ids,
+        task_ids=packed.task_ids,
         cu_seqlens=packed.cu_seqlens,
         loss_mask=packed.loss_mask,
         values=batch.scores.values,
@@ -48,7 +44,8 @@ def test_advantages(name: str, penalised: bool, dtype: torch.dtype) -> None:
             [[x[p] for p in positions] for positions in batch.trained] for x in (penalties.tolist(), batch.scores.values.tolist())
         )
         rewards, greedy = batch.packed.rewards.tolist(), batch.packed.greedy_rewards.tolist()
-        expected = references.token_advantages(name, rewards, token_rewards, GROUPS, greedy, values, 0.9, 0.8)
+        known = {"tasks": TASKS, "steps": batch.steps(), "positions": batch.trained}
+        expected = references.token_advantages(name, rewards, token_rewards, GROUPS, greedy, values, 0.9, 0.8, **known)
         assert_tokens(actual, expected, batch, TOLERANCE[dtype])
 
 
@@ -86,7 +83,9 @@ def test_greedy_baseline_by_hand() -> None:
         rewards=torch.tensor([1.0, 0.0, 0.5]),
         greedy_rewards=torch.tensor([0.25, 0.25, 2.0]),
         token_rewards=torch.tensor([0.0, -0.1, -0.2, 0.0, 0.0, 0.0]),
+        step_rewards=torch.full((6,), torch.nan),
         group_ids=torch.tensor([0, 0, 1]),
+        task_ids=torch.tensor([0, 0, 0]),
         cu_seqlens=torch.tensor([0, 3, 4, 6]),
         loss_mask=torch.tensor([False, True, True, False, False, True]),
         values=None,
@@ -97,53 +96,45 @@ def test_greedy_baseline_by_hand() -> None:
     assert {name for name, advantage in ADVANTAGES.items() if advantage.needs_greedy_response} == set(GREEDY_ADVANTAGES)
 
 
-def test_task_standard_deviation() -> None:
-    returns = ragged(3).packed.rewards
-    actual = group_mean_task_std(returns, torch.tensor(GROUPS), torch.tensor(TASKS)).tolist()
-    values = returns.tolist()
-    for i, value in enumerate(values):
-        group = [values[j] for j in range(len(values)) if GROUPS[j] == GROUPS[i]]
-        task = [values[j] for j in range(len(values)) if TASKS[j] == TASKS[i]]
-        expected = (value - references.mean(group)) / (references.sample_std(task) + 1e-6)
-        assert actual[i] == pytest.approx(expected, abs=1e-9)
-
-
 def test_process_rewards_by_hand() -> None:
-    """One group, two responses "p r r | r" and "p r": steps end at tokens 2 and 3, and 5."""
-    step_rewards = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
-    actual = process_rewards(
-        step_rewards,
-        torch.tensor([2, 3, 5]),
-        torch.tensor([0, 0, 0]),
-        torch.tensor([0, 4, 6]),
-        torch.tensor([False, True, True, True, False, True]),
+    """One group, two responses "p r r r" and "p r": steps with rewards 1, 0 and 0.5 end at tokens 2, 3 and 5."""
+    nan = torch.nan
+    inputs = AdvantageInput(
+        rewards=torch.tensor([7.0, -7.0]),  # of whole responses: not used
+        greedy_rewards=torch.full((2,), nan),
+        token_rewards=torch.zeros(6),
+        step_rewards=torch.tensor([nan, nan, 1.0, 0.0, nan, 0.5]),
+        group_ids=torch.tensor([0, 0]),
+        task_ids=torch.tensor([0, 0]),
+        cu_seqlens=torch.tensor([0, 4, 6]),
+        loss_mask=torch.tensor([False, True, True, True, False, True]),
+        values=None,
+        discount=1.0,
+        trace_decay=1.0,
     )
     # mean 0.5, sample standard deviation 0.5: normalised 1, -1, 0
+    actual = ADVANTAGES["process_rewards"].function(inputs)
     assert actual.tolist() == pytest.approx([0, 0, 0, -1, 0, 0], abs=1e-5)
+    without = replace(inputs, step_rewards=torch.full((6,), nan))
+    assert ADVANTAGES["process_rewards"].function(without).tolist() == [0.0] * 6
 
 
-def test_process_rewards() -> None:
-    batch = ragged(4)
-    generator = torch.Generator().manual_seed(5)
-    steps = []  # reward, last token, sequence
-    for number, positions in enumerate(batch.trained):
-        for count, position in enumerate(positions):
-            if count % 2 == 1 or position == positions[-1]:
-                steps.append((float(torch.randn((), generator=generator)), position, number))
-    actual = process_rewards(
-        torch.tensor([reward for reward, _, _ in steps], dtype=torch.float64),
-        torch.tensor([end for _, end, _ in steps]),
-        torch.tensor([GROUPS[number] for _, _, number in steps]),
-        batch.packed.cu_seqlens,
-        batch.packed.loss_mask,
+def test_task_standard_deviation_by_hand() -> None:
+    """Task 0 has rewards 0 and 2 in one group, task 1 has 0 and 20: both teach the same although one pays ten times as much."""
+    inputs = AdvantageInput(
+        rewards=torch.tensor([0.0, 2.0, 0.0, 20.0]),
+        greedy_rewards=torch.full((4,), torch.nan),
+        token_rewards=torch.zeros(8),
+        step_rewards=torch.full((8,), torch.nan),
+        group_ids=torch.tensor([0, 0, 1, 1]),
+        task_ids=torch.tensor([0, 0, 1, 1]),
+        cu_seqlens=torch.tensor([0, 2, 4, 6, 8]),
+        loss_mask=torch.tensor([False, True] * 4),
+        values=None,
+        discount=1.0,
+        trace_decay=1.0,
     )
-    expected = []
-    for number, positions in enumerate(batch.trained):
-        group = [reward for reward, _, other in steps if GROUPS[other] == GROUPS[number]]
-        row = []
-        for position in positions:
-            later = [reward for reward, end, other in steps if other == number and end >= position]
-            row.append(sum((reward - references.mean(group)) / (references.sample_std(group) + 1e-6) for reward in later))
-        expected.append(row)
-    assert_tokens(actual, expected, batch, 1e-9)
-    assert math.isfinite(float(actual.sum())) and len(SEQUENCES) == len(expected)
+    # (R - 1) / sqrt(2) and (R - 10) / sqrt(200)
+    half = 0.5**0.5
+    actual = ADVANTAGES["group_mean_task_std"].function(inputs)
+    assert actual.tolist() == pytest.approx([0, -half, 0, half, 0, -half, 0, half], abs=1e-5)

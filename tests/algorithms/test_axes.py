@@ -19,7 +19,6 @@ from megarl.algorithms.ratios import RATIOS
 from megarl.algorithms.shaping import length_rewards, soft_overlong_penalties
 from megarl.algorithms.surrogates import SURROGATES
 from megarl.algorithms.values import clipped_value_loss, explained_variance
-from megarl.config.algorithm_checks import NOT_RUNNABLE
 from megarl.config.schema import AlgorithmConfig
 from megarl.errors import ConfigError, TrainingError
 from methods import objective_of
@@ -36,7 +35,7 @@ def test_the_schema_offers_what_the_registries_have() -> None:
         return set(fields[name].metadata[0].choices)
 
     definitions = properties["$defs"]
-    assert choices("advantage") == set(ADVANTAGES) | set(NOT_RUNNABLE) and not set(ADVANTAGES) & set(NOT_RUNNABLE)
+    assert choices("advantage") == set(ADVANTAGES)
     assert choices("surrogate") == set(SURROGATES)
     assert set(properties["properties"]["ratio"]["enum"]) == set(RATIOS)
     assert set(properties["properties"]["aggregation"]["enum"]) == set(AGGREGATIONS)
@@ -204,7 +203,9 @@ def test_entropy_control_takes_negatives_out_and_is_restored() -> None:
     batch = ragged(9)
     settings = {"preset": "aepo", "entropy_control": {"low": 0.1, "high": 0.2}}
     algorithm = algorithm_of(**settings)
-    plain = algorithm_of(aggregation="token_mean").prepare(batch.packed, batch.scores, 0).batches[0]
+    plain = (
+        algorithm_of(advantage="group_mean_task_std", aggregation="token_mean").prepare(batch.packed, batch.scores, 0).batches[0]
+    )
     masked = algorithm.prepare(batch.packed, batch.scores, 0)
     assert plain.advantages is not None and masked.batches[0].advantages is not None
     assert masked.metrics["negatives_masked"] == 1.0 and (plain.advantages < 0).any()

@@ -38,6 +38,9 @@ MIXES: dict[str, dict[str, Any]] = {
         "mask_truncated": True,
     },
     "batch_mean_std": {"preset": "dr_grpo", "advantage": "batch_mean_std"},
+    "process_rewards": {"preset": "dr_grpo", "advantage": "process_rewards"},
+    "gspo_token_process_rewards": {"preset": "gspo_token", "advantage": "process_rewards", "mask_truncated": True, "whiten": True},
+    "task_std": {"advantage": "group_mean_task_std", "kl": {"place": "reward", "estimator": "k1", "coefficient": 0.5}},
     "kimi_strong": {"preset": "kimi_k1_5", "mirror_descent_tau": 2.0, "reward_shaping": {"length_start": 0, "length_weight": 1.0}},
 }
 CASES = RUNNABLE | MIXES

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megarl.algorithms.algorithm import Algorithm
 from megarl.config.schema import AlgorithmConfig
+from megarl.data.packing import no_routing
 from megarl.types import PackedBatch, TokenScores
 from methods import objective_of
 
@@ -60,6 +61,7 @@ def test_loss_and_gradient_are_the_library_s(example: ModuleType, seed: int) -> 
         sampler_logprobs=packed(old, mask),
         weight_versions=torch.zeros(int(lengths.sum()) + num_responses, dtype=torch.int64),
         step_rewards=torch.full((int(lengths.sum()) + num_responses,), torch.nan),
+        routed_experts=no_routing(int(lengths.sum()) + num_responses),
         task_ids=torch.zeros(num_responses, dtype=torch.int64),
         group_ids=torch.arange(NUM_PROMPTS).repeat_interleave(NUM_SAMPLES),
         rewards=rewards,

@@ -213,6 +213,14 @@ def test_scorer(
     assert len(error.splitlines()) == 1
 
 
+def test_reward_server_that_is_not_there(workspace: Path, tmp_path: Path, capfd: Capture) -> None:
+    scorer = {"type": "reward_server", "url": "http://127.0.0.1:9", "engine": "sglang"}
+    path = changed(tmp_path, workspace, evaluation={}, rewards={"scorers": [scorer]})
+    error = refusal(capfd, "train", path, "--nproc", 2)
+    assert error.startswith("error: scorer 'reward_server': http://127.0.0.1:9/classify scores nothing (ClientConnectorError")
+    assert len(error.splitlines()) == 1
+
+
 def test_training_that_diverges(workspace: Path, tmp_path: Path, capfd: Capture) -> None:
     optimizer = {"learning_rate": 1e30, "clip_gradient": 0.0, "max_skipped_steps": 2}
     path = changed(tmp_path, workspace, kind="sft", steps=9, evaluation={}, optimizer=optimizer, checkpoint={"every": 0})

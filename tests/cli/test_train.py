@@ -3,7 +3,6 @@
 import contextlib
 import json
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -55,11 +54,11 @@ def test_the_run_folder_is_complete(finished: Path) -> None:
     assert not processes_naming(finished.parent)
 
 
-def start_and_kill(config: Path, run_dir: Path, seed: int, *, parent_only: bool) -> int:
+def start_and_kill(config: Path, run_dir: Path, seed: int, *, parent_only: bool, num_ranks: int = 2) -> int:
     """Start a run, kill it at a random moment after its first checkpoint, wait until all is gone; the steps it had done."""
     moment = random.Random(seed)
     num_lines, delay = moment.randint(2, 3), moment.uniform(0, 0.4)
-    command = [MEGARL, "train", config, "--nproc", "2", "--run-dir", run_dir]
+    command = [MEGARL, "train", config, "--nproc", str(num_ranks), "--run-dir", run_dir]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
         deadline = time.monotonic() + TIMEOUT
         while not whole_checkpoints(run_dir / "checkpoints") or num_logged(run_dir) < num_lines:
@@ -67,7 +66,7 @@ def start_and_kill(config: Path, run_dir: Path, seed: int, *, parent_only: bool)
             time.sleep(0.02)
         time.sleep(delay)  # this is the random moment
         processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-        assert len(processes) >= 3
+        assert len(processes) > num_ranks
         for process in processes[:1] if parent_only else processes:
             with contextlib.suppress(psutil.NoSuchProcess):  # a writer of the checkpoint that has done its work
                 process.kill()
@@ -111,10 +110,18 @@ def copy_of_interrupted(run: Path, copy: Path, step: int, first_logged: int = 0)
     (copy / "metrics.jsonl").write_text("".join(lines[: step - first_logged + 1]))
 
 
-def test_rl_goes_on_in_another_layout(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks"),
+    [
+        (["policy.parallel.tp=1"], 2),
+        # rank 0 has the reference alone: what it exports, evaluates and gives to the engine comes from the others
+        (["policy.first_rank=1", "reference.num_ranks=1"], 3),
+    ],
+)
+def test_rl_goes_on_in_another_layout(finished: Path, tmp_path: Path, overrides: list[str], num_ranks: int) -> None:
     copy_of_interrupted(finished, tmp_path / "run", 3)
-    config = load_config(finished.parent / "config.yaml", ["policy.parallel.tp=1", f"run_dir={tmp_path / 'run'}"])
-    launch_training(config, num_ranks=2, resume=True)
+    config = load_config(finished.parent / "config.yaml", [*overrides, f"run_dir={tmp_path / 'run'}"])
+    launch_training(config, num_ranks=num_ranks, resume=True)
     (*kept, (step, metrics)) = logged(tmp_path / "run")
     assert (kept, step) == (logged(finished)[:4], 4)
     assert metrics["logprob_gap_max"] <= 1e-5
@@ -122,6 +129,11 @@ def test_rl_goes_on_in_another_layout(finished: Path, tmp_path: Path) -> None:
     assert (metrics["loss"], metrics["gradient_norm"]) == pytest.approx(
         tuple(logged(finished)[4][1][name] for name in ("loss", "gradient_norm")), rel=1e-3
     )
+    if num_ranks == 3:
+        last = launch_evaluation(config, whole_checkpoints(tmp_path / "run" / "checkpoints")[-1], num_ranks=3)
+        assert last == {name: metrics[name] for name in ("accuracy", "pass@4")}
+        exported = launch_evaluation(config, tmp_path / "run" / "hf", num_ranks=3)
+        assert exported == last
 
 
 def test_what_a_method_carries_from_step_to_step_is_resumed(workspace: Path, tmp_path: Path) -> None:
@@ -137,22 +149,29 @@ def test_what_a_method_carries_from_step_to_step_is_resumed(workspace: Path, tmp
     assert coefficients[0] == 0.01 and len(set(coefficients)) == 4
 
 
-def test_ppo_with_four_models_in_four_layouts_resumes(workspace: Path, tmp_path: Path) -> None:
-    """The critic starts from the reward model, learns alone in the first step at its own rate, and is saved with its optimizer."""
-    (tmp_path / "model").symlink_to(workspace / "model")
+def test_ppo_with_four_models_killed_and_resumed_equals_uninterrupted(finished: Path, tmp_path: Path) -> None:
+    """Critic and frozen models on other ranks than the policy, each in its own layout.
+
+    The critic starts from the reward model, learns alone in the first step at its own rate, and is saved with its optimizer.
+    """
+    (tmp_path / "model").symlink_to(finished.parent / "model")
     torch.manual_seed(0)
     scorer = str(tmp_path / "scorer")
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1).save_pretrained(scorer)
-    roles: dict[str, Any] = {"policy": {"parallel": {"pp": 2}}, "reference": {"parallel": {"tp": 2}}}
-    roles["reward_model"] = {"path": scorer, "weight": 0.5}
-    critic = {"path": scorer, "parallel": {"cp": 2}, "optimizer": {"learning_rate": 1e-3}, "warmup_steps": 1}
+    roles: dict[str, Any] = {"policy": {"num_ranks": 4, "parallel": {"tp": 2, "pp": 2}}}
+    roles["reference"] = {"first_rank": 4, "num_ranks": 2, "parallel": {"cp": 2}}
+    roles["reward_model"] = {"path": scorer, "weight": 0.5, "first_rank": 5}
+    critic = {"path": scorer, "first_rank": 4, "parallel": {"pp": 2}, "optimizer": {"learning_rate": 1e-3}, "warmup_steps": 1}
     algorithm = {"preset": "ppo", "updates_per_step": 2}
-    checkpoint = {"every": 1, "keep": 4, "asynchronous": True}
-    path = write_config(tmp_path, algorithm=algorithm, checkpoint=checkpoint, critic=critic, evaluation={}, **roles)
-    launch_training(load_config(path), num_ranks=2, resume=False)
-    copy_of_interrupted(tmp_path / "run", tmp_path / "resumed", 2, first_logged=1)
-    launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
+    path = write_config(tmp_path, algorithm=algorithm, checkpoint={"every": 1, "keep": 4}, critic=critic, evaluation={}, **roles)
+    launch_training(load_config(path), num_ranks=6, resume=False)
+    start_and_kill(path, tmp_path / "resumed", seed=3, parent_only=False, num_ranks=6)
+    assert not (tmp_path / "resumed" / "hf").exists()
+    offload = [f"{model}.offload=all" for model in ("policy", "critic", "reference", "reward_model")]  # changes no number
+    launch_training(load_config(path, [*offload, f"run_dir={tmp_path / 'resumed'}"]), num_ranks=6, resume=True)
     assert_same_run(tmp_path / "resumed", tmp_path / "run")
+    critics = [(tmp_path / name / "hf_critic" / "model.safetensors").read_bytes() for name in ("run", "resumed")]
+    assert critics[0] == critics[1] != (tmp_path / "scorer" / "model.safetensors").read_bytes()
     lines = [metrics for _, metrics in logged(tmp_path / "run")]
     assert ["gradient_norm" in metrics for metrics in lines] == [False, True, True, True]
     assert all(metrics["critic_gradient_norm"] > 0 and metrics["critic_learning_rate"] == 1e-3 for metrics in lines)
@@ -160,12 +179,9 @@ def test_ppo_with_four_models_in_four_layouts_resumes(workspace: Path, tmp_path:
     rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
     assert all(r["reward"] == pytest.approx(r["parts"]["regex"] + 0.5 * r["parts"]["reward_model"]) for r in rollouts)
     assert len({r["parts"]["reward_model"] for r in rollouts}) > 1
-    without = load_config(path, ["algorithm.preset=reinforce", "critic=null", "reward_model=null", f"run_dir={tmp_path / 'other'}"])
-    launch_training(without, num_ranks=2, resume=False)
-    shutil.rmtree(tmp_path / "resumed")
-    copy_of_interrupted(tmp_path / "other", tmp_path / "resumed", 2, first_logged=1)
+    copy_of_interrupted(finished, tmp_path / "without", 3)
     with pytest.raises(CheckpointError, match="has no critic; resume from a checkpoint of a run with one"):
-        launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
+        launch_training(load_config(path, [f"run_dir={tmp_path / 'without'}"]), num_ranks=6, resume=True)
 
 
 def test_remax_trains_against_greedy_responses_and_is_resumed(workspace: Path, tmp_path: Path) -> None:
@@ -189,6 +205,46 @@ def test_remax_trains_against_greedy_responses_and_is_resumed(workspace: Path, t
     assert all(metrics["gradient_norm"] > 0 and 0 <= metrics["greedy_reward_mean"] <= 1 for metrics in steps)
     assert all(metrics["zero_variance_share"] == 0 and metrics["logprob_gap_max"] <= 1e-5 for metrics in steps)
     assert any(metrics["rollout/dropped_filtered"] > 0 for metrics in steps)
+
+
+def test_a_mixture_with_surplus_and_priorities_is_resumed(workspace: Path, tmp_path: Path) -> None:
+    """Two balanced tasks with scorers of their own, rows drawn by success, surplus groups, and responses ended for repetition."""
+    (tmp_path / "model").symlink_to(workspace / "model")
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    source = {"type": "reasoning_gym", "task": "chain_sum", "size": 6, "options": options}
+    tasks = [
+        {"name": "letters", "source": source, "scorers": [{"type": "regex", "pattern": "[a-z]"}]},
+        {"name": "digits", "source": source | {"seed": 1}, "scorers": [{"type": "regex", "pattern": "[0-9]{2}", "weight": 5.0}]},
+    ]
+    mixture = {"type": "mixture", "tasks": tasks}
+    path = write_config(
+        tmp_path,
+        steps=5,
+        policy={},
+        algorithm={"preset": "aepo", "dynamic_sampling": True, "over_sampling": 2.0, "max_sampling_waves": 30},
+        data={"template": "{prompt}\n", "train": mixture, "sampling": {"order": "prioritised", "mixture": "balanced"}},
+        rollout={
+            "prompts_per_step": 4,
+            "samples_per_prompt": 4,
+            "max_prompt_tokens": 80,
+            "max_new_tokens": 12,
+            "repetition_stop": {"max_pattern_size": 2, "min_count": 2},
+            "embedded": {"threads": 1},
+        },
+        checkpoint={"every": 1, "keep": 5},
+        evaluation={"data": mixture | {"tasks": [{"name": "letters", "source": source | {"seed": 5}}, tasks[1]]}},
+    )
+    launch_training(load_config(path), num_ranks=2, resume=False)
+    steps = [metrics for step, metrics in logged(tmp_path / "run") if step > 0]
+    reused = [step for step in range(2, 6) if steps[step - 1]["rollout/reused"] > 0]
+    assert reused and all(metrics["prompts/letters"] == metrics["prompts/digits"] == 2 for metrics in steps)
+    assert steps[-1]["data/seen_share"] == 1 and len({metrics["data/success_rate_mean"] for metrics in steps}) > 2
+    assert any(metrics["repetition_stopped_share"] > 0 for metrics in steps)
+    assert {"accuracy", "accuracy/letters", "accuracy/digits"} <= set(steps[-1])
+    resume_from = reused[-1] - 1  # the next step begins with groups of the checkpoint
+    copy_of_interrupted(tmp_path / "run", tmp_path / "resumed", resume_from)
+    launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
+    assert_same_run(tmp_path / "resumed", tmp_path / "run")
 
 
 def test_sft_resumed_in_another_layout_gives_the_same_weights(workspace: Path, tmp_path: Path) -> None:
@@ -250,14 +306,22 @@ def supervised_loss(model: PreTrainedModel, examples: list[SFTExample]) -> float
 
 def test_parity_accepts_good_layouts_and_refuses_an_impossible_bound(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ("parity", workspace / "config.yaml", "--num-prompts", 2)
-    assert megarl_here(*arguments, "--layouts", "tp=2", "pp=2,vpp=2") == 0
+    of_its_own = "tp=2,reference.first_rank=2"
+    assert megarl_here(*arguments, "--layouts", "pp=2,vpp=2", of_its_own) == 0
     out, err = capfd.readouterr()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
-    assert [(row[0], row[1], row[-1]) for row in rows] == [("tp=2", "2", "ok"), ("pp=2,vpp=2", "2", "ok")]
-    assert all(float(gap) <= 1e-5 for row in rows for gap in row[3:6])
+    assert [(row[0], row[1], row[-1]) for row in rows] == [("pp=2,vpp=2", "2", "ok"), (of_its_own, "3", "ok")]
+    assert all(float(gap) <= 1e-5 for row in rows for gap in (*row[3:6], row[7]))
     assert err == ""
     assert megarl_here(*arguments, "--layouts", "tp=2", "--bound", "1e-30") == 1
     assert "ABOVE BOUND" in capfd.readouterr().out
+    for layout, words in {
+        "critic.tp=2": "the run has no critic; leave out the keys that start with critic.",
+        "actor.tp=2": "unknown key 'actor.tp'; known: tp, pp,",
+        "first_rank=1": "policy.num_ranks: rank 0 of a world of 2 would have no part of any model",
+    }.items():
+        assert megarl_here(*arguments, "--layouts", layout) != 0
+        assert words in capfd.readouterr().err
 
 
 def test_config_prints_what_can_be_loaded(workspace: Path, tmp_path: Path) -> None:

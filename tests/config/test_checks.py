@@ -88,12 +88,16 @@ def model(tmp_path: Path) -> Path:
         (["rollout.max_prompt_tokens=2000", "rollout.max_new_tokens=48"], 1),
         (["rollout.prompts_per_step=6", "algorithm.updates_per_step=3", "optimizer.warmup_steps=30"], 1),
         (["steps=0", "optimizer.warmup_steps=30"], 1),
+        (["rollout.asynchronous.max_staleness=2", "algorithm.sampler_correction.max_staleness=1"], 1),
+        (["rollout.partial.step_token_budget=100", "algorithm.sampler_correction.max_staleness=4"], 1),
         (['rollout.engine="vllm"', "rollout.temperature=0.7"], 1),
         (['rollout.engine="vllm"', "rollout.top_p=0.7"], 1),
         (['rollout.engine="sglang"', "rollout.temperature=0.7", "rollout.top_p=0.7"], 1),
         (["rollout.stop_token_ids=[0, 99]"], 1),
         (['algorithm.preset="ppo"'], 1),
         (['algorithm.preset="ppo"', 'critic={"parallel": {"tp": 2}, "warmup_steps": 9}'], 2),
+        (['algorithm.preset="ppo"', "policy.num_ranks=4", "policy.parallel.tp=4", 'critic={"first_rank": 4}'], 6),
+        (["policy.first_rank=1", 'algorithm.preset="grpo"', 'reference={"num_ranks": 1}'], 2),
         (['rewards.scorers=[{"type": "regex", "pattern": "a+"}, {"type": "python", "function": "a.b:c"}]'], 1),
         (['kind="sft"', "rewards.scorers=[]", "sft.max_tokens=2048", "rollout.max_new_tokens=5000"], 1),
     ],
@@ -109,6 +113,20 @@ LAYOUT = [
         "policy.parallel: world size 8 = tp 3 × pp 2 × cp 1 × dp ?: 8 is not divisible by 6; use 6 or 12 ranks",
         "tp 3 does not divide the model's num_attention_heads 8",
         "tp 3 does not divide the model's num_key_value_heads 4",
+    ),
+    (["policy.first_rank=2"], 2, "policy.first_rank: there is no rank 2 in a world of 2; give at most 1"),
+    (["policy.first_rank=1", "policy.num_ranks=4"], 4, "policy.num_ranks: 4 ranks from rank 1 on reach beyond a world of 4"),
+    (
+        ["policy.first_rank=1", "policy.num_ranks=3", "policy.parallel.tp=2"],
+        4,
+        "policy.parallel: number of ranks 3 = tp 2 × pp 1 × cp 1 × dp ?: 3 is not divisible by 2; use 2 or 4 ranks",
+        "policy.num_ranks: rank 0 of a world of 4 would have no part of any model",
+    ),
+    (
+        # no KL, so no reference
+        ["policy.num_ranks=2", 'reference={"first_rank": 2}'],
+        4,
+        "policy.num_ranks: ranks 2, 3 of a world of 4 would have no part of any model; start fewer ranks",
     ),
     (["policy.parallel.cp=4"], 2, "world size 2 = tp 1 × pp 1 × cp 4 × dp ?: 2 is not divisible by 4; use 4 ranks"),
     (
@@ -167,7 +185,100 @@ def assert_lines(lines: list[str], expected: list[str]) -> None:
         assert part in line
 
 
+EXACT, MATH = '[{"type": "exact"}]', '[{"type": "math"}]'
+REGEX = '[{"type": "regex", "pattern": "(a"}]'
+STEPS = json.dumps([{"type": "python", "function": "a.b:c", "step_separator": "."}])
+
+
+def tasks(*names: str, weights: tuple[float, ...] = (), scorers: str = "[]", size: int = 1000) -> str:
+    """``type: mixture`` with tasks of these names, as JSON."""
+    weights = weights or (1.0,) * len(names)
+    return json.dumps(
+        {
+            "type": "mixture",
+            "tasks": [
+                {
+                    "name": name,
+                    "weight": weight,
+                    "source": {"type": "reasoning_gym", "task": "chain_sum", "size": size},
+                    "scorers": json.loads(scorers),
+                }
+                for name, weight in zip(names, weights, strict=True)
+            ],
+        }
+    )
+
+
+BALANCED = 'data.sampling.mixture="balanced"'
 RUN = [
+    ([f"data.train={tasks('a', 'b', 'a')}"], "data.train.tasks.2.name: 'a' is also the name of task 0"),
+    (
+        [f"data.train={tasks('a', 'b', 'c')}", BALANCED],
+        "rollout.prompts_per_step: 32 prompts are not divisible by the 3 tasks of data.train",
+    ),
+    ([BALANCED], "data.sampling.mixture: balanced needs several tasks, and data.train has one"),
+    (
+        [f"data.train={tasks('a', 'b', size=15)}", BALANCED],
+        "data.train.tasks.0.source.size: 15 prompts are fewer than rollout.prompts_per_step 32, of which 16 are of this task",
+        "data.train.tasks.1.source.size: 15 prompts",
+    ),
+    (
+        [f"data.train={tasks('a', 'b', weights=(1.0, 3.0), size=20)}"],
+        "data.train.tasks.1.source.size: 20 prompts are fewer than rollout.prompts_per_step 32, of which 24 are of this task",
+    ),
+    (
+        [f"data.train={tasks('a', scorers=EXACT)}", f"evaluation.data={tasks('a', scorers=MATH)}"],
+        "evaluation.data.tasks.0.scorers: differ from those of data.train's task 'a'",
+    ),
+    (
+        [f"data.train={tasks('a', scorers=EXACT)}", f"evaluation.data={tasks('b')}", "rewards.scorers=[]"],
+        "rewards.scorers: is empty and evaluation.data needs at least one",
+    ),
+    (
+        [f"data.train={tasks('a', 'b', scorers=REGEX)}"],
+        "data.train.tasks.0.scorers.0.pattern: '(a' is not a regular",
+        "data.train.tasks.1.scorers.0.pattern: '(a' is not a regular",
+    ),
+    (['data.sampling.order="curriculum"'], "data.sampling.order: curriculum needs to know how hard each row is"),
+    (
+        ['data.sampling.difficulty_field="level"'],
+        "data.sampling.difficulty_field: is 'level' and order shuffle does not look at it",
+    ),
+    (['kind="sft"', 'data.sampling.order="prioritised"'], "data.sampling.order: prioritised draws rows by how often the policy"),
+    (
+        ['data.sampling.order="prioritised"', 'reward_model={"path": "absent"}'],
+        "data.sampling.order: prioritised with a reward_model",
+        "reward_model.path: absent",
+    ),
+    (["algorithm.over_sampling=1.5"], "algorithm.over_sampling: is 1.5 and only dynamic sampling drops groups"),
+    (
+        ['rollout.repetition_stop={"max_pattern_size": 4, "min_pattern_size": 5, "min_count": 2}'],
+        "rollout.repetition_stop.min_pattern_size: 5 is above max_pattern_size 4",
+    ),
+    (
+        ['rollout.repetition_stop={"max_pattern_size": 64, "min_pattern_size": 64, "min_count": 8}'],
+        "rollout.repetition_stop.min_count: 8 patterns of 64 tokens or more never fit into fewer than rollout.max_new_tokens 512",
+    ),
+    (
+        ['rollout.engine="sglang"', 'rollout.repetition_stop={"max_pattern_size": 4, "min_count": 2}'],
+        "rollout.repetition_stop: SGLang cannot end responses that repeat themselves",
+    ),
+    (
+        ['algorithm.advantage="process_rewards"'],
+        "process_rewards needs a reward for each step of a response, and task train has no",
+    ),
+    (
+        [
+            'algorithm={"advantage": "process_rewards", "dynamic_sampling": true, "reward_shaping": {"overlong_buffer": 0.1}}',
+            f"rewards.scorers={STEPS}",
+            'reward_model={"path": "absent"}',
+        ],
+        "algorithm.reward_shaping.overlong_buffer: is 0.1 and changes rewards of whole responses",
+        "reward_model: scores whole responses, and advantage process_rewards uses",
+        "algorithm.dynamic_sampling: is true and drops groups by the rewards of whole responses",
+        "algorithm.dynamic_sampling: is true with a reward_model",
+        "reward_model.path: absent",
+    ),
     (["rollout.max_new_tokens=20000"], "= 20512 tokens)", "= 20512 tokens exceed max_position_embeddings 2048"),
     (["policy.max_tokens_per_micro_batch=1023"], "1023 tokens cannot hold the longest sequence (rollout.max_prompt_tokens 512 +"),
     (['kind="sft"', "sft.max_tokens=2049"], "sft.max_tokens 2049 exceed max_position_embeddings 2048"),
@@ -202,6 +313,14 @@ RUN = [
         ['rollout.engine="sglang"', 'rollout.sglang={"url": "http://a", "port": 80}'],
         "rollout.sglang.port: is 80 but rollout.sglang.url",
     ),
+    (
+        ['rollout.weight_transfer.transport="nccl"'],
+        "rollout.weight_transfer.transport: nccl has no use with rollout.engine embedded",
+    ),
+    (
+        ['rollout.engine="vllm"', 'rollout.weight_transfer={"transport": "gloo", "method": "broadcast"}'],
+        "rollout.weight_transfer.transport: gloo has no use with method broadcast",
+    ),
     (["optimizer.min_learning_rate=0.1"], "optimizer.min_learning_rate: 0.1 is above learning_rate 1e-06"),
     (["optimizer.warmup_steps=11"], "optimizer.warmup_steps: 11 optimizer steps exceed the run's steps 10"),
     (["algorithm.updates_per_step=2", "optimizer.warmup_steps=21"], "exceed the run's steps 10 × updates_per_step 2 = 20"),
@@ -231,6 +350,28 @@ RUN = [
         "algorithm.advantage: greedy_baseline with a reward_model",
         "reward_model.path: absent",
     ),
+    (
+        ['algorithm.preset="grpo"', 'reference={"offload": "optimizer"}'],
+        "reference.offload: is optimizer, and a frozen model has none; choose all, or none",
+    ),
+    (["rollout.routing_replay=true"], "rollout.routing_replay: is true and "),
+    (
+        ["rollout.routing_replay=true", "algorithm.over_sampling=1.5", "algorithm.dynamic_sampling=true"],
+        "rollout.routing_replay: is true and does not go together with algorithm.over_sampling",
+        "rollout.routing_replay: is true and ",
+    ),
+    (
+        ['kind="sft"', "rollout.asynchronous={}", "rollout.partial.step_token_budget=4"],
+        "rollout.asynchronous: is given and kind sft",
+        "rollout.partial: is given and kind sft",
+    ),
+    (["rollout.asynchronous={}", "rollout.partial.step_token_budget=4"], "rollout.partial: is given beside rollout.asynchronous"),
+    (["rollout.partial.step_token_budget=512"], "rollout.partial.step_token_budget: 512 tokens are all that a response may have"),
+    (["algorithm.sampler_correction.max_staleness=1"], "max_staleness: is 1 and every token is sampled by the weights it trains"),
+    (
+        ["rollout.asynchronous.max_staleness=2", "algorithm.sampler_correction.max_staleness=2"],
+        "algorithm.sampler_correction.max_staleness: 2 leaves nothing out, as rollout.asynchronous.max_staleness 2 bounds",
+    ),
     (["evaluation.every=5"], "evaluation.every: is 5 but there is no evaluation.data"),
     (
         ['evaluation={"data": {"type": "reasoning_gym", "task": "a"}, "samples_per_prompt": 4}'],
@@ -255,11 +396,81 @@ def test_run(model: Path, case: tuple[Any, ...]) -> None:
         ({"type": "python", "function": "a.b.c"}, "function: 'a.b.c' is not module:function"),
         ({"type": "python", "function": "a:b", "pattern": "x"}, "pattern: 'x' has no use for type python"),
         ({"type": "exact", "function": "a:b"}, "function: 'a:b' has no use for type exact"),
+        ({"type": "exact", "name": "b", "step_separator": "."}, "step_separator: '.' has no use for type exact"),
+        ({"type": "math", "tags": ["think"]}, "tags: ['think'] has no use for type math; remove it or use type format"),
+        ({"type": "format"}, "tags: type format needs either tags or a pattern"),
+        ({"type": "format", "tags": ["think"], "pattern": "a"}, "tags: type format needs either tags or a pattern"),
+        ({"type": "format", "tags": ["<think>"]}, "tags: ['<think>'] must be names without <"),
+        ({"type": "repetition"}, "ngram: is required for type repetition; give for example 4"),
+        ({"type": "language", "script": "latin", "ngram": 3}, "ngram: 3 has no use for type language"),
+        ({"type": "language"}, "script: is required for type language; give for example latin"),
+        ({"type": "math", "url": "http://a"}, "url: 'http://a' has no use for type math; remove it or use type reward_server"),
+        ({"type": "reward_server", "engine": "vllm"}, "url: is required for type reward_server"),
+        ({"type": "reward_server", "engine": "vllm", "url": "a:80"}, "url: 'a:80' is not a URL"),
+        ({"type": "reward_server", "url": "http://a"}, "engine: is required for type reward_server; give vllm or sglang"),
+        (
+            {"type": "reward_server", "url": "http://a", "engine": "vllm", "pattern": "x"},
+            "pattern: 'x' has no use for type reward_server",
+        ),
     ],
 )
 def test_scorer_fields(model: Path, scorer: dict[str, Any], expected: str) -> None:
     config = build(model, "rewards.scorers=" + json.dumps([{"type": "exact", "name": "first"}, scorer]))
     assert_lines(failures(config), [f"rewards.scorers.1.{expected}"])
+
+
+ENVIRONMENT = {"type": "calculator"}
+ENVIRONMENTS: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
+    ({}, {}, None),
+    ({}, {"rewards": {"scorers": []}}, None),
+    ({"observation_template": "[{observation}]"}, {"data": RL["data"] | {"template": "{prompt}"}}, None),
+    (
+        {},
+        {"data": RL["data"] | {"template": "{prompt}"}},
+        "rollout.environment.observation_template: is not given and data.template '{prompt}' is no chat; give a text with "
+        "{observation} in it",
+    ),
+    (
+        {"observation_template": "{observation}{observation}"},
+        {},
+        "rollout.environment.observation_template: '{observation}{observation}' must have {observation} in it, once",
+    ),
+    (
+        {"type": "python"},
+        {},
+        "rollout.environment.function: is required for type python; give for example my_package.environments:Shop",
+    ),
+    (
+        {"type": "python", "function": "shop"},
+        {},
+        "rollout.environment.function: 'shop' is not module:Class for type python; give for example my_package.environments:Shop",
+    ),
+    (
+        {"function": "shop:Shop"},
+        {},
+        "rollout.environment.function: 'shop:Shop' has no use for type calculator; remove it or use type python",
+    ),
+    (
+        {},
+        {"rewards": {"scorers": [{"type": "exact", "name": "environment"}]}},
+        "rewards.scorers.0.name: 'environment' is the name of the environment's rewards; give another name",
+    ),
+    (
+        {"type": "tower_of_hanoi"},
+        {},
+        "rollout.environment.type: tower_of_hanoi plays reasoning_gym's task tower_of_hanoi and data.train is chain_sum; use "
+        "another source or environment",
+    ),
+]
+
+
+@pytest.mark.parametrize(("environment", "top", "expected"), ENVIRONMENTS)
+def test_environments(model: Path, environment: dict[str, Any], top: dict[str, Any], expected: str | None) -> None:
+    config = build(model, "rollout.environment=" + json.dumps(ENVIRONMENT | environment), **top)
+    if expected is None:
+        check(config, 1)
+    else:
+        assert failures(config) == [expected]
 
 
 def test_scorers_together(model: Path, tmp_path: Path) -> None:

@@ -119,6 +119,27 @@ def test_unknown_key_in_a_list_item(file: Path) -> None:
     ]
 
 
+def test_mistakes_in_a_mixture_name_the_task(file: Path) -> None:
+    tasks = (
+        "{name: a, weight: 0, source: {type: jsonl, path: a}}, {name: b, weight: -1, source: {type: jsonl, path: b}}, "
+        "{name: '', source: {type: mixture, tasks: []}}, "
+        "{name: d, source: {type: jsonl, paths: d}, scorers: [{type: exact, wieght: 2}]}"
+    )
+    lines = errors_of(file, f"kind: rl\nsteps: 1\nmodel: {{path: m}}\ndata: {{train: {{type: mixture, tasks: [{tasks}]}}}}\n")
+    starts = [
+        "data.train.tasks.0.weight: is 0, input should be greater than 0; give number > 0",
+        "data.train.tasks.1.weight: is -1, input should be greater than 0",
+        "data.train.tasks.2.name: is '', string should have at least 1 character",
+        "data.train.tasks.2.source.type: is 'mixture'; give jsonl or datasets or reasoning_gym",
+        "data.train.tasks.3.source.path: is required",
+        "data.train.tasks.3.source.paths: unknown key; the nearest valid key is data.train.tasks.3.source.path",
+        "data.train.tasks.3.scorers.0.wieght: unknown key; the nearest valid key is data.train.tasks.3.scorers.0.weight",
+    ]
+    assert len(lines) == len(starts)
+    for line, start in zip(lines, starts, strict=True):
+        assert line.startswith(f"run.yaml: {start}")
+
+
 def test_every_mistake_has_its_line(file: Path) -> None:
     lines = errors_of(
         file,
@@ -140,7 +161,7 @@ def test_every_mistake_has_its_line(file: Path) -> None:
         "run.yaml: optimizer.learning_rate: is nan, input should be a finite number; give number > 0",
         "run.yaml: optimizer.beta1: is 1.5, input should be less than 1; give number ≥ 0 and < 1",
         "run.yaml: rollout.stop_token_ids.0: is 'end', input should be a valid integer",
-        "run.yaml: data.train.type: is 'json'; give jsonl or datasets or reasoning_gym",
+        "run.yaml: data.train.type: is 'json'; give jsonl or datasets or reasoning_gym or mixture",
     ]
     for line, start in zip(lines, starts, strict=True):
         assert line.startswith(start)

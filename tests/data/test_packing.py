@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megarl.data.packing import pack_examples, pack_groups, plan_micro_batches
+from megarl.algorithms.batches import slice_sequences
+from megarl.data.packing import pack_examples, pack_groups, plan_micro_batches, with_scored_ends
 from megarl.data.template import SFTExample
 from megarl.errors import DataError
-from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
+from megarl.types import GREEDY_INDEX, NO_EXPERT, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -138,6 +139,28 @@ def test_what_an_environment_said_is_not_trained_on():
     assert packed.weight_versions.tolist() == [-1, -1, 4, -1, 5]
     nan = math.nan
     assert packed.step_rewards.tolist() == pytest.approx([nan, nan, 0.5, nan, -1.0], nan_ok=True)
+
+
+def test_experts_are_those_of_prompt_and_response():
+    plain = [group((7, 8), (1.0, [(9, -0.5)]), (0.5, [])), group((11,), (-1.0, [(12, -2.0)]))]
+    assert pack_groups(plain).routed_experts.shape == (7, 0, 0)
+    experts = torch.arange(4 * 3 * 2, dtype=torch.int16).view(4, 3, 2)  # of all tokens but the last of each response, in 3 layers
+    remaining = iter([experts[:2], experts[2:3], experts[3:]])
+    groups = [
+        replace(
+            one,
+            rollouts=tuple(
+                replace(scored, rollout=replace(scored.rollout, routed_experts=next(remaining))) for scored in one.rollouts
+            ),
+        )
+        for one in plain
+    ]
+    packed = pack_groups(groups)
+    unknown = torch.full((1, 3, 2), NO_EXPERT, dtype=torch.int16)
+    expected = torch.cat([experts[:2], unknown, experts[2:3], unknown, experts[3:], unknown])
+    assert packed.routed_experts.dtype == torch.int16 and torch.equal(packed.routed_experts, expected)
+    assert torch.equal(slice_sequences(packed, 1, 3).routed_experts, expected[3:])
+    assert with_scored_ends(packed).routed_experts.shape == (10, 0, 0)  # a reward model routes for itself
 
 
 def test_tasks_are_numbered_as_they_come():

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from megarl.data.sampler import RowSampler, build_evaluation_prompts, build_prompt_source, build_sft_source
+from megarl.data.sampler import build_evaluation_prompts, build_prompt_source, build_sft_source
 from megarl.errors import CheckpointError, DataError
+from megarl.types import FinishReason, Rollout, RolloutGroup, ScoredRollout
 
 
 def gym(size, seed=0):
@@ -13,44 +14,6 @@ def gym(size, seed=0):
 def jsonl(path, prompts):
     path.write_text("".join(json.dumps({"prompt": prompt, "answer": "1"}) + "\n" for prompt in prompts))
     return {"type": "jsonl", "path": str(path)}
-
-
-def test_each_epoch_is_another_permutation():
-    sampler = RowSampler(50, seed=1, shuffle=True)
-    epochs = [sampler.next(50) for _ in range(3)]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != list(range(50))
-    assert RowSampler(50, seed=2, shuffle=True).next(50) != epochs[0]
-
-
-def test_order_is_frozen():
-    # A changed order would break the resumption of runs saved before the change.
-    assert RowSampler(8, seed=0, shuffle=True).next(12) == [6, 3, 5, 0, 7, 2, 1, 4, 3, 1, 0, 4]
-
-
-def test_without_shuffling_rows_come_in_order_across_epochs():
-    assert RowSampler(3, seed=0, shuffle=False).next(8) == [0, 1, 2, 0, 1, 2, 0, 1]
-
-
-@pytest.mark.parametrize("taken", [0, 1, 6, 7, 8, 20])
-def test_resumed_order_equals_uninterrupted(taken):
-    sampler = RowSampler(7, seed=3, shuffle=True)
-    sampler.next(taken)
-    state = json.loads(json.dumps(sampler.state()))
-    resumed = RowSampler(7, seed=3, shuffle=True)
-    resumed.next(5)
-    resumed.restore(state)
-    assert resumed.next(15) == sampler.next(15)
-
-
-def test_restoring_for_other_data_is_an_error():
-    state = RowSampler(7, seed=3, shuffle=True).state()
-    with pytest.raises(CheckpointError, match=r"num_rows = 7 for data.train but this run has 8"):
-        RowSampler(8, seed=3, shuffle=True).restore(state)
-    with pytest.raises(CheckpointError, match="seed = 3"):
-        RowSampler(7, seed=4, shuffle=True).restore(state)
-    with pytest.raises(CheckpointError, match="lacks epoch"):
-        RowSampler(7, seed=3, shuffle=True).restore({name: value for name, value in state.items() if name != "epoch"})
 
 
 def test_prompt_source_resumes(config, tokenizer):
@@ -90,3 +53,95 @@ def test_evaluation_prompts_come_in_order_or_not_at_all(config, tokenizer):
     prompts = build_evaluation_prompts(config(gym(3), evaluation={"data": gym(4, seed=9)}), tokenizer)
     assert [prompt.prompt_id for prompt in prompts] == [f"evaluation/{i}" for i in range(4)]
     assert build_evaluation_prompts(config(gym(3)), tokenizer) == []
+
+
+def mixture(*tasks):
+    return {"type": "mixture", "tasks": [{"name": name, **settings} for name, settings in tasks]}
+
+
+def answered(prompt, rewards):
+    """A group with these rewards."""
+    empty = {"token_ids": (), "from_policy": (), "logprobs": (), "weight_versions": (), "text": ""}
+    rollouts = [
+        ScoredRollout(
+            rollout=Rollout(prompt=prompt, sample_index=index, finish_reason=FinishReason.STOP, **empty),
+            reward=reward,
+            parts={},
+            step_rewards=(),
+            failures=(),
+        )
+        for index, reward in enumerate(rewards)
+    ]
+    return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts), greedy=None)
+
+
+def test_a_mixture_names_its_tasks_and_resumes_with_what_is_known_of_its_prompts(config, tokenizer, tmp_path):
+    data = mixture(("sums", {"weight": 3, "source": gym(9)}), ("letters", {"source": jsonl(tmp_path / "letters.jsonl", "abcdefg")}))
+    settings = config(data, data={"sampling": {"order": "prioritised"}})
+    source = build_prompt_source(settings, tokenizer)
+    first = source.take(24)
+    assert {(prompt.task, prompt.prompt_id.rpartition("/")[0]) for prompt in first} == {("sums", "sums"), ("letters", "letters")}
+    assert {prompt.text for prompt in first if prompt.task == "letters"} <= {f"Q: {letter} A: " for letter in "abcdefg"}
+    source.record([answered(prompt, [1.0, float(number % 2)]) for number, prompt in enumerate(first)], 1.0)
+    state = json.loads(json.dumps(source.state()))
+    resumed = build_prompt_source(settings, tokenizer)
+    resumed.restore(state)
+    assert resumed.metrics() == source.metrics() and 0 < source.metrics()["data/seen_share"] <= 1
+    expected = source.take(30)
+    assert resumed.take(30) == expected
+    # without what was recorded the draws are others
+    state["tasks"]["sums"]["success"] = build_prompt_source(settings, tokenizer).state()["tasks"]["sums"]["success"]
+    resumed.restore(state)
+    assert resumed.take(30) != expected
+    assert source.prompt("letters/3").text == "Q: d A: "
+    other = build_prompt_source(config(mixture(("sums", {"source": gym(9)}))), tokenizer)
+    with pytest.raises(CheckpointError, match=r"made with the tasks sums, letters in data.train but this run has sums"):
+        other.restore(state)
+
+
+def test_success_is_counted_by_row_whatever_is_excluded(config, tokenizer, tmp_path):
+    train, excluded = jsonl(tmp_path / "train.jsonl", "abcde"), jsonl(tmp_path / "held_out.jsonl", "bd")
+    source = build_prompt_source(config(train, data={"exclude": [excluded]}), tokenizer)
+    by_text = {prompt.text: prompt for prompt in source.take(3)}
+    source.record([answered(by_text["Q: c A: "], [1.0, 0.5, 0.4, 0.0]), answered(by_text["Q: e A: "], [0.9, 1.0])], 0.5)
+    assert source.metrics() == {"data/seen_share": 2 / 3, "data/success_rate_mean": 0.75}
+    source.record([answered(by_text["Q: c A: "], [0.0])], 0.5)  # 0.5 and then 0: half of each
+    assert source.metrics()["data/success_rate_mean"] == 0.625
+
+
+def test_success_is_of_the_row_that_was_answered(config, tokenizer, tmp_path):
+    train, excluded = jsonl(tmp_path / "train.jsonl", "abcde"), jsonl(tmp_path / "held_out.jsonl", "bd")
+    sampling = {"order": "prioritised", "priority_floor": 1e-9}
+    source = build_prompt_source(config(train, data={"exclude": [excluded], "sampling": sampling}), tokenizer)
+    for _ in range(10):  # a solved row is not drawn while there are others
+        source.record([answered(prompt, [float(prompt.text == "Q: c A: ")]) for prompt in source.take(3)], 1.0)
+    assert {prompt.text for prompt in source.take(2)} == {"Q: a A: ", "Q: e A: "}
+
+
+def test_curriculum_takes_easy_rows_first_and_needs_the_field_in_every_row(config, tokenizer, tmp_path):
+    path = tmp_path / "levels.jsonl"
+    levels = [3, 1, 2, 1, 3, 0.5]
+    rows = [{"prompt": str(index), "answer": "1", "about": {"level": level}} for index, level in enumerate(levels)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"type": "jsonl", "path": str(path)}
+    curriculum = {"sampling": {"order": "curriculum", "difficulty_field": "about.level"}}
+    taken = build_prompt_source(config(train, data=curriculum), tokenizer).take(12)
+    assert [prompt.reference["about"]["level"] for prompt in taken] == [0.5, 1, 1, 2, 3, 3] * 2
+    rows[2]["about"] = {"difficulty": 3}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        DataError, match=r"row train/2 has no field 'level' in about \(it has: difficulty\); add it or set data.sampl"
+    ):
+        build_prompt_source(config(train, data=curriculum), tokenizer)
+    rows[2]["about"] = {"level": "hard"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        DataError, match=r"row train/2: field 'about.level' is 'hard'; data.sampling.difficulty_field needs a finite"
+    ):
+        build_prompt_source(config(train, data=curriculum), tokenizer)
+
+
+def test_evaluation_prompts_of_a_mixture_carry_their_tasks(config, tokenizer):
+    data = mixture(("a", {"source": gym(2)}), ("b", {"source": gym(1, seed=4)}))
+    prompts = build_evaluation_prompts(config(gym(3), evaluation={"data": data}), tokenizer)
+    assert [(prompt.prompt_id, prompt.task) for prompt in prompts] == [("a/0", "a"), ("a/1", "a"), ("b/0", "b")]

@@ -46,16 +46,18 @@ class LiveSync:
     def take(self, model: Path) -> None:
         """Give the policy the weights of a model folder."""
         engine, weight_map = self.policy.engine, self.policy.weight_map
-        load_weights(engine.chunks, SafetensorsSource(model, weight_map), weight_map, engine.layout)
+        with engine.weights.on_device():
+            load_weights(engine.chunks, SafetensorsSource(model, weight_map), weight_map, engine.layout)
 
 
 @contextmanager
-def live_sync(folder: Path, name: str, parallel: dict[str, int], transfer: dict[str, Any], **section: Any) -> Iterator[LiveSync]:
-    """The policy of ``folder``/model in a layout; on rank 0 the engine, started, and ended with all its processes."""
+def live_sync(
+    folder: Path, name: str, policy_settings: dict[str, Any], transfer: dict[str, Any], **section: Any
+) -> Iterator[LiveSync]:
+    """The policy of ``folder``/model; on rank 0 the engine, started, and ended with all its processes."""
     engine, main, warnings = None, None, []
-    policy_settings = {"parallel": parallel, "max_tokens_per_micro_batch": 64}
     values: dict[str, Any] = make_engine(name, folder, **section).config.model_dump()
-    values |= {"policy": policy_settings, "distributed_timeout": 120.0}
+    values |= {"policy": policy_settings | {"max_tokens_per_micro_batch": 64}, "distributed_timeout": 120.0}
     values["rollout"]["weight_transfer"] = transfer
     config = Config.model_validate(values)
     policy = Policy(config, 1)

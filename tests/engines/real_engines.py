@@ -17,8 +17,8 @@ ARGUMENTS = {
 }
 
 
-def make_engine(name: str, folder: Path, **settings: Any) -> ServerEngine:
-    """An engine of the model in ``folder``/model, not started."""
+def make_engine(name: str, folder: Path, *, routing_replay: bool = False, **settings: Any) -> ServerEngine:
+    """An engine of the model in ``folder``/model, not started; ``settings`` are those of its section."""
     section = {"start_timeout": 150, "update_timeout": 60, "arguments": ARGUMENTS[name]} | settings
     config = Config.model_validate(
         {
@@ -26,7 +26,13 @@ def make_engine(name: str, folder: Path, **settings: Any) -> ServerEngine:
             "steps": 1,
             "model": {"path": folder / "model"},
             "data": {"train": {"type": "jsonl", "path": "unused.jsonl"}},
-            "rollout": {"engine": name, "max_prompt_tokens": 128, "max_new_tokens": 32, name: section},
+            "rollout": {
+                "engine": name,
+                "max_prompt_tokens": 128,
+                "max_new_tokens": 32,
+                "routing_replay": routing_replay,
+                name: section,
+            },
         }
     )
     weights = load_file(folder / "model" / "model.safetensors")

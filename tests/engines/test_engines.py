@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,24 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from megarl.config.schema import RepetitionStopConfig
+from megarl.environments.protocol import Step
 from megarl.errors import RolloutError, WeightsError
-from megarl.rollout.protocol import SamplingParams
+from megarl.rollout.episodes import EpisodePlayer
+from megarl.rollout.outstanding import joined
+from megarl.rollout.protocol import Generation, SamplingParams, resumed
 from megarl.rollout.server_engine import ServerEngine
-from megarl.types import FinishReason
+from megarl.types import FinishReason, Prompt, Rollout
 from real_engines import all_gone, make_engine, server_processes
-from tiny_rollout import exported_weights, generate_all, make_tiny_model, sampling, worst_gap
+from tiny_rollout import (
+    exported_weights,
+    generate_all,
+    make_tiny_model,
+    reference_logprobs,
+    repeats_first_at,
+    sampling,
+    worst_gap,
+)
 
 # Longer than two whole cache blocks of 32 tokens: only a reset of the prefix cache makes the engine compute them anew.
 LONG_PROMPT = tuple(5 + (7 * index) % 500 for index in range(90))
@@ -90,6 +102,39 @@ def test_logprobs_and_samples_follow_every_update(served: Served) -> None:
     assert len(greedy) == 3  # three sets of weights, three greedy answers
 
 
+class Echo:
+    """An environment that answers the first turn, and ends the episode after the second."""
+
+    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[int, None]:
+        return 1, None
+
+    async def step(self, state: int, response: str) -> tuple[int, Step]:
+        return state + 1, Step(observation=response, reward=0.0, done=state == 2)
+
+    async def close(self) -> None: ...
+
+
+def test_an_episode_of_two_turns_has_the_models_logprobs(served: Served) -> None:
+    prompt = Prompt(prompt_id="train/0", token_ids=LONG_PROMPT, text="", reference={}, task="train")
+    params = sampling(stop_token_ids=tuple(range(0, 512, 4)), max_new_tokens=30)
+    player = EpisodePlayer(Echo(), lambda text, last: (7, len(text) % 500, 9), lambda ids: " ".join(map(str, ids)), max_turns=2)
+
+    async def generate(token_ids: tuple[int, ...], one: SamplingParams) -> Generation:
+        return (await served.engine.generate(token_ids, one))[0]
+
+    async def play() -> list[Rollout]:
+        return await asyncio.gather(*(player.play(prompt, index, params, generate) for index in range(6)))
+
+    rollouts = served.run(play())
+    assert len({rollout.token_ids for rollout in rollouts}) == 6
+    assert 2 in {rollout.episode.num_turns for rollout in rollouts if rollout.episode is not None}
+    for rollout in rollouts:
+        sampled = torch.tensor(rollout.from_policy)
+        expected = reference_logprobs(served.model(3), LONG_PROMPT, rollout.token_ids, 1.0)[sampled]
+        assert (torch.tensor(rollout.logprobs).double()[sampled] - expected).abs().max() <= 1e-4
+        assert set(rollout.weight_versions) == {2}
+
+
 def test_greedy_takes_the_most_probable_token(served: Served) -> None:
     (generation,) = served.run(served.engine.generate(LONG_PROMPT, sampling(temperature=0.0, num_samples=1)))
     ids = torch.tensor([LONG_PROMPT])
@@ -134,6 +179,22 @@ def test_a_response_ends_with_its_first_stop_token(served: Served) -> None:
             assert cut.finish_reason is (FinishReason.STOP if stop[0] in whole.token_ids else FinishReason.LENGTH)
 
 
+def test_vllm_ends_responses_that_repeat_themselves(served: Served) -> None:
+    if served.engine.name != "vLLM":
+        pytest.skip("config/data_checks.py refuses it for SGLang")
+    settings = {"num_samples": 8, "max_new_tokens": 32, "temperature": 0.5}
+    free = served.run(generate_all(served.engine, PROMPTS, sampling(**settings)))
+    stop = RepetitionStopConfig(min_pattern_size=2, max_pattern_size=6, min_count=2)
+    ended = served.run(generate_all(served.engine, PROMPTS, sampling(**settings, repetition_stop=stop)))
+    reasons = []
+    for whole, cut in ((whole, cut) for pair in zip(free, ended, strict=True) for whole, cut in zip(*pair, strict=True)):
+        length = repeats_first_at(whole.token_ids[:31], 2, 6, 2)
+        assert cut.token_ids == whole.token_ids[:length] if length else cut.token_ids == whole.token_ids
+        reasons.append(cut.finish_reason)
+        assert cut.finish_reason is (FinishReason.REPETITION if length else FinishReason.LENGTH)
+    assert len(set(reasons)) == 2
+
+
 def test_wrong_prompts_are_refused_and_the_server_lives(served: Served) -> None:
     with pytest.raises(RolloutError, match=r"ids outside 0\.\.511"):
         served.run(served.engine.generate((1, 512), sampling()))
@@ -154,6 +215,43 @@ def test_an_update_waits_for_the_requests_in_flight(served: Served) -> None:
     for group, seed, version in ((before, 3, 2), (after, 4, 9)):
         assert {seen for one in group for seen in one.weight_versions} == {version}
         assert worst_gap(served.model(seed), [LONG_PROMPT], [group], 1.0) <= 1e-4
+
+
+def test_a_response_cut_at_an_update_goes_on_with_the_new_weights(served: Served) -> None:
+    """Each token's version and log-probability are those of the weights that sampled it."""
+    engine, params = served.engine, sampling(max_new_tokens=120, temperature=0.7)
+    prompts = [(1, 2, 3), (4, 5), LONG_PROMPT[:30]]
+
+    async def go_on(prompt: tuple[int, ...], index: int, part: Generation) -> Generation:
+        (rest,) = await engine.generate(prompt + part.token_ids, resumed(params, index, len(part.token_ids)))
+        return joined(part, rest, params.max_new_tokens)
+
+    async def cut_while_generating() -> tuple[list[list[Generation]], list[list[Generation]]]:
+        requests = [asyncio.ensure_future(engine.generate(prompt, params)) for prompt in prompts]
+        await engine.generate((7, 8, 9), sampling(num_samples=1, max_new_tokens=8))  # by then the others have some tokens too
+        late = asyncio.ensure_future(engine.generate((9, 9), params))  # on its way when the others are cut
+        await asyncio.sleep(0)
+        await engine.cut()
+        assert all(request.done() for request in (*requests, late))
+        parts = [request.result() for request in (*requests, late)]
+        await engine.update_weights(exported_weights(served.model(5)), 10)
+        resumed_groups = [
+            asyncio.gather(*(go_on(prompt, index, part) for index, part in enumerate(group)))
+            for prompt, group in zip((*prompts, (9, 9)), parts, strict=True)
+        ]
+        return parts, [list(group) for group in await asyncio.gather(*resumed_groups)]
+
+    parts, whole = served.run(cut_while_generating())
+    assert all(part.finish_reason is FinishReason.ABORT for group in parts for part in group)
+    assert all(0 < len(part.token_ids) < 120 for group in parts[:3] for part in group)
+    before, after = served.model(4), served.model(5)
+    for prompt, part_group, group in zip((*prompts, (9, 9)), parts, whole, strict=True):
+        for part, response in zip(part_group, group, strict=True):
+            length = len(part.token_ids)
+            assert response.weight_versions == (9,) * length + (10,) * (120 - length)
+            old = reference_logprobs(before, prompt, response.token_ids, 0.7)[:length]
+            new = reference_logprobs(after, prompt, response.token_ids, 0.7)[length:]
+            assert (torch.cat([old, new]) - torch.tensor(response.logprobs).double()).abs().max() <= 1e-4
 
 
 def test_the_end(served: Served) -> None:

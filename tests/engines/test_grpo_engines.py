@@ -8,6 +8,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -117,15 +118,21 @@ def read_embeddings(checkpoints: list[Path], output: Path) -> None:
     torch.save([state["embedding.word_embeddings.weight"] for state in states], output)
 
 
-@pytest.mark.parametrize(("engine", "name"), [("sglang", "SGLang")])
-def test_a_server_killed_during_a_step_ends_the_run_with_one_line(tmp_path: Path, engine: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "name", "rollout"), [("sglang", "SGLang", {}), ("vllm", "vLLM", {"asynchronous": {}, "max_new_tokens": 100})]
+)
+def test_a_server_killed_during_a_step_ends_the_run_with_one_line(
+    tmp_path: Path, engine: str, name: str, rollout: dict[str, Any]
+) -> None:
     config_path = write_config(engine, tmp_path)
     settings = yaml.safe_load(config_path.read_text())
     settings["steps"] = 1000
     settings["checkpoint"] = {"every": 0}
+    settings["rollout"] |= rollout
     config_path.write_text(yaml.safe_dump(settings))
     with start(config_path) as run:
-        wait_until_logged(run, config_path.parent / "run" / "metrics.jsonl", 1)
+        metrics = config_path.parent / "run" / "metrics.jsonl"
+        wait_until_logged(run, metrics, 4 if rollout else 1)
         processes = server_processes(config_path)
         server = next(process for process in processes if "server_guard.py" not in " ".join(process.cmdline()))
         os.kill(server.pid, signal.SIGKILL)
@@ -135,4 +142,7 @@ def test_a_server_killed_during_a_step_ends_the_run_with_one_line(tmp_path: Path
     assert run.returncode == 2
     assert errors.startswith("error: ") and f"{name} was killed by SIGKILL; its last words in " in errors
     assert len(errors.splitlines()) == 1
+    for line in map(json.loads, metrics.read_text().splitlines()):
+        assert line["metrics"]["logprob_gap_max"] <= 1e-4  # of the current weights' tokens
+        assert line["metrics"].get("staleness_max", 0) <= 1
     assert psutil.wait_procs(processes, timeout=10)[1] == [] == server_processes(config_path)

@@ -17,9 +17,11 @@ TIMEOUT = 280
 # Longer than two whole cache blocks of 32 tokens: only a reset of the prefix cache makes the engine compute them anew.
 LONG_PROMPT = tuple(3 + (7 * index) % 120 for index in range(90))
 PROMPTS = [LONG_PROMPT, (*LONG_PROMPT[:70], 9, 8, 7), (1, 2, 3)]
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "dense": {"tp": 2, "pp": 2, "num_layers_in_first_pipeline_stage": 2},
-    "experts": {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True},
+TRANSPORTS = {1: "gloo", 2: "auto"}  # by tensor parallel size
+POLICIES: dict[str, dict[str, Any]] = {
+    # rank 0, which has the engine, has no part of the policy, whose weights are in host memory between updates
+    "dense": {"first_rank": 1, "offload": "all", "parallel": {"tp": 2, "pp": 2, "num_layers_in_first_pipeline_stage": 2}},
+    "experts": {"first_rank": 0, "parallel": {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True}},
 }
 
 pytestmark = pytest.mark.timeout(2 * TIMEOUT)
@@ -37,12 +39,14 @@ def write_models(folder: Path, kind: str, engine: str) -> None:
 
 
 def update_and_compare(folder: Path, name: str, kind: str, tensor_parallel_size: int) -> None:
-    transfer = {"method": "slices", "bucket_mib": 1, "max_restarts": 0}
-    with live_sync(folder, name, LAYOUTS[kind], transfer, tensor_parallel_size=tensor_parallel_size) as live:
+    transport = TRANSPORTS[tensor_parallel_size]
+    transfer = {"method": "slices", "transport": transport, "bucket_mib": 1, "max_restarts": 0}
+    with live_sync(folder, name, POLICIES[kind], transfer, tensor_parallel_size=tensor_parallel_size) as live:
         answers = set()
         for version in range(UPDATES):
             live.take(folder / f"update{version}")
             live.sync.push(version)
+            assert live.sync.transport == (transport if transport != "auto" else "shared_memory")
             if live.main is not None and live.engine is not None:
                 model = AutoModelForCausalLM.from_pretrained(folder / f"update{version}", dtype=torch.float32).eval()
                 groups = live.main.run(generate_all(live.engine, PROMPTS, sampling(temperature=0.0, num_samples=1)))
@@ -66,8 +70,9 @@ def update_and_compare(folder: Path, name: str, kind: str, tensor_parallel_size:
         assert live.main is None or len(answers) == UPDATES
 
 
-@pytest.mark.parametrize("kind", list(LAYOUTS))
+@pytest.mark.parametrize("kind", list(POLICIES))
 @pytest.mark.parametrize(("name", "tensor_parallel_size"), [("vllm", 1), ("vllm", 2), ("sglang", 1), ("sglang", 2)])
 def test_greedy_answers_follow_five_updates(tmp_path: Path, name: str, tensor_parallel_size: int, kind: str) -> None:
     write_models(tmp_path, kind, name)
-    run_local_ranks(update_and_compare, (tmp_path, name, kind, tensor_parallel_size), 4, TIMEOUT)
+    num_ranks = 4 + POLICIES[kind]["first_rank"]
+    run_local_ranks(update_and_compare, (tmp_path, name, kind, tensor_parallel_size), num_ranks, TIMEOUT)

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
@@ -31,28 +32,25 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512}  # 10 MB, for several buc
 pytestmark = pytest.mark.timeout(2 * TIMEOUT)
 
 
-def midway(transfer: EngineTransfer, rank: int, fault: Callable[[Parcel], None]) -> None:
+def midway(transfer: EngineTransfer, rank: int, fault: Callable[[Tensor], None]) -> None:
     """Once, when ``rank`` has packed the second parcel of the update that is to come."""
     pack, packed = transfer._pack, []
 
-    def pack_with_fault(parcel: Parcel, held: dict[str, FlatPart]) -> None:
-        pack(parcel, held)
+    def pack_with_fault(held: dict[str, FlatPart], parcel: Parcel, data: Tensor) -> None:
+        pack(held, parcel, data)
         packed.append(parcel)
         if dist.get_rank() == rank and len(packed) == 2:
-            fault(parcel)
+            fault(data)
 
     transfer._pack = pack_with_fault
 
 
-def flip_a_bit(transfer: EngineTransfer) -> Callable[[Parcel], None]:
-    def fault(parcel: Parcel) -> None:
-        parcel.bytes_of(transfer._buffer)[100] ^= 4
-
-    return fault
+def flip_a_bit(data: Tensor) -> None:
+    data[100] ^= 4
 
 
-def kill_the_engine(live: LiveSync) -> Callable[[Parcel], None]:
-    def fault(parcel: Parcel) -> None:
+def kill_the_engine(live: LiveSync) -> Callable[[Tensor], None]:
+    def fault(data: Tensor) -> None:
         assert live.engine is not None
         holder = max(server_processes(live.engine), key=lambda process: process.memory_info().rss)  # of the weights
         holder.kill()
@@ -62,16 +60,17 @@ def kill_the_engine(live: LiveSync) -> Callable[[Parcel], None]:
 
 def update_with_fault(folder: Path, name: str, what: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "update", dtype=torch.float32).eval()
-    transfer = {"method": "slices", "bucket_mib": 1, "max_restarts": 1}
-    with live_sync(folder, name, LAYOUT, transfer) as live:
+    transport = "gloo" if (name, what) == ("sglang", "changed bucket") else "shared_memory"
+    transfer = {"method": "slices", "transport": transport, "bucket_mib": 1, "max_restarts": 1}
+    with live_sync(folder, name, {"parallel": LAYOUT}, transfer) as live:
         live.sync.push(0)
         assert live.sync._transfer is not None and live.sync._transfer.plan.num_buckets > 5
         if what == "changed bucket":
-            midway(live.sync._transfer, 1, flip_a_bit(live.sync._transfer))
+            midway(live.sync._transfer, 1, flip_a_bit)
         elif what == "killed engine":
             midway(live.sync._transfer, 0, kill_the_engine(live))
         else:
-            midway(live.sync._transfer, 3, lambda parcel: os.kill(os.getpid(), signal.SIGKILL))
+            midway(live.sync._transfer, 3, lambda data: os.kill(os.getpid(), signal.SIGKILL))
         live.take(folder / "update")
         try:
             live.sync.push(1)

@@ -13,8 +13,9 @@ def group(
     reasons: Sequence[FinishReason] | None = None,
     failures: Sequence[tuple[str, ...]] | None = None,
     greedy: ScoredRollout | None = None,
+    task: str = "train",
 ) -> RolloutGroup:
-    prompt = Prompt(prompt_id=name, token_ids=(1, 2, 3), text=f"prompt {name}", reference={}, task="train")
+    prompt = Prompt(prompt_id=name, token_ids=(1, 2, 3), text=f"prompt {name}", reference={}, task=task)
     scored = []
     for index, reward in enumerate(rewards):
         token_ids = tuple(responses[index]) if responses else (5, 6)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from megarl.observe.metrics import pass_at_k, repetition, rollout_metrics
-from megarl.types import FinishReason
+from megarl.observe.metrics import accuracy_metrics, pass_at_k, repetition, rollout_metrics
+from megarl.types import Episode, FinishReason, Turn
 from observe.rollouts import group
 
 
@@ -36,12 +36,67 @@ def test_numbers_worked_by_hand() -> None:
         "response_length_mean": 8.0,
         "response_length_max": 12.0,
         "truncated_share": 0.25,
+        "repetition_stopped_share": 0.0,
         "reward_length_correlation": -4.0 / math.sqrt(0.75 * 72),
         "repetition_share": 0.25,
         "scorer_failures": 3.0,
         "score_exact": 0.75,
     }
     assert metrics == pytest.approx(expected)
+
+
+def test_responses_ended_for_repetition_are_not_truncated_ones() -> None:
+    reasons = [FinishReason.REPETITION, FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION]
+    metrics = rollout_metrics([group("a", [1.0, 0.0, 0.0, 0.0], reasons=reasons)])
+    assert (metrics["repetition_stopped_share"], metrics["truncated_share"]) == (0.5, 0.25)
+
+
+def test_tasks_are_told_apart_where_there_are_several() -> None:
+    sums, words = group("sums/0", [1.0, 0.0, 0.0, 0.0], task="sums"), group("words/0", [1.0, 1.0, 1.0, 0.0], task="words")
+    more = group("words/1", [0.0, 0.0, 0.0, 0.0], task="words")
+    metrics = rollout_metrics([words, sums, more])
+    assert (metrics["reward_mean/sums"], metrics["reward_mean/words"], metrics["reward_mean"]) == (0.25, 3 / 8, 4 / 12)
+    assert (metrics["prompts/sums"], metrics["prompts/words"]) == (1.0, 2.0)
+    assert not any("/" in name for name in rollout_metrics([words, more]))
+    assert accuracy_metrics([words, sums, more], 1.0, 4) == pytest.approx(
+        {"accuracy": 4 / 12, "pass@4": 2 / 3}
+        | {"accuracy/sums": 0.25, "pass@4/sums": 1.0, "accuracy/words": 3 / 8, "pass@4/words": 0.5}
+    )
+    assert accuracy_metrics([sums], 1.0, 1) == {"accuracy": 0.25}
+
+
+def test_episodes_worked_by_hand() -> None:
+    """Three of five, and two of two tokens are the policy's; one turn of two, and one."""
+    policy, environment = Turn(speaker="policy", text="x"), Turn(speaker="environment", text="y")
+    episode = Episode(turns=(policy, environment, policy), reward=1.0, failure=None, is_out_of_turns=True, seconds=0.5)
+    short = replace(episode, turns=(policy, environment), is_out_of_turns=False, seconds=1.0)
+    plain = group("a", [1.0, 0.0], responses=[[1, 2, 8, 8, 3], [1, 2]])
+    masks = ((True, True, False, False, True), (True, True))
+    rollouts = tuple(
+        replace(one, rollout=replace(one.rollout, from_policy=mask, episode=played))
+        for one, mask, played in zip(plain.rollouts, masks, (episode, short), strict=True)
+    )
+    metrics = rollout_metrics([replace(plain, rollouts=rollouts)])
+    expected = {
+        "turns_mean": 1.5,
+        "turns_max": 2.0,
+        "out_of_turns_share": 0.5,
+        "environment_token_share": 2 / 7,
+        "environment_seconds": 0.75,
+        "response_length_mean": 2.5,
+        "response_length_max": 3.0,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert not expected.keys() - {"response_length_mean", "response_length_max"} & rollout_metrics([plain]).keys()
+
+
+def test_what_an_environment_repeats_is_no_repetition_of_the_policy() -> None:
+    plain = group("a", [1.0], responses=[[1, *[7] * 20, 2, 3, 4]])
+    (one,) = plain.rollouts
+    mask = (True,) + (False,) * 20 + (True,) * 3
+    masked = replace(plain, rollouts=(replace(one, rollout=replace(one.rollout, from_policy=mask)),))
+    assert rollout_metrics([plain])["repetition_share"] == 1.0
+    assert rollout_metrics([masked])["repetition_share"] == 0.0
 
 
 def test_greedy_responses_count_as_baselines_only() -> None:

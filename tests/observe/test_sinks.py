@@ -68,7 +68,7 @@ def test_resume_forgets_later_steps(tmp_path: Path) -> None:
 
 def test_resume_refuses_a_file_that_is_not_metrics(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n{"step": 2}\n')
-    with pytest.raises(CheckpointError, match=r"metrics.jsonl:2: is not a line of metrics"):
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl:2: is not a line of this log"):
         MetricsWriter(tmp_path, tensorboard=False, resume_step=2)
 
 

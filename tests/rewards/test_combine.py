@@ -7,9 +7,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
-from megarl.config.schema import RewardsConfig
+from megarl.config.schema import RewardsConfig, ScorerConfig
 from megarl.errors import ConfigError, RewardError
 from megarl.rewards.combine import RewardScorer
 from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout
@@ -22,8 +23,7 @@ def user_modules(monkeypatch):
 
 def worker_ids():
     """Processes that this one started and that still run."""
-    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return {int(child) for task in children for child in task.read_text().split()}
+    return {child.pid for child in psutil.Process().children()}
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +51,21 @@ def python(function, **settings):
     return {"type": "python", "name": function, "function": f"user_rewards:{function}", **settings}
 
 
+def decode(token_ids):
+    """Each token is one character, so that places in tokens and text are the same."""
+    return "".join(map(chr, token_ids))
+
+
+def make_scorer(scorers, task_scorers=None, **settings):
+    own = {task: [ScorerConfig.model_validate(one) for one in of_task] for task, of_task in (task_scorers or {}).items()}
+    return RewardScorer(RewardsConfig(scorers=scorers, **settings), own, decode)
+
+
 def run(scorers, use, **settings):
     """What ``use(reward_scorer)`` returns; the workers are closed after it."""
 
     async def main():
-        reward_scorer = RewardScorer(RewardsConfig(scorers=scorers, **settings))
+        reward_scorer = make_scorer(scorers, **settings)
         try:
             return await use(reward_scorer)
         finally:
@@ -170,7 +180,7 @@ async def start_loop(reward_scorer, pipe):
 
 def test_a_stuck_scorer_does_not_hold_up_the_event_loop(pipe):
     async def use(reward_scorer):
-        judge = RewardScorer(RewardsConfig(scorers=[python("async_length")]))
+        judge = make_scorer([python("async_length")])
         stuck = await start_loop(reward_scorer, pipe)
         judged = await asyncio.gather(*(judge.score(rollout("quick")) for _ in range(3)))
         return [scored.reward for scored in judged], stuck.done(), (await stuck).failures
@@ -201,7 +211,7 @@ def test_a_worker_ends_with_the_run_even_while_its_scorer_loops(pipe, tmp_path):
         "import asyncio, sys\n"
         "from megarl.rewards.process_pool import WorkerPool\n"
         "from megarl.rewards.scorers import ScorerSpec\n"
-        "spec = ScorerSpec(name='s', type='python', pattern=None, function='user_rewards:loops_on_request')\n"
+        "spec = ScorerSpec(name='s', type='python', function='user_rewards:loops_on_request')\n"
         f"asyncio.run(WorkerPool([spec], 1).score('s', 'loop', {{'started': {pipe!r}}}, 1000))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -250,6 +260,71 @@ def test_a_worker_that_cannot_start_is_an_error_at_once(monkeypatch):
 
 def test_wrong_functions_and_names_are_found_at_construction():
     with pytest.raises(ConfigError, match=r"cannot import user_rewards:lenght: .*has no attribute 'lenght'"):
-        RewardScorer(RewardsConfig(scorers=[python("lenght")]))
+        make_scorer([python("lenght")])
     with pytest.raises(ConfigError, match="2 scorers have the name 'exact'"):
-        RewardScorer(RewardsConfig(scorers=[{"type": "exact"}, {"type": "exact"}]))
+        make_scorer([{"type": "exact"}, {"type": "exact"}])
+    with pytest.raises(ConfigError, match="2 scorers have the name 'regex'"):
+        make_scorer([], {"sums": [{"type": "regex", "pattern": "a"}] * 2})
+
+
+def in_task(task, text="four"):
+    plain = rollout(text)
+    return replace(plain, prompt=replace(plain.prompt, task=task))
+
+
+def test_each_task_is_scored_by_its_own_scorers_and_the_others_by_the_default():
+    task_scorers = {
+        "letters": [{"type": "regex", "name": "exact", "pattern": "o", "weight": 3.0}],
+        "long": [python("length", weight=0.5), python("judge")],
+    }
+
+    async def use(reward_scorer):
+        return [await reward_scorer.score(in_task(task)) for task in ("train", "letters", "long")]
+
+    default, letters, long = run([{"type": "exact"}], use, task_scorers=task_scorers)
+    assert (default.reward, dict(default.parts)) == (1.0, {"exact": 1.0})
+    assert (letters.reward, dict(letters.parts)) == (3.0, {"exact": 1.0})
+    assert (long.reward, dict(long.parts)) == (4.0, {"length": 4.0, "judge": 2.0})
+
+
+def test_a_failure_names_the_scorer_of_the_task(caplog):
+    own = {"sums": [python("raises")]}
+    assert run([], lambda scorer: scorer.score(in_task("sums")), task_scorers=own, on_failure="drop") is None
+    (failure,) = caplog.messages
+    assert failure.startswith("sums/raises failed on train/3 sample 5: KeyError")
+
+
+def of_tokens(text):
+    plain = rollout(text)
+    return replace(plain, token_ids=tuple(map(ord, text)))
+
+
+@pytest.mark.parametrize("function", ["step_lengths", "async_step_lengths"])
+def test_rewards_of_steps_stand_at_their_last_tokens(function):
+    scorers = [
+        python(function, step_separator="\n\n", weight=2.0),
+        python("step_lengths", name="lines", step_separator="\n", weight=-1.0),
+        {"type": "exact", "weight": 10.0},
+    ]
+    scored = run(scorers, lambda scorer: scorer.score(of_tokens("ab\n\nc\nd")))
+    # "ab\n\n" of 4 ends at 3, "c\nd" of 3 with the response at 6; lines: 4 at 3, "c\n" of 2 at 5, "d" of 1 at 6
+    assert scored.step_rewards == ((3, 2.0 * 4 - 4), (5, -2.0), (6, 2.0 * 3 - 1))
+    assert scored.parts == {function: 3.5, "lines": 7 / 3, "exact": 0.0}
+    assert scored.reward == pytest.approx(2.0 * 3.5 - 7 / 3)
+    empty = run(scorers, lambda scorer: scorer.score(of_tokens("")))
+    assert (empty.step_rewards, empty.parts[function]) == ((), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("one_step_too_few", "returned 1 numbers, not a list with one number for each of 2 steps"),
+        ("length", "returned 2, not a list with one number for each of 2 steps"),
+        ("nan_of_a_step", "returned nan, not a finite number"),
+    ],
+)
+def test_wrong_rewards_of_steps_are_failures(function, reason):
+    scorers = [python(function, step_separator="\n")]
+    scored = run(scorers, lambda scorer: scorer.score(of_tokens("a\nb")), on_failure="zero")
+    assert reason in scored.failures[0]
+    assert (scored.step_rewards, scored.reward) == ((), 0.0)

@@ -7,7 +7,7 @@ from aiohttp import web
 
 from judge_server import completion, serve
 from megarl.config.run_checks import check_run
-from megarl.config.schema import Config, RewardsConfig
+from megarl.config.schema import Config, RewardsConfig, ScorerConfig
 from megarl.errors import RewardError
 from megarl.rewards.combine import RewardScorer
 from megarl.types import FinishReason, Prompt, Rollout
@@ -18,9 +18,9 @@ DOCUMENT = "Long ago a fox lived in the SECRET-DOCUMENT."
 REFERENCE = {"answer": "Paris", "answers": ["Paris", "Lutetia"], "question": "Which city?", "documents": [DOCUMENT]}
 
 
-def rollout(text, index=0, **changes):
+def rollout(text, index=0, task="train", **changes):
     reference = {**REFERENCE, **changes}
-    prompt = Prompt(prompt_id="train/3", token_ids=(1,), text=DOCUMENT, reference=reference, task="train")
+    prompt = Prompt(prompt_id=f"{task}/3", token_ids=(1,), text=DOCUMENT, reference=reference, task=task)
     return Rollout(
         prompt=prompt,
         sample_index=index,
@@ -44,9 +44,9 @@ def score_all(answer, rollouts, *, url=None, rewards=None, **judge):
     async def main():
         async with serve(answer) as server:
             config = RewardsConfig(scorers=[scorer_settings(url or server.url, **judge)], **(rewards or {}))
-            scorer = RewardScorer(config)
+            scorer = RewardScorer(config, {}, str)
             try:
-                await scorer.start()
+                await scorer.check_servers()
                 del server.bodies[:]
                 return list(await asyncio.gather(*(scorer.score(one) for one in rollouts))), server
             finally:
@@ -173,8 +173,8 @@ def test_drop_and_stop():
 def test_a_judge_that_goes_away_during_the_run():
     async def main():
         async with serve(lambda index, body: "[[NO]]") as server:
-            scorer = RewardScorer(RewardsConfig(scorers=[scorer_settings(server.url)], on_failure="zero"))
-            await scorer.start()
+            scorer = RewardScorer(RewardsConfig(scorers=[scorer_settings(server.url)], on_failure="zero"), {}, str)
+            await scorer.check_servers()
         try:
             return await scorer.score(rollout("the answer is Rome"))
         finally:
@@ -214,8 +214,8 @@ def test_no_more_questions_are_open_than_responses_may_be_scored():
     async def main():
         async with serve(answer) as server:
             settings = scorer_settings(server.url)
-            scorer = RewardScorer(RewardsConfig(scorers=[settings], concurrency=3))
-            await scorer.start()
+            scorer = RewardScorer(RewardsConfig(scorers=[settings], concurrency=3), {}, str)
+            await scorer.check_servers()
             tasks = [asyncio.create_task(scorer.score(rollout(f"the answer is {index}", index))) for index in range(12)]
             await three_open.wait()
             with pytest.raises(TimeoutError):
@@ -226,6 +226,34 @@ def test_no_more_questions_are_open_than_responses_may_be_scored():
             await scorer.close()
 
     asyncio.run(main())
+
+
+def test_tasks_have_judges_of_their_own():
+    """Two tasks with two judges and two kinds of verdict under one name; each is asked at the start and for its own task alone."""
+
+    async def main():
+        async with serve(lambda index, body: "[[YES]] grade: F") as general, serve(lambda index, body: "[[NO]] grade: A") as law:
+            own = scorer_settings(law.url, verdict=r"grade: (\w)", positive="A") | {"weight": 3.0}
+            never = scorer_settings(law.url, verdict=r"(maybe)")
+            task_scorers = {"law": [ScorerConfig.model_validate(own)], "odd": [ScorerConfig.model_validate(never)]}
+            config = RewardsConfig(scorers=[scorer_settings(general.url)], on_failure="zero")
+            scorer = RewardScorer(config, task_scorers, str)
+            try:
+                with pytest.raises(RewardError, match="no verdict '\\(maybe\\)' in"):
+                    await scorer.check_servers()
+                asked = len(general.bodies), len(law.bodies)
+                rome = "the answer is Rome"
+                scored = [await scorer.score(rollout(rome, task=task)) for task in ("law", "train", "odd")]
+                return asked, (len(general.bodies), len(law.bodies)), scored, scorer.failure_counts
+            finally:
+                await scorer.close()
+
+    asked, in_the_end, (law, general, odd), failures = asyncio.run(main())
+    assert (asked, in_the_end) == ((1, 2), (2, 4))
+    assert law.parts == general.parts == {"document_qa": 1.0, "document_qa_rule": 0.0, "document_qa_judge": 1.0}
+    assert (law.reward, general.reward, odd.reward) == (3.0, 2.0, 0.0)
+    assert odd.parts == {"document_qa": 0.0, "document_qa_rule": 0.0}
+    assert failures == {"odd/document_qa": 1}
 
 
 def test_a_prompt_without_question_is_a_failure():
@@ -242,6 +270,16 @@ def mistakes(*scorers, **rollout_settings):
     return list(check_run(Config.model_validate({**config, "rollout": rollout_settings})))
 
 
+def test_scorers_of_tasks_are_checked_too():
+    task = {"name": "law", "source": {"type": "reasoning_gym", "task": "chain_sum"}}
+    scorers = [scorer_settings("http://j/v1", timeout=300), {"type": "regex", "pattern": "a", "name": "document_qa_judge"}]
+    settings = {"kind": "rl", "steps": 1, "model": {"path": "m"}, "rewards": {"scorers": [{"type": "exact"}]}}
+    mixture = {"type": "mixture", "tasks": [{**task, "scorers": scorers}]}
+    name, time = check_run(Config.model_validate({**settings, "data": {"train": mixture}}))
+    assert name.startswith("data.train.tasks.0.scorers.0.name: the scorer logs its part document_qa_judge")
+    assert time.startswith("data.train.tasks.0.scorers.0.judge.timeout: 3 requests of 300 s")
+
+
 def test_good_settings_pass():
     assert mistakes(scorer_settings("http://judge:8000/v1")) == []
     assert mistakes({"type": "document_qa"}) == []
@@ -250,10 +288,12 @@ def test_good_settings_pass():
 @pytest.mark.parametrize(
     ("scorer", "expected"),
     [
-        ({"type": "exact", "extract": "boxed"}, "rewards.scorers.0.extract: has no use for type exact"),
+        ({"type": "exact", "extract": "boxed"}, "rewards.scorers.0.extract: 'boxed' has no use for type exact"),
+        ({**scorer_settings("http://j/v1"), "type": "exact", "extract": None, "match": []}, "0.judge: has no use for type exact"),
         ({"type": "document_qa", "extract": "boxed", "pattern": "(a)"}, "boxed is given beside pattern '(a)'"),
         ({"type": "document_qa", "pattern": "a"}, "pattern: 'a' has no group"),
         ({"type": "document_qa", "match": ["substring"]}, "match: substring over the whole response gives 1"),
+        (scorer_settings("http://[::1", retries=20), "21 requests of 10 s and the waits between them take up to 10695.8 s"),
         (scorer_settings("judge:8000"), "judge.url: 'judge:8000' is not an address"),
         (scorer_settings("http://j/v1", prompt="{answer} {question}"), "has no {reference}; add it"),
         (scorer_settings("http://j/v1", verdict="yes"), "judge.verdict: 'yes' has no group"),
@@ -269,4 +309,4 @@ def test_mistakes_are_one_line(scorer, expected):
 
 def test_names_of_parts_must_be_free():
     (line,) = mistakes({"type": "document_qa"}, {"type": "exact", "name": "document_qa_rule"})
-    assert "logs its part document_qa_rule, which is another scorer's name" in line
+    assert "logs its part document_qa_rule, another scorer's name" in line

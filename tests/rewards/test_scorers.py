@@ -5,8 +5,8 @@ from megarl.errors import ConfigError
 from megarl.rewards.scorers import ScorerSpec, build_scorer
 
 
-def scorer(type, pattern=None, function=None):
-    return build_scorer(ScorerSpec(name=type, type=type, pattern=pattern, function=function))
+def scorer(type, pattern=None, function=None, **fields):
+    return build_scorer(ScorerSpec(name=type, type=type, pattern=pattern, function=function, **fields))
 
 
 @pytest.mark.parametrize(
@@ -136,3 +136,63 @@ def test_wrong_scorers_are_one_line(type, pattern, function, expected):
         scorer(type, pattern, function)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        ("<think>2 + 2\n= 4</think>\n<answer>4</answer>", 1.0),
+        (" <think></think><answer>4</answer>\n", 1.0),
+        ("<think>a</think> so <answer>4</answer>", 0.0),
+        ("<answer>4</answer><think>a</think>", 0.0),
+        ("<think>a</think><answer>4</answer><answer>5</answer>", 0.0),
+        ("<think>a<think>b</think></think><answer>4</answer>", 0.0),
+        ("<think>a</think><answer>4", 0.0),
+        ("<think>a < b, <b>bold</b></think><answer>4</answer>", 1.0),
+        ("", 0.0),
+    ],
+)
+def test_format_wants_every_section_once_and_nothing_else(response, score):
+    assert scorer("format", tags=("think", "answer"))(response, {}) == score
+
+
+def test_format_by_a_pattern_is_of_the_whole_response():
+    whole = scorer("format", r"Answer: .+")
+    assert [whole(text, {}) for text in ("Answer: 4", "Answer: 4\n\nor 5", "The Answer: 4", "Answer: ")] == [1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("response", "ngram", "score"),
+    [
+        ("a b a b a b", 2, -(1 - 2 / 5)),  # ab, ba, ab, ba, ab
+        ("a b a b a b", 3, -(1 - 2 / 4)),
+        ("No no NO", 1, -(1 - 1 / 3)),
+        ("one two three", 2, 0.0),
+        ("one two", 3, 0.0),
+        ("", 1, 0.0),
+    ],
+)
+def test_repetition_by_hand(response, ngram, score):
+    assert scorer("repetition", ngram=ngram)(response, {}) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("response", "script", "score"),
+    [
+        ("The sum is 4.", "latin", 1.0),
+        ("Die Lösung: x² − 3", "latin", 1.0),
+        ("das heißt привет", "latin", 2 / 3),
+        ("das heißt привет", "cyrillic", 1 / 3),
+        ("答案 is 四", "chinese", 3 / 4),
+        ("答えは四です", "japanese", 1.0),
+        ("答えは四です", "chinese", 2 / 6),
+        ("정답은 four 입니다", "korean", 2 / 3),
+        ("नमस्ते दुनिया", "devanagari", 1.0),
+        ("e\u0301te\u0301", "latin", 1.0),
+        ("Ｆｕｌｌ 𝑥 = 3", "latin", 1.0),
+        ("1 + 2 = 3", "greek", 1.0),
+        ("", "thai", 1.0),
+    ],
+)
+def test_language_by_hand(response, script, score):
+    assert scorer("language", script=script)(response, {}) == pytest.approx(score)

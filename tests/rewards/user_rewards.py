@@ -56,6 +56,22 @@ async def async_raises(response, reference):
     raise TimeoutError("the judge is away")
 
 
+def step_lengths(steps, reference):
+    return [len(step) for step in steps]
+
+
+async def async_step_lengths(steps, reference):
+    return tuple(len(step) for step in steps)
+
+
+def one_step_too_few(steps, reference):
+    return [1.0] * (len(steps) - 1)
+
+
+def nan_of_a_step(steps, reference):
+    return [1.0] * (len(steps) - 1) + [float("nan")]
+
+
 class AsyncJudge:
     async def __call__(self, response, reference):
         return 2

@@ -1,8 +1,10 @@
 """The collector over a real embedded engine, and over one that fails where a test wants it to."""
 
 import asyncio
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megarl.config.schema import Config, EmbeddedEngineConfig
+from megarl.data.packing import pack_groups
 from megarl.errors import RolloutError
+from megarl.loop.saved_groups import load_groups, save_groups
 from megarl.rollout.collector import Collector, CollectResult
 from megarl.rollout.embedded import EmbeddedEngine
 from megarl.rollout.protocol import Generation, SamplingParams
-from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
+from megarl.types import GREEDY_INDEX, FinishReason, PackedBatch, Prompt, Rollout, RolloutGroup, ScoredRollout
 from tiny_rollout import exported_weights, make_tiny_model, weight_shapes
 
 
@@ -59,7 +63,7 @@ class PromptSource:
     def __init__(self) -> None:
         self.taken: list[int] = []
 
-    def __call__(self, count: int) -> list[Prompt]:
+    def __call__(self, count: int, held: Mapping[str, int]) -> list[Prompt]:
         start = sum(self.taken)
         self.taken.append(count)
         return [make_prompt(number) for number in range(start, start + count)]
@@ -77,7 +81,22 @@ async def score_by_length(rollout: Rollout) -> ScoredRollout:
     return scored(rollout, float(len(rollout.token_ids)))
 
 
-def make_config(*, stall: float = 60.0, dynamic: bool = False, evaluation: dict[str, Any] | None = None, **rollout: Any) -> Config:
+def make_config(
+    *,
+    stall: float = 60.0,
+    dynamic: bool = False,
+    over_sampling: float = 1.0,
+    max_surplus_age: int = 1,
+    tasks: Sequence[str] = (),
+    evaluation: dict[str, Any] | None = None,
+    **rollout: Any,
+) -> Config:
+    rows: dict[str, Any] = {"type": "jsonl", "path": "unused.jsonl"}
+    data: dict[str, Any] = {"train": rows}
+    if tasks:
+        data["train"] = {"type": "mixture", "tasks": [{"name": name, "source": rows} for name in tasks]}
+        data["sampling"] = {"mixture": "balanced"}
+    surplus = {"over_sampling": over_sampling, "max_surplus_age": max_surplus_age}
     settings = {"prompts_per_step": 6, "samples_per_prompt": 4, "max_new_tokens": 6, "request_timeout": 30.0, "max_retries": 2}
     return Config.model_validate(
         {
@@ -85,8 +104,8 @@ def make_config(*, stall: float = 60.0, dynamic: bool = False, evaluation: dict[
             "steps": 1,
             "seed": 7,
             "model": {"path": "unused"},
-            "data": {"train": {"type": "jsonl", "path": "unused.jsonl"}},
-            "algorithm": {"max_sampling_waves": 5, "dynamic_sampling": dynamic},
+            "data": data,
+            "algorithm": {"max_sampling_waves": 5, "dynamic_sampling": dynamic} | surplus,
             "observe": {"stall_warning": stall},
             "evaluation": evaluation or {},
             "rollout": settings | rollout,
@@ -159,7 +178,7 @@ def test_groups_come_in_prompt_order_whatever_completes_first(model_folder: Path
 
 def test_seeds_differ_by_position_and_step_and_repeat_between_runs(model_folder: Path) -> None:
     def run(step: int) -> list[tuple[int, ...]]:
-        def same_prompt(count: int) -> list[Prompt]:
+        def same_prompt(count: int, held: Mapping[str, int]) -> list[Prompt]:
             return [make_prompt(5)] * count
 
         async def use(engine: EmbeddedEngine) -> CollectResult:
@@ -183,6 +202,119 @@ def test_dynamic_sampling_asks_for_exactly_what_is_missing() -> None:
     assert [group.prompt.text for group in result.groups] == ["0", "3", "6", "9"]
     assert [group.prompt.text for group in result.filtered] == ["1", "2", "4", "5", "7", "8"]
     assert (result.stats.waves, result.stats.dropped_filtered, result.stats.dropped_unscored) == (5, 6, 0)
+
+
+async def score_thirds(rollout: Rollout) -> ScoredRollout:
+    """Only every third prompt teaches something."""
+    informative = int(rollout.prompt.text) % 3 == 0
+    return scored(rollout, 1.0 if informative and rollout.sample_index == 3 else 0.0)
+
+
+def texts(groups: Sequence[RolloutGroup]) -> list[str]:
+    return [group.prompt.text for group in groups]
+
+
+def test_surplus_groups_are_used_by_the_next_step_and_then_dropped() -> None:
+    async def run() -> tuple[list[CollectResult], Collector]:
+        collector = make_collector(FailingEngine(), score_thirds, prompts_per_step=2, dynamic=True, over_sampling=6.0)
+        return [await collector.collect(source, step=step) for step in (4, 5, 7)], collector
+
+    source = PromptSource()
+    (first, second, third), collector = asyncio.run(run())
+    assert source.taken == [12, 12]  # the second step has what it needs already
+    assert [texts(result.groups) for result in (first, second, third)] == [["0", "3"], ["6", "9"], ["12", "15"]]
+    assert (len(first.sampled), second.sampled, len(third.sampled)) == (12, (), 12)
+    assert [(one.stats.reused, one.stats.surplus, one.stats.waves) for one in (first, second, third)] == [
+        (0, 2, 1),
+        (2, 0, 0),
+        (0, 2, 1),
+    ]
+    assert texts([one.group for one in collector.surplus]) == ["18", "21"]
+
+    async def two_steps_later() -> CollectResult:
+        return await collector.collect(PromptSource(), step=9)
+
+    late = asyncio.run(two_steps_later())
+    assert (late.stats.dropped_surplus, late.stats.reused, texts(late.groups)) == (2, 0, ["0", "3"])
+
+
+def test_surplus_may_wait_longer_and_is_saved_whole(model_folder: Path) -> None:
+    """A collector that goes on from what a checkpoint keeps gives the same batches as the one that was not interrupted."""
+    options: dict[str, Any] = {
+        "prompts_per_step": 2,
+        "dynamic": True,
+        "over_sampling": 4.0,
+        "max_surplus_age": 3,
+        "with_greedy": True,
+    }
+
+    async def use(engine: EmbeddedEngine) -> tuple[CollectResult, CollectResult]:
+        source, copy = PromptSource(), PromptSource()
+        collector = make_collector(engine, score_first_token, **options)
+        first = await collector.collect(source, step=1)
+        assert 0 < len(collector.surplus) <= 6
+        saved = json.loads(json.dumps(save_groups(collector.surplus)))
+        resumed = make_collector(engine, score_first_token, **options)
+        resumed.surplus = load_groups(saved, lambda prompt_id: make_prompt(int(prompt_id.removeprefix("task/"))))
+        copy(sum(source.taken), {})
+        assert first.stats.reused == 0
+        return await collector.collect(source, step=3), await resumed.collect(copy, step=3)
+
+    async def score_first_token(rollout: Rollout) -> ScoredRollout:
+        reward = float(rollout.token_ids[0])
+        return ScoredRollout(rollout=rollout, reward=reward, parts={"one": reward}, step_rewards=((1, reward),), failures=("f",))
+
+    whole, resumed = embedded(model_folder, make_tiny_model(0), use)
+    assert whole.stats.reused > 0
+    ours, theirs = pack_groups(whole.groups), pack_groups(resumed.groups)
+    for field in fields(PackedBatch):
+        torch.testing.assert_close(getattr(ours, field.name), getattr(theirs, field.name), rtol=0, atol=0, equal_nan=True)
+    assert [[(one.reward, one.parts, one.failures, one.rollout.text) for one in group.rollouts] for group in whole.groups] == [
+        [(one.reward, one.parts, one.failures, one.rollout.text) for one in group.rollouts] for group in resumed.groups
+    ]
+
+
+def test_a_balanced_step_leaves_what_is_too_many_of_one_task_for_the_next() -> None:
+    class ByTurns(PromptSource):
+        def __call__(self, count: int, held: Mapping[str, int]) -> list[Prompt]:
+            prompts = super().__call__(count, held)
+            return [replace(prompt, task="ab"[int(prompt.text) % 2]) for prompt in prompts]
+
+    async def score(rollout: Rollout) -> ScoredRollout:  # of task b only every third prompt teaches
+        teaches = rollout.prompt.task == "a" or int(rollout.prompt.text) % 3 == 0
+        return scored(rollout, float(rollout.sample_index) if teaches else 0.0)
+
+    async def run() -> tuple[CollectResult, list[RolloutGroup]]:
+        options: dict[str, Any] = {"prompts_per_step": 4, "dynamic": True, "over_sampling": 2.0, "tasks": ("a", "b")}
+        collector = make_collector(FailingEngine(), score, **options)
+        return await collector.collect(ByTurns(), step=0), [one.group for one in collector.surplus]
+
+    result, surplus = asyncio.run(run())
+    assert texts(result.groups) == ["0", "3", "2", "9"]  # of 8 prompts one b teaches, of the next 2 another
+    assert texts(surplus) == ["4", "6", "8"]
+
+
+def test_balanced_steps_replace_a_dropped_group_by_one_of_its_task() -> None:
+    """Two tasks, of which the second one teaches only with every third prompt; more than asked for of the first waits."""
+    held: list[dict[str, int]] = []
+
+    class TwoTasks(PromptSource):
+        def __call__(self, count: int, now: Mapping[str, int]) -> list[Prompt]:
+            held.append(dict(now))
+            missing = {task: 3 - now.get(task, 0) for task in ("a", "b")}
+            names = [task for task in ("a", "b") for _ in range(missing[task])]
+            assert len(names) == count
+            return [replace(prompt, task=task) for prompt, task in zip(super().__call__(count, now), names, strict=True)]
+
+    async def score(rollout: Rollout) -> ScoredRollout:
+        teaches = rollout.prompt.task == "a" or int(rollout.prompt.text) % 3 == 0
+        return scored(rollout, float(rollout.sample_index) if teaches else 0.0)
+
+    source = TwoTasks()
+    result = collect(FailingEngine(), 6, source=source, score=score, dynamic=True, tasks=("a", "b"))
+    assert [group.prompt.task for group in result.groups] == ["a", "b"] * 3  # in turn, so that mini-batches are balanced too
+    assert [group.prompt.text for group in result.groups] == ["0", "3", "1", "6", "2", "9"]
+    assert held == [{}, {"a": 3, "b": 1}, {"a": 3, "b": 2}, {"a": 3, "b": 2}]
 
 
 def test_a_group_with_an_unscored_response_is_dropped_and_replaced() -> None:

@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from megarl.config.schema import EmbeddedEngineConfig
+from megarl.config.schema import EmbeddedEngineConfig, RepetitionStopConfig
 from megarl.errors import RolloutError, WeightsError
 from megarl.rollout.embedded import EmbeddedEngine
 from megarl.rollout.protocol import Generation
 from megarl.types import FinishReason
-from tiny_rollout import exported_weights, generate_all, make_tiny_model, sampling, weight_shapes, worst_gap
+from tiny_rollout import (
+    exported_weights,
+    generate_all,
+    make_tiny_model,
+    repeats_first_at,
+    sampling,
+    weight_shapes,
+    worst_gap,
+)
 
 PROMPTS = [(5, 6, 7), tuple(range(10, 40)), (1,), tuple(range(60, 75))]
 
@@ -109,6 +117,38 @@ def test_a_response_ends_with_its_first_stop_token(with_engine: WithEngine) -> N
             assert len(cut.logprobs) == length
             expected = FinishReason.STOP if cut.token_ids[-1] in stop else FinishReason.LENGTH
             assert cut.finish_reason is expected
+
+
+def test_a_response_that_repeats_itself_is_ended_there(with_engine: WithEngine) -> None:
+    """Every response is the beginning of the free one up to its first repetition, whatever is decoded beside it."""
+    settings = {"num_samples": 8, "max_new_tokens": 40, "temperature": 0.5}
+    free = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling(**settings)))
+    rare = free[0][0].token_ids[20]  # also ends responses, and pads what is decoded on beside others
+    settings |= {"repetition_stop": RepetitionStopConfig(min_pattern_size=2, max_pattern_size=6, min_count=2)}
+    together = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling(stop_token_ids=(rare,), **settings)))
+    alone = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling(stop_token_ids=(rare,), **settings)), batch_size=1)
+    reasons = []
+    for free_group, group, alone_group in zip(free, together, alone, strict=True):
+        for whole, cut, other in zip(free_group, group, alone_group, strict=True):
+            stop = whole.token_ids.index(rare) + 1 if rare in whole.token_ids else 1000
+            repetition = repeats_first_at(whole.token_ids, 2, 6, 2) or 1000
+            expected = min((stop, 0, FinishReason.STOP), (40, 1, FinishReason.LENGTH), (repetition, 2, FinishReason.REPETITION))
+            assert (len(cut.token_ids), cut.finish_reason) == (expected[0], expected[2])
+            assert cut.token_ids == whole.token_ids[: expected[0]] == other.token_ids
+            assert len(cut.logprobs) == len(cut.weight_versions) == expected[0] and cut.finish_reason is other.finish_reason
+            reasons.append(cut.finish_reason)
+    assert all(reasons.count(reason) >= 2 for reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION))
+    # a response that repeats itself with its very last token is as long as it may be
+    group, sample = next(
+        (group, sample)
+        for group in range(len(PROMPTS))
+        for sample in range(8)
+        if together[group][sample].finish_reason is FinishReason.REPETITION
+    )
+    ended = together[group][sample]
+    settings |= {"max_new_tokens": len(ended.token_ids)}
+    (shorter,) = with_engine(lambda engine: generate_all(engine, [PROMPTS[group]], sampling(**settings)))
+    assert (shorter[sample].token_ids, shorter[sample].finish_reason) == (ended.token_ids, FinishReason.LENGTH)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -41,6 +41,8 @@ class FakeSGLang:
         self.refuses = self.hangs = ""
         self.weights: dict[str, torch.Tensor] = {}
         self.spans = [{"version": "default", "start": 0, "end": 2}]
+        self.aborts_needed = 0  # requests are answered after so many calls to give them up
+        self.enough_aborts = asyncio.Event()
 
     async def answer(self, request: web.Request) -> web.Response:
         self.calls.append(request.path)
@@ -57,8 +59,14 @@ class FakeSGLang:
             self.weights |= dict(await asyncio.to_thread(self.receiver.receive))
         elif request.path == "/update_weight_version":
             self.spans = [{"version": body["new_version"], "start": 0, "end": 2}]
+        elif request.path == "/abort_request":
+            assert body == {"abort_all": True}
+            if self.calls.count(request.path) >= self.aborts_needed:
+                self.enough_aborts.set()
         elif request.path == "/generate":
             self.generate_body = body
+            if self.aborts_needed:
+                await self.enough_aborts.wait()
             return web.json_response([self.generation(params) for params in body["sampling_params"]])
         return web.json_response({"success": True, "message": "", "tp_size": 1, "pp_size": 1, "dp_size": 1, "ep_size": 1})
 
@@ -126,6 +134,39 @@ def test_updates_load_every_tensor_before_the_version_is_served(model_folder: Pa
         assert [params["top_k"] for params in fake.generate_body["sampling_params"]] == [-1]
 
     with_server(model_folder, use)
+
+
+@pytest.mark.timeout(30)
+def test_a_cut_ends_when_all_requests_are_answered(model_folder: Path) -> None:
+    """Requests that were on their way when the others were given up are caught by the next call."""
+
+    async def use(fake: FakeSGLang, engine: SGLangEngine) -> None:
+        await engine.update_weights(exported_weights(make_tiny_model(1)), 0)
+        await engine.cut()
+        assert "/abort_request" not in fake.calls  # nothing is in flight
+        fake.aborts_needed = 2
+        requests = [asyncio.ensure_future(engine.generate((1, 2), sampling())) for _ in range(3)]
+        await asyncio.sleep(0)
+        await engine.cut()
+        assert fake.calls.count("/abort_request") == 2
+        assert len(await asyncio.gather(*requests)) == 3
+        await asyncio.wait_for(engine.cut(), 1)
+
+    with_server(model_folder, use)
+
+
+@pytest.mark.timeout(30)
+def test_a_cut_that_takes_too_long_is_an_error(model_folder: Path) -> None:
+    async def use(fake: FakeSGLang, engine: SGLangEngine) -> None:
+        await engine.update_weights(exported_weights(make_tiny_model(1)), 0)
+        fake.aborts_needed = 10**6
+        request = asyncio.ensure_future(engine.generate((1, 2), sampling()))
+        await asyncio.sleep(0)
+        with pytest.raises(RolloutError, match=r"did not give up its requests within 1 s \(rollout\.sglang\.update_timeout\)"):
+            await engine.cut()
+        request.cancel()
+
+    with_server(model_folder, use, update_timeout=1.0)
 
 
 @pytest.mark.parametrize("path", UPDATE)

@@ -16,11 +16,13 @@ from engine_plugin import load_plugin
 SliceReceiver = load_plugin("megarl_slice_receiver").SliceReceiver
 SECONDS = 20.0
 # a matrix of 4 rows whose last is padding, in two slices of two buckets; a vector in float32 kept as float64
+FIRST = {"sender": 0, "holder": 0, "start": 0}
 ORDER: dict[str, Any] = {
+    "transport": "gloo",
     "parameters": [("matrix", [4, 3], "bfloat16", 18), ("vector", [2], "float32", 8)],
     "buckets": [
-        [{"sender": 0, "bytes": 24, "tensor": "a", "copies": [(0, 0, 3, 0, 2, 0)]}],
-        [{"sender": 0, "bytes": 24, "tensor": "b", "copies": [(0, 0, 3, 2, 1, 0), (1, 0, 2, 0, 1, 8)]}],
+        [{"tensor": "a", "copies": [(0, 0, 3, 0, 2, 0)], "bytes": 24} | FIRST],
+        [{"tensor": "b", "copies": [(0, 0, 3, 2, 1, 0), (1, 0, 2, 0, 1, 8)], "bytes": 24} | FIRST],
     ],
 }
 
@@ -49,7 +51,7 @@ def send(order: dict[str, Any], parcels: list[Tensor], parameters: Parameters, t
     limit = timedelta(seconds=SECONDS)
     store = TCPStore("127.0.0.1", 0, 2, is_master=True, timeout=limit, wait_for_workers=False)
     store.set("order/1", json.dumps(order))
-    join: Callable[[], Any] = lambda: SliceReceiver("127.0.0.1", store.port, 2, 1, timeout)  # noqa: E731
+    join: Callable[[], Any] = lambda: SliceReceiver("127.0.0.1", store.port, 2, 1, timeout, torch.device("cpu"))  # noqa: E731
     with ThreadPoolExecutor(1) as pool:
         receiver: Future[Any] = pool.submit(join)
         group = ProcessGroupGloo(PrefixStore("slices", store), 0, 2, limit)
@@ -88,8 +90,8 @@ def test_a_parameter_of_another_shape_is_refused() -> None:
 
 
 def test_a_parameter_that_does_not_hold_what_came_is_an_error() -> None:
-    column_again = {"sender": 0, "bytes": 16, "tensor": "b", "copies": [(0, 0, 3, 0, 1, 0)]}  # and the last one never
-    order = {"parameters": ORDER["parameters"][:1], "buckets": [ORDER["buckets"][0], [column_again]]}
+    column_again = {"tensor": "b", "copies": [(0, 0, 3, 0, 1, 0)], "bytes": 16} | FIRST  # and the last one never
+    order = {"transport": "gloo", "parameters": ORDER["parameters"][:1], "buckets": [ORDER["buckets"][0], [column_again]]}
     with pytest.raises(RuntimeError, match="matrix does not hold what was written into it"):
         send(order, [parcel(MATRIX[:, :2].contiguous()), parcel(MATRIX[:, 0].contiguous())], fresh())
 

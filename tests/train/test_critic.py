@@ -1,5 +1,6 @@
 """Critic and reward model against transformers' models with a score head: values, gradients, starts, layouts of their own."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from megarl.config.schema import Config
 from megarl.errors import WeightsError
 from megarl.loop.parity import CRITIC, ParityRun, parse_layout, synthetic_batch, with_layout
 from megarl.parallel.launch import run_local_ranks
-from megarl.train.roles import Critic, Policy, RewardModel, is_main_rank, score
+from megarl.train.roles import Critic, Policy, RewardModel, is_main_rank, score, share_results
 from megarl.types import PackedBatch, TokenScores
+from megarl.weights.export import write_hugging_face_folder
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
 PPO = {"preset": "ppo", "gae": {"discount": 0.95, "trace_decay": 0.9, "value_trace_decay": 0.7}}
@@ -96,6 +98,38 @@ def test_gradient_equals_a_loop_over_transformers_in_every_layout(tmp_path: Path
         assert max(row.worst_gap, row.loss_gap, row.norm_gap) <= 1e-5, row
 
 
+def export_critic(config: Config, output: Path) -> None:
+    assert config.critic is not None and config.critic.path is not None
+    tensors = Critic(config, total_updates=1).hugging_face_tensors()
+    if is_main_rank():
+        write_hugging_face_folder(tensors, config.critic.path, config.model.path, output, with_value_head=True)
+    else:
+        assert list(tensors) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "deepseek_v3"])
+def test_an_exported_critic_is_what_transformers_and_the_next_run_load(tmp_path: Path, family: str) -> None:
+    """Rank 0, which writes, has no part of the critic."""
+    model = write_classifier(tmp_path, family)
+    # a language model's config beside the weights of a classifier: the export has to say what it is
+    shutil.copyfile(tmp_path / "config.json", tmp_path / "score" / "config.json")
+    critic = {"path": str(tmp_path / "score"), "first_rank": 1, "parallel": {"tp": 2, "pp": 2, "sequence_parallel": True}}
+    config = tiny_config(tmp_path, algorithm=PPO, critic=critic | {"max_tokens_per_micro_batch": 64})
+    run_local_ranks(export_critic, (config, tmp_path / "exported"), 5, 60)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported")
+    assert loaded.config.architectures == [type(model).__name__] and loaded.config.num_labels == 1
+    original = model.state_dict()
+    assert loaded.state_dict().keys() == original.keys()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in loaded.state_dict().items())
+    packed = synthetic_batch(PROMPTS, config)
+    values = []
+    for folder in ("score", "exported"):
+        changed = tiny_config(tmp_path, algorithm=PPO, critic={"path": str(tmp_path / folder), "max_tokens_per_micro_batch": 64})
+        run_local_ranks(compute_values, (changed, packed, tmp_path / "out.pt"), 1, 60)
+        values.append(torch.load(tmp_path / "out.pt"))
+    assert torch.equal(*values) and values[0].std() > 0.1
+
+
 def score_responses(config: Config, packed: PackedBatch, output: Path) -> None:
     assert config.reward_model is not None
     scores = RewardModel(config, config.reward_model).score(packed)
@@ -135,26 +169,33 @@ def score_and_update(config: Config, packed: PackedBatch, output: Path) -> None:
         scores: TokenScores = score(policy, None, critic, packed)
         prepared = algorithm.prepare(packed, scores, step)
         policy.update(prepared.batches[0], algorithm.objective)
-        result = critic.update(prepared.batches[0], algorithm.value_objective)
+        (result,) = share_results(critic, [critic.update(prepared.batches[0], algorithm.value_objective)])
         history.append((scores.old, scores.values, result.metrics["loss"], result.gradient_norm))
     if is_main_rank():
         torch.save(history, output)
 
 
 @pytest.mark.parametrize(
-    ("policy", "critic"),
-    [({"tp": 2, "pp": 2}, {"tp": 4, "sequence_parallel": True}), ({"cp": 2}, {"pp": 2, "vpp": 2}), ({"pp": 4}, {"cp": 4})],
+    ("policy", "critic", "first_rank"),
+    [
+        ({"tp": 2, "pp": 2}, {"tp": 4, "sequence_parallel": True}, 0),
+        ({"cp": 2}, {"pp": 2, "vpp": 2}, 0),
+        ({"tp": 2}, {"pp": 2}, 2),
+    ],
 )
 def test_policy_and_critic_in_layouts_of_their_own_learn_as_on_one_rank(
-    tmp_path: Path, policy: dict[str, Any], critic: dict[str, Any]
+    tmp_path: Path, policy: dict[str, Any], critic: dict[str, Any], first_rank: int
 ) -> None:
+    """The policy has ranks 0 to 3, or those below the critic's first."""
     write_tiny_model(tmp_path, "llama")
     # Adam's first steps have the size of the learning rate whatever the gradient's: a large epsilon keeps rounding small
     settings: dict[str, Any] = {"algorithm": PPO | {"kl": {"place": "none", "coefficient": 0.0}}, "optimizer": {"epsilon": 1e-2}}
     settings["optimizer"] |= {"learning_rate": 1e-3}
     histories = []
     for layouts, num_ranks in ((({}, {}), 1), ((policy, critic), 4)):
-        roles = [{"parallel": layout, "max_tokens_per_micro_batch": 64} for layout in layouts]
+        roles: list[dict[str, Any]] = [{"parallel": layout, "max_tokens_per_micro_batch": 64} for layout in layouts]
+        if num_ranks > 1:
+            roles[0]["num_ranks"], roles[1]["first_rank"] = first_rank or num_ranks, first_rank
         config = tiny_config(tmp_path, policy=roles[0], critic=roles[1], **settings)
         run_local_ranks(score_and_update, (config, synthetic_batch(PROMPTS, config), tmp_path / "out.pt"), num_ranks, 60)
         histories.append(torch.load(tmp_path / "out.pt"))

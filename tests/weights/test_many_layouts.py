@@ -20,6 +20,7 @@ from megarl.data.packing import pack_examples
 from megarl.data.template import SFTExample
 from megarl.loop.parity import parse_layout, with_layout
 from megarl.models.architecture import read_architecture
+from megarl.models.transformer_config import DTYPES
 from megarl.parallel.launch import run_local_ranks
 from megarl.parallel.layout import Layout
 from megarl.train.roles import Reference, is_main_rank
@@ -84,7 +85,7 @@ def run_layout(config: Config, packed: PackedBatch) -> tuple[Tensor, dict[str, T
     weight_map = build_weight_map(
         read_architecture(config.model.path), config.model.vocabulary_pad_multiple, with_transformer_engine=False
     )
-    return scores, dict(hugging_face_tensors(engine.chunks, weight_map, engine.layout)), engine.layout
+    return scores, dict(hugging_face_tensors(engine.chunks, weight_map, engine.layout, DTYPES[config.model.dtype])), engine.layout
 
 
 def end_groups(layout: Layout) -> None:

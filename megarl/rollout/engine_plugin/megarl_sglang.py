@@ -7,13 +7,14 @@ point in the folder beside this file (sglang/srt/plugins/__init__.py).
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megarl_slice_receiver import SliceReceiver
 from megarl_weight_receiver import WeightReceiver
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor, nn
 
-# the trainer's words for this plugin where SGLang's requests name a communication backend: for whole tensors, and for slices
-RECEIVERS = {"megarl": WeightReceiver, "megarl-slices": SliceReceiver}
+# the trainer's words for this plugin where SGLang's requests name a communication backend
+WHOLE_TENSORS, SLICES = "megarl", "megarl-slices"
 UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 JOIN_TIMEOUT = 120.0  # seconds; SGLang's request has no field for it, and the trainer's own time-out ends the server
 # projections to the latents of queries and of keys, which SGLang fuses
@@ -43,15 +44,19 @@ def _join(
     backend: str = "nccl",
 ) -> tuple[bool, str]:
     """Join the trainer's group under ``group_name``, with the result that SGLang's method has."""
-    if backend not in RECEIVERS:
+    if backend not in (WHOLE_TENSORS, SLICES):
         return original(updater, master_address, master_port, rank_offset, world_size, group_name, backend)
     try:
-        rank = rank_offset + updater.tp_rank
-        receiver = RECEIVERS[backend](master_address, master_port, world_size, rank, JOIN_TIMEOUT)
+        place = (master_address, master_port, world_size, rank_offset + updater.tp_rank, JOIN_TIMEOUT)
+        receiver = WeightReceiver(*place) if backend == WHOLE_TENSORS else SliceReceiver(*place, _device(updater))
     except RuntimeError as error:
         return False, f"cannot join the trainer's group at {master_address}:{master_port}: {error}"
     updater._model_update_group[group_name] = receiver
     return True, "joined"
+
+
+def _device(updater: Any) -> torch.device:
+    return torch.device(updater.device, updater.gpu_id) if updater.device == "cuda" else torch.device(updater.device)
 
 
 def _receive(original: Callable[..., Any], updater: Any, *, group_name: str, **described: Any) -> list[tuple[str, Tensor]]:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from math import prod
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+from megarl_slice_sources import Parcel, described, join, own_place
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import TCPStore
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -30,21 +31,28 @@ class Parameters(Protocol):
 class SliceReceiver:
     """One worker in a group with all ranks of the trainer, which told it once what it will get in each update, and where that goes.
 
-    The trainer's order: ``parameters``, a list of (name, shape, dtype, bytes that come), and ``buckets``, each a list of parcels
-    with their ``sender``, ``bytes``, ``tensor`` (the first one in it, for messages) and ``copies``: (number of the parameter, first
-    row, rows, first column, columns, offset in the parcel). A parcel ends with the sum of its bytes as int64 numbers (wrapping).
-    Parameters are seen as matrices: [product of the leading dimensions, last one], a vector as one column.
+    The trainer's order: ``transport``; ``parameters``, a list of (name, shape, dtype, bytes that come); and ``buckets``, each a
+    list of parcels with their ``sender``, the ``holder`` that they are read from, ``start`` and ``bytes`` there, ``tensor`` (the
+    first one in it, for messages) and ``copies``: (number of the parameter, first row, rows, first column, columns, offset in the
+    parcel). A parcel ends with the sum of its bytes as int64 numbers (wrapping). Parameters are seen as matrices: [product of the
+    leading dimensions, last one], a vector as one column.
     """
 
-    def __init__(self, host: str, port: int, world_size: int, rank: int, timeout: float) -> None:
-        """Join; blocks until all have. ``timeout`` is in seconds, also for every bucket."""
-        self._timeout = timedelta(seconds=timeout)
-        store = TCPStore(host, port, world_size, is_master=False, timeout=self._timeout)
+    def __init__(self, host: str, port: int, world_size: int, rank: int, timeout: float, device: torch.device) -> None:
+        """Tell the trainer where this worker is and join; blocks until all have.
+
+        Args:
+            timeout: seconds, also for every bucket.
+            device: of the engine's weights.
+        """
+        limit = timedelta(seconds=timeout)
+        store = TCPStore(host, port, world_size, is_master=False, timeout=limit)
+        store.set(f"place/{rank}", json.dumps(own_place(device)))
         order = json.loads(store.get(f"order/{rank}"))
         self.parameters: list[tuple[str, list[int], str, int]] = order["parameters"]
-        self._buckets: list[list[dict[str, Any]]] = order["buckets"]
-        self._buffer = torch.empty(max(sum(p["bytes"] for p in bucket) for bucket in self._buckets), dtype=torch.uint8)
-        self._group: Any = ProcessGroupGloo(PrefixStore("slices", store), rank, world_size, self._timeout)
+        self._buckets: list[list[Parcel]] = order["buckets"]
+        # no transport: the trainer has found none, and says so itself
+        self._source = join(store, rank, world_size, order, device, limit) if order["transport"] else None
 
     @torch.no_grad()
     def receive(self, parameters: Parameters) -> None:
@@ -54,39 +62,18 @@ class SliceReceiver:
             RuntimeError: a sender died or was too slow, bytes arrived changed, or a parameter is not what the trainer expects or
                 does not hold what came.
         """
+        if self._source is None:
+            raise RuntimeError("the trainer found no transport to this worker")
         update = _Update(self.parameters, parameters)
-        with _one_thread():
+        with _one_thread(), self._source.opened():
             for number, bucket in enumerate(self._buckets):
-                for parcel, data in self._arriving(number, bucket):
+                for parcel, data in self._source.arriving(number, bucket):
                     words = data.view(torch.int64)
                     if int(words[:-1].sum()) != int(words[-1]):
-                        raise RuntimeError(f"{_described(parcel, number)} arrived changed")
+                        raise RuntimeError(f"{described(parcel, number)} arrived changed")
                     for copy in parcel["copies"]:
                         update.write(data, *copy)
         update.check_all_finished()
-
-    def _arriving(self, number: int, bucket: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """The parcels of a bucket and their bytes, all asked for at once."""
-        start, works = 0, []
-        for parcel in bucket:
-            data = self._buffer[start : start + parcel["bytes"]]
-            start += parcel["bytes"]
-            with self._naming(parcel, number):
-                works.append((parcel, data, self._group.recv([data], parcel["sender"], number)))
-        for parcel, data, work in works:
-            with self._naming(parcel, number):
-                work.wait(self._timeout)
-            yield parcel, data
-
-    @contextmanager
-    def _naming(self, parcel: dict[str, Any], number: int) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"{_described(parcel, number)} did not come within {self._timeout.total_seconds():g} s: "
-                f"{str(error).splitlines()[0].split(' This is typically')[0]}"
-            ) from error
 
 
 @contextmanager
@@ -100,10 +87,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _described(parcel: dict[str, Any], number: int) -> str:
-    return f"bucket {number} ({parcel['tensor']} …) from trainer rank {parcel['sender']}"
-
-
 class _Update:
     """What has been written of each parameter. A parameter must end up with the sum of the bits that came, and nothing else."""
 
@@ -112,7 +95,7 @@ class _Update:
         self._parameters = parameters
         self._tensors: dict[int, Tensor] = {}
         self._left = [num_bytes for *_, num_bytes in expected]
-        self._sums = [0] * len(expected)
+        self._sums = [torch.zeros((), dtype=torch.int64)] * len(expected)  # on the device that the values come to
 
     def write(self, data: Tensor, number: int, row: int, rows: int, column: int, columns: int, offset: int) -> None:
         name, shape, dtype_name, _ = self._expected[number]
@@ -123,11 +106,11 @@ class _Update:
             self._tensors[number] = self._open(number)
         matrix = self._tensors[number].view(-1, shape[-1] if len(shape) > 1 else 1)
         matrix[row : row + rows, column : column + columns].copy_(values)
-        self._sums[number] += _sum_of_bits(values)
+        self._sums[number] = self._sums[number].to(values.device) + _sum_of_bits(values)
         self._left[number] -= num_bytes
         if self._left[number] == 0:
             # an engine may keep a parameter in a wider type than it is sent in
-            if _sum_of_bits(self._tensors.pop(number).to(dtype)) != self._sums[number]:
+            if int(_sum_of_bits(self._tensors.pop(number).to(dtype))) != int(self._sums[number]):
                 raise RuntimeError(f"{name} does not hold what was written into it")
             self._parameters.finish(name)
 
@@ -147,5 +130,5 @@ class _Update:
         return tensor
 
 
-def _sum_of_bits(values: Tensor) -> int:
-    return int(values.view(INTEGERS[values.element_size()]).sum(dtype=torch.int64))
+def _sum_of_bits(values: Tensor) -> Tensor:
+    return values.view(INTEGERS[values.element_size()]).sum(dtype=torch.int64)

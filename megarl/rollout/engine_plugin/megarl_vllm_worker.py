@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from megarl_slice_receiver import SliceReceiver
 from megarl_weight_receiver import WeightReceiver
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from vllm.model_executor.model_loader.reload.meta import materialize_layer
 class MegaRLWorkerExtension:
     """Methods that ``collective_rpc`` can call on every worker; arguments arrive as JSON values."""
 
-    rank: int  # vLLM mixes this class into its worker, which has these three
+    rank: int  # vLLM mixes this class into its worker, which has these four
+    device: torch.device
     model_runner: Any
     vllm_config: Any
     _megarl_receiver: WeightReceiver
@@ -39,7 +41,7 @@ class MegaRLWorkerExtension:
 
     def megarl_join_slices(self, host: str, port: int, world_size: int, first_rank: int, timeout: float) -> None:
         """Join the trainer's group for slices, in which the server's workers have the ranks from ``first_rank`` on."""
-        self._megarl_slices = SliceReceiver(host, port, world_size, first_rank + self.rank, timeout)
+        self._megarl_slices = SliceReceiver(host, port, world_size, first_rank + self.rank, timeout, self.device)
 
     def megarl_receive(self) -> None:
         """Load one whole set of tensors; raises when the sender gives up or a parameter got no value."""

@@ -1,9 +1,11 @@
-"""SGLang plugin that lets its seeded sampling run on CPU.
+"""SGLang plugin that lets its seeded sampling, and its report of experts, run on CPU.
 
 SGLang draws with a request's own seed only under ``--enable-deterministic-inference``, and offers that only with attention back
 ends and kernels for GPUs. It finds this file, in each of its processes, by the entry point in the folder beside it
 (sglang/srt/plugins/__init__.py). Without batch-invariant kernels a sample can change where rounding decides between two tokens.
 """
+
+from typing import Any
 
 from megarl_murmur_hash import murmur_hash32
 from sglang.srt.arg_groups.choices import (
@@ -20,9 +22,14 @@ def register() -> None:
     for target, replacement in (
         ("sglang.kernels.ops.sampling.murmur_hash.murmur_hash32", murmur_hash32),
         ("sglang.srt.batch_invariant_ops.enable_batch_invariant_mode", _leave_torch_alone),
+        ("sglang.srt.mem_cache.pool_host.common._cuda_host_register", _leave_memory_alone),
     ):
         HookRegistry.register(target, replacement, HookType.REPLACE)
 
 
 def _leave_torch_alone() -> None:
     """Instead of installing SGLang's batch-invariant GPU kernels."""
+
+
+def _leave_memory_alone(buffer: Any, *arguments: Any) -> None:
+    """Instead of pinning for the GPU the host memory that keeps every token's experts."""

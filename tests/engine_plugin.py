@@ -1,6 +1,7 @@
 """Files that run inside engines, loaded here."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -8,7 +9,9 @@ from megarl.rollout.server_launch import PLUGIN_FOLDER
 
 
 def load_plugin(name: str, folder: Path = PLUGIN_FOLDER) -> ModuleType:
-    """A module of the plugin folder, or of another."""
+    """A module of the plugin folder, or of another, with those beside it that it imports."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
     spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,0 +1,220 @@
+"""Rows, their rewards, and evaluation on them."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from megarl.config.names import Name
+from megarl.config.schema.section import Section, key
+
+SCRIPTS = ("latin", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai", "chinese", "japanese", "korean")
+
+
+class JudgeConfig(Section):
+    """A language model that judges answers, behind vLLM, SGLang or another server with the OpenAI interface; temperature 0."""
+
+    url: str = key(..., "URL", "The server's address up to its version, e.g. http://judge:8000/v1.")
+    model: str = key(..., "-", "The model's name at the server.")
+    prompt: str = key(
+        "Question: {question}\n\nCorrect answer: {reference}\n\nGiven answer: {answer}\n\nDo the two answers mean the same? Do not "
+        "answer the question yourself. Say briefly why, and end with [[YES]] or [[NO]].",
+        "-",
+        "What it is asked, with {question}, {reference} (the gold answers) and {answer} (the response's) in it, never documents.",
+    )
+    verdict: str = key(r"\[\[(\w+)\]\]", "regular expression", "The first group of its last match in the reply is the verdict.")
+    positive: str = key("YES", "-", "The verdict, in any case, that scores 1; any other scores 0.", min_length=1)
+    max_tokens: int = key(512, "tokens", "Longest reply; one that is cut is a failure.", ge=1)
+    max_answer_characters: int = key(2000, "characters", "A longer answer is not shown to the judge and scores 0 with it.", ge=1)
+    timeout: float = key(60.0, "seconds", "Time that one request may take.", gt=0)
+    retries: int = key(4, "retries", "How often a judge that is away, late or overloaded is asked again.", ge=0, le=20)
+    retry_delay: float = key(1.0, "seconds", "Wait before the first retry; it doubles with each one.", ge=0)
+    arguments: dict[str, Any] = key(
+        dict, "-", "More fields of the request under the server's names, e.g. chat_template_kwargs: {enable_thinking: false}."
+    )
+
+
+class ScorerConfig(Section):
+    """One reward; the reward of a response is the weighted sum of all."""
+
+    type: Literal[
+        "exact", "regex", "math", "reasoning_gym", "document_qa", "format", "repetition", "language", "python", "reward_server"
+    ] = key(..., "-", "Which scorer.")
+    name: str | None = key(None, "-", "Name in the log; the type when not given.")
+    weight: float = key(1.0, "-", "Factor of this score in the reward.")
+    pattern: str | None = key(
+        None,
+        "regular expression",
+        "For regex: 1 if it is found in the response; for format: 1 if it is the whole response; for exact, math, "
+        "reasoning_gym and document_qa: its first group is the answer.",
+    )
+    tags: list[str] = key(
+        list,
+        "-",
+        "For format, in place of a pattern: 1 if the response is one <tag>...</tag> of each, in this order, and nothing else.",
+    )
+    ngram: int | None = key(
+        None,
+        "words",
+        "For repetition: minus the share of the response's word sequences of this length that stood in it before.",
+        ge=1,
+    )
+    script: Annotated[str, Name(SCRIPTS)] | None = key(
+        None, "-", "For language: the share of the response's words that are written in this script."
+    )
+    extract: Literal["the_answer_is", "boxed", "answer_tag"] | None = key(
+        None,
+        "-",
+        "For document_qa, in place of a pattern: the answer follows the last 'the answer is', or stands in the last \\boxed{} or "
+        "<answer></answer>; the whole response when neither is given.",
+    )
+    match: list[Literal["exact", "f1", "substring"]] = key(
+        list,
+        "-",
+        "For document_qa: the best of these counts, after SQuAD's normalisation: equal texts, F1 of tokens, gold answer within the "
+        "answer; exact alone when empty.",
+    )
+    judge: JudgeConfig | None = key(
+        None,
+        "-",
+        "For document_qa: judges answers that do not score 1 by the rule; the higher score counts. No judge when not given.",
+    )
+    function: str | None = key(
+        None,
+        "module:function",
+        "For python: called with (response: str, reference: mapping), sync or async, returns a number; with step_separator called "
+        "with (steps: list of str, reference) and returns a list with a number for each.",
+    )
+    step_separator: str | None = key(
+        None, "text", "For python: the response is divided into steps after each such text, and each step is scored.", min_length=1
+    )
+    url: str | None = key(
+        None,
+        "URL",
+        "For reward_server: a running server of a ...ForSequenceClassification with one label that reads the policy's tokens.",
+    )
+    engine: Literal["vllm", "sglang"] | None = key(None, "-", "For reward_server: whose server it is.")
+
+
+class JsonlSource(Section):
+    """Rows of a JSON-lines file."""
+
+    type: Literal["jsonl"] = key("jsonl", "-", "The rows come from a JSON-lines file.")
+    path: Path = key(..., "file", "JSON-lines file, one object a line.")
+    prompt_field: str = key("prompt", "-", "Field with the question, a string or a list of chat messages.")
+    answer_field: str = key("answer", "-", "Field with the expected answer; SFT trains on it as the response.")
+
+
+class DatasetsSource(Section):
+    """A Hugging Face dataset."""
+
+    type: Literal["datasets"] = key("datasets", "-", "The rows come from a Hugging Face dataset.")
+    path: str = key(..., "name or folder", "Folder written by save_to_disk, or a name for datasets.load_dataset.")
+    split: str = key("train", "-", "Split of the dataset.")
+    prompt_field: str = key("prompt", "-", "Field with the question, a string or a list of chat messages.")
+    answer_field: str = key("answer", "-", "Field with the expected answer; SFT trains on it as the response.")
+
+
+class ReasoningGymSource(Section):
+    """Procedurally generated, verifiable tasks of the reasoning-gym package."""
+
+    type: Literal["reasoning_gym"] = key("reasoning_gym", "-", "The rows come from a reasoning-gym generator.")
+    task: str = key(..., "-", "Name of the generator, e.g. chain_sum.")
+    size: int = key(1000, "prompts", "How many tasks are generated.", ge=1)
+    seed: int = key(0, "-", "Seed of the generator; different seeds give different tasks.")
+    options: dict[str, Any] = key(dict, "-", "The generator's own options, e.g. min_digits: 1.")
+
+
+RowSource = Annotated[JsonlSource | DatasetsSource | ReasoningGymSource, Field(discriminator="type")]
+
+
+class TaskConfig(Section):
+    """One task of a mixture."""
+
+    name: str = key(..., "-", "Name in the log and in prompt ids.", min_length=1)
+    weight: float = key(1.0, "-", "The task's share of the prompts is its weight over the sum of all weights.", gt=0)
+    source: RowSource = key(..., "-", "Rows of the task.")
+    scorers: list[ScorerConfig] = key(list, "-", "Scorers of the task's responses, in place of rewards.scorers.")
+
+
+class MixtureSource(Section):
+    """Several tasks, each with rows and, where it wants, scorers of its own."""
+
+    type: Literal["mixture"] = key("mixture", "-", "The rows come from several named sources.")
+    tasks: list[TaskConfig] = key(..., "-", "The tasks.", min_length=1)
+
+
+DataSource = Annotated[JsonlSource | DatasetsSource | ReasoningGymSource | MixtureSource, Field(discriminator="type")]
+
+
+class SamplingConfig(Section):
+    """Which training prompts come next; the seed, the position and what is known of the prompts decide."""
+
+    order: Literal["shuffle", "sequential", "curriculum", "prioritised"] = key(
+        "shuffle",
+        "-",
+        "Every pass over a task's rows is shuffled, in their order, or from easy to hard; prioritised: after a first pass rows are "
+        "drawn in proportion to 1 - success rate (Kimi k1.5, arXiv 2501.12599).",
+    )
+    mixture: Literal["weights", "balanced"] = key(
+        "weights",
+        "-",
+        "Of a mixture: each prompt's task is drawn by the weights, or every step has equally many prompts of each task "
+        "(QwenLong-L1.5, arXiv 2512.12967).",
+    )
+    difficulty_field: str | None = key(
+        None,
+        "-",
+        "Field of the rows with a number that is larger for harder ones, dotted for nested fields; curriculum needs it, and "
+        "prioritised takes its first pass from easy to hard when it is given.",
+    )
+    priority_floor: float = key(0.05, "-", "For prioritised: the least priority, so that solved prompts come back.", gt=0, le=1)
+    success_update: float = key(
+        0.5,
+        "-",
+        "Weight of a prompt's newest group in its success rate, the share of responses with at least evaluation.pass_threshold.",
+        gt=0,
+        le=1,
+    )
+
+
+class DataConfig(Section):
+    """Where prompts come from and how they are written for the model."""
+
+    train: DataSource = key(..., "-", "Training rows.")
+    exclude: list[RowSource] = key(list, "-", "Rows whose prompt text appears here are left out of training.")
+    sampling: SamplingConfig = key(SamplingConfig, "-", "Order of the training rows.")
+    template: str = key("chat", "-", "'chat' for the tokenizer's chat template, or a text with {prompt} in it.")
+    response_suffix: str = key("", "-", "Text put after each SFT response, before the end-of-sequence token.")
+
+
+class SFTConfig(Section):
+    """Supervised fine-tuning on the answers of data.train."""
+
+    examples_per_step: int = key(64, "examples", "Examples in one optimizer step.", ge=1)
+    max_tokens: int = key(2048, "tokens", "Longest example, prompt and response; a longer one is an error that names it.", ge=2)
+
+
+class RewardsConfig(Section):
+    """Scoring of responses."""
+
+    scorers: list[ScorerConfig] = key(
+        list, "-", "The scorers of every task that has none of its own; RL needs at least one, or an environment."
+    )
+    timeout: float = key(10.0, "seconds", "Time one scorer has for one response.", gt=0)
+    on_failure: Literal["drop", "zero", "stop"] = key(
+        "stop", "-", "When a scorer or the environment fails: drop the whole group, count its score as 0, or end the run."
+    )
+    concurrency: int = key(32, "responses", "Most responses scored at the same time.", ge=1)
+
+
+class EvaluationConfig(Section):
+    """Accuracy on held-out prompts during training."""
+
+    data: DataSource | None = key(None, "-", "Held-out prompts; no evaluation when not given.")
+    every: int = key(
+        0, "steps", "Evaluate after every so many steps, at the start and at the end; 0 means only start and end.", ge=0
+    )
+    samples_per_prompt: int = key(1, "responses", "Responses per prompt: k of pass@k.", ge=1)
+    temperature: float = key(0.0, "-", "Sampling temperature; 0 means greedy.", ge=0)
+    pass_threshold: float = key(1.0, "reward", "A response with at least this reward counts as correct.")

@@ -1,0 +1,212 @@
+"""An endless, exactly resumable order over the rows of one task, and what is known of how hard each row is."""
+
+import base64
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+
+from megarl.config.schema import SamplingConfig
+from megarl.errors import CheckpointError
+
+
+class SuccessRates:
+    """How often the policy solves each row: an exponential average over its groups, the newest weighing ``update``.
+
+    An exponential average because the policy changes: what it could not do twenty groups ago says little about now.
+
+    Args:
+        num_rows: rows of the task.
+        update: weight of the newest group, above 0 and at most 1.
+
+    Attributes:
+        rates: float32 [num_rows], 0 to 1; NaN for rows that were never answered.
+    """
+
+    def __init__(self, num_rows: int, update: float) -> None:
+        self.rates = numpy.full(num_rows, numpy.nan, dtype=numpy.float32)
+        self._update = update
+
+    def record(self, row: int, share: float) -> None:
+        """Count one group, in which ``share`` of the responses were right."""
+        rate = self.rates[row]
+        self.rates[row] = share if numpy.isnan(rate) else rate + self._update * (share - rate)
+
+    def state(self) -> str:
+        """All rates as text: the float32 values, little-endian, compressed, in base64 (at most 5.4 bytes a row)."""
+        return base64.b64encode(zlib.compress(self.rates.astype("<f4").tobytes())).decode("ascii")
+
+    def restore(self, state: str) -> None:
+        """Take the rates of ``state()``; the number of rows has been compared before."""
+        self.rates = numpy.frombuffer(zlib.decompress(base64.b64decode(state)), dtype="<f4").astype(numpy.float32)
+
+
+class RowSampler:
+    """Row indices, pass after pass.
+
+    Passes over all rows depend only on seed, task, difficulties and the number of the pass. With order prioritised the rows after
+    the first pass are drawn, and depend on the success rates too: without replacement within one call, and never a row that was
+    taken since the last ``record``, while others are left.
+
+    Args:
+        num_rows: rows of the task, at least 1.
+        seed: of the run.
+        settings: the order and its settings.
+        task: number of the task in its mixture.
+        difficulties: float64 [num_rows], larger for harder rows; None where no field gives them.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        seed: int,
+        settings: SamplingConfig,
+        *,
+        task: int = 0,
+        difficulties: numpy.ndarray | None = None,
+    ) -> None:
+        assert num_rows > 0
+        assert settings.order != "curriculum" or difficulties is not None
+        self._identity: dict[str, Any] = {"num_rows": num_rows, "seed": seed, "order": settings.order}
+        self._seed, self._task = seed, task
+        self._settings = settings
+        self._difficulties = difficulties if settings.order in ("curriculum", "prioritised") else None
+        self.success = SuccessRates(num_rows, settings.success_update)
+        self._epoch = 0
+        self._position = 0
+        self._pending: list[int] = []  # taken since the last record
+        self._order = self._pass()
+
+    def next(self, count: int) -> list[int]:
+        """The next ``count`` indices; they may span passes."""
+        indices: list[int] = []
+        while len(indices) < count:
+            missing = count - len(indices)
+            if self._position == len(self._order) and not self._draws:
+                self._epoch += 1
+                self._position = 0
+                self._order = self._pass()
+            taken = self._draw(missing) if self._draws else self._order[self._position : self._position + missing]
+            self._position += len(taken)
+            indices.extend(taken)
+            if self._settings.order == "prioritised":
+                self._pending.extend(taken)
+        return indices
+
+    def record(self, shares: Sequence[tuple[int, float]]) -> None:
+        """Count the groups of a step: row and share of right responses of each."""
+        for row, share in shares:
+            self.success.record(row, share)
+        self._pending.clear()
+
+    def state(self) -> dict[str, Any]:
+        """Where the sampler is, as JSON values."""
+        position = {"epoch": self._epoch, "position": self._position, "pending": list(self._pending)}
+        return {**self._identity, **position, "success": self.success.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue exactly where ``state()`` was taken.
+
+        Raises:
+            CheckpointError: the state belongs to another number of rows, seed or order, or lacks an entry.
+        """
+        missing = self.state().keys() - state.keys()
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint's data position lacks {', '.join(sorted(missing))}; resume from an intact checkpoint"
+            )
+        for name, here in self._identity.items():
+            if state[name] != here:
+                raise CheckpointError(
+                    f"the checkpoint was made with {name} = {state[name]} for data.train but this run has {here}; "
+                    "resume with the data, seed and order of the interrupted run"
+                )
+        self._epoch, self._position, self._pending = state["epoch"], state["position"], list(state["pending"])
+        self.success.restore(state["success"])
+        self._order = self._pass()
+
+    @property
+    def _draws(self) -> bool:
+        return self._settings.order == "prioritised" and self._position >= len(self._order)
+
+    def _pass(self) -> list[int]:
+        """The rows of the present pass in order."""
+        num_rows = int(self._identity["num_rows"])
+        if self._settings.order == "sequential":
+            return list(range(num_rows))
+        permutation = self._random(self._epoch).permutation(num_rows)
+        if self._difficulties is not None:  # easy to hard; rows of equal difficulty stay shuffled
+            permutation = permutation[numpy.argsort(self._difficulties[permutation], kind="stable")]
+        return [int(row) for row in permutation]
+
+    def _draw(self, count: int) -> list[int]:
+        """Up to ``count`` different rows in proportion to their priorities.
+
+        Taking the smallest Exponential(1) / priority is drawing one after the other without replacement (Efraimidis and Spirakis
+        2006, with logarithms of their keys).
+        """
+        num_rows = len(self._order)
+        if len(self._pending) >= num_rows:
+            self._pending.clear()
+        priorities = numpy.maximum(1.0 - numpy.nan_to_num(self.success.rates, nan=0.0), self._settings.priority_floor)
+        keys = self._random(self._epoch, self._position).exponential(size=num_rows) / priorities
+        keys[self._pending] = numpy.inf
+        num_left = num_rows - len(set(self._pending))
+        return [int(row) for row in numpy.argsort(keys, kind="stable")[: min(count, num_left)]]
+
+    def _random(self, *place: int) -> numpy.random.RandomState:
+        # RandomState's stream is frozen for ever by NumPy's policy (NEP 19); Generator's may change between versions.
+        # Zeros at the end of a SeedSequence's numbers change nothing, so that a single source has the order of a first task.
+        first, *rest = place
+        entropy = [self._seed, first, self._task, *rest]
+        return numpy.random.RandomState(numpy.random.MT19937(numpy.random.SeedSequence(entropy)))
+
+
+class TaskChooser:
+    """Which task each prompt of a mixture is of; depends on the seed, the position and, when balanced, on what the step holds.
+
+    Args:
+        weights: one for each task, above 0.
+        seed: of the run.
+        balanced: equal numbers of each task in a step, in place of the weights.
+    """
+
+    _BLOCK = 1024  # prompts whose random numbers are made together
+
+    def __init__(self, weights: Sequence[float], seed: int, *, balanced: bool) -> None:
+        self._bounds = numpy.cumsum(weights) / numpy.sum(weights)
+        self._bounds[-1] = 1.0  # above every draw, whatever the rounding
+        self._seed = seed
+        self._balanced = balanced
+
+    def choose(self, position: int, count: int, held: Sequence[int]) -> list[int]:
+        """The tasks' numbers of ``count`` prompts.
+
+        Args:
+            position: prompts taken before these.
+            count: prompts wanted.
+            held: prompts of each task that the step has already; only balanced looks at it.
+        """
+        if self._balanced:
+            return self._evenly(position, count, held)
+        return [self._drawn(place) for place in range(position, position + count)]
+
+    def _evenly(self, position: int, count: int, held: Sequence[int]) -> list[int]:
+        num_tasks = len(self._bounds)
+        counts = list(held)
+        chosen = []
+        for place in range(position, position + count):
+            task = min(range(num_tasks), key=lambda number: (counts[number], (number - place) % num_tasks))
+            counts[task] += 1
+            chosen.append(task)
+        return chosen
+
+    def _drawn(self, place: int) -> int:
+        if len(self._bounds) == 1:
+            return 0
+        block, offset = divmod(place, self._BLOCK)
+        # 2^31 keeps these numbers apart from those of the rows' orders, where a task's number stands
+        entropy = [self._seed, block, 1 << 31]
+        draws = numpy.random.RandomState(numpy.random.MT19937(numpy.random.SeedSequence(entropy))).random_sample(self._BLOCK)
+        return int(numpy.searchsorted(self._bounds, draws[offset], side="right"))

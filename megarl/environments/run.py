@@ -1,0 +1,118 @@
+"""Where environments run: in worker processes, where one that never returns can be killed, or on the trainer's event loop."""
+
+import asyncio
+import inspect
+import os
+from collections.abc import Awaitable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from megarl.config.schema import EnvironmentConfig
+from megarl.environments.build import EnvironmentSpec, build_environment
+from megarl.environments.protocol import Environment, Observation, Step, checked_observation, checked_step
+from megarl.errors import RolloutError, one_line
+from megarl.workers.pool import ProcessPool, WorkerFailure
+
+T = TypeVar("T")
+
+
+class EnvironmentFailure(Exception):
+    """An environment raised, ran out of time, ended its process or answered nonsense; the message is the reason."""
+
+
+class Environments(Protocol):
+    """All episodes' environments; a state is one episode's, and only ``step`` reads it."""
+
+    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
+        """A new episode: its state and first observation. Raises EnvironmentFailure."""
+
+    async def step(self, state: Any, response: str) -> tuple[Any, Step]:
+        """The next state and the answer. Raises EnvironmentFailure."""
+
+    async def close(self) -> None:
+        """End what was started."""
+
+
+def open_environments(config: EnvironmentConfig) -> Environments:
+    """The environments of a run.
+
+    Raises:
+        ConfigError: the class cannot be imported, or refuses the options.
+    """
+    spec = EnvironmentSpec(type=config.type, function=config.function, options=config.options)
+    build_environment(spec)
+    return LocalEnvironments(spec, config.timeout) if config.in_process else ProcessEnvironments(spec, config.timeout)
+
+
+class ProcessEnvironments:
+    """Environments in worker processes. Between turns an environment is bytes here, so a worker's end costs one call only."""
+
+    def __init__(self, spec: EnvironmentSpec, timeout: float) -> None:
+        build = "megarl.environments.worker:build_environments"
+        num_workers = len(os.sched_getaffinity(0))
+        self._timeout = timeout
+        self._processes = ProcessPool(build, spec, num_workers, kind="an environment", error=RolloutError)
+
+    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
+        """See Environments."""
+        state, observation = await self._ask("reset", prompt, dict(reference), seed)
+        return state, observation
+
+    async def step(self, state: Any, response: str) -> tuple[Any, Step]:
+        """See Environments."""
+        state, step = await self._ask("step", state, response)
+        return state, step
+
+    async def close(self) -> None:
+        """Kill the workers."""
+        await self._processes.close()
+
+    async def _ask(self, *request: Any) -> tuple[Any, Any]:
+        try:
+            answer: tuple[Any, Any] = await self._processes.ask(request, self._timeout, _late(self._timeout))
+        except WorkerFailure as failure:
+            raise EnvironmentFailure(str(failure)) from failure
+        return answer
+
+
+class LocalEnvironments:
+    """Environments on the event loop: for async ones, and sync ones that answer at once. Only async ones can be timed out."""
+
+    def __init__(self, spec: EnvironmentSpec, timeout: float) -> None:
+        self._build = build_environment(spec)
+        self._timeout = timeout
+
+    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
+        """See Environments."""
+
+        async def reset() -> tuple[Environment, Observation]:
+            environment = self._build()
+            return environment, checked_observation(await _finished(environment.reset(prompt, reference, seed)))
+
+        return await self._limited(reset())
+
+    async def step(self, state: Any, response: str) -> tuple[Any, Step]:
+        """See Environments."""
+
+        async def step() -> tuple[Environment, Step]:
+            return state, checked_step(await _finished(state.step(response)))
+
+        return await self._limited(step())
+
+    async def close(self) -> None:
+        """Nothing was started."""
+
+    async def _limited(self, call: Awaitable[T]) -> T:
+        deadline = asyncio.timeout(self._timeout)
+        try:
+            async with deadline:
+                return await call
+        except Exception as error:  # a failure of the user's code, whatever it is
+            raise EnvironmentFailure(_late(self._timeout) if deadline.expired() else one_line(error)) from error
+
+
+async def _finished(result: T | Awaitable[T]) -> T:
+    return await result if inspect.isawaitable(result) else result
+
+
+def _late(timeout: float) -> str:
+    return f"no answer within rollout.environment.timeout = {timeout:g} seconds"

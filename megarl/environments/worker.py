@@ -1,0 +1,50 @@
+"""What a worker process of environments answers. It keeps nothing: an environment travels with each request, pickled."""
+
+import asyncio
+import inspect
+import pickle
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from megarl.environments.build import EnvironmentSpec, build_environment
+from megarl.environments.protocol import Environment, Observation, Step, checked_observation, checked_step
+from megarl.errors import one_line
+
+T = TypeVar("T")
+
+
+def build_environments(spec: EnvironmentSpec) -> Callable[[tuple[Any, ...]], tuple[bytes, Observation | Step]]:
+    """The function that answers ``("reset", prompt, reference, seed)`` and ``("step", pickled environment, response)``.
+
+    An answer is the pickled environment and what its method returned.
+    """
+    build = build_environment(spec)
+
+    def answer(request: tuple[Any, ...]) -> tuple[bytes, Observation | Step]:
+        method, *arguments = request
+        if method == "reset":
+            environment = build()
+            observation = checked_observation(_finished(environment.reset(*arguments)))
+            return _pickled(environment), observation
+        state, response = arguments
+        environment = pickle.loads(state)
+        step = checked_step(_finished(environment.step(response)))
+        return b"" if step.done else _pickled(environment), step
+
+    return answer
+
+
+def _finished(result: T | Awaitable[T]) -> T:
+    async def wait() -> T:
+        return await result  # type: ignore[misc]
+
+    return asyncio.run(wait()) if inspect.isawaitable(result) else result
+
+
+def _pickled(environment: Environment) -> bytes:
+    try:
+        return pickle.dumps(environment)
+    except Exception as error:
+        raise TypeError(
+            f"the environment cannot be pickled between turns ({one_line(error)}); set rollout.environment.in_process to true"
+        ) from error

@@ -1,0 +1,75 @@
+"""What every RL loop does with the rollouts of a step: the models, and one step of learning."""
+
+from dataclasses import dataclass
+
+from megarl.algorithms.algorithm import Algorithm
+from megarl.algorithms.staleness import staleness_metrics
+from megarl.config.schema import Config
+from megarl.loop.rollout import Collected, add_model_rewards
+from megarl.loop.run import Run
+from megarl.train.roles import Critic, Policy, Reference, RewardModel, score, share_results
+from megarl.types import TokenScores, UpdateResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The method and the models of a run; None for those that the method has no use for.
+
+    Attributes:
+        critic_warmup: first steps, in which the critic alone learns.
+    """
+
+    algorithm: Algorithm
+    policy: Policy
+    reference: Reference | None
+    reward_model: RewardModel | None
+    critic: Critic | None
+    critic_warmup: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """What a step learned from and how; ``critic_results`` is empty without a critic."""
+
+    collected: Collected
+    scores: TokenScores
+    metrics: dict[str, float]
+    results: list[UpdateResult]
+    critic_results: list[UpdateResult]
+
+
+def build_models(config: Config) -> Models:
+    """Build them on every rank; weights of a resumed run are restored by Run."""
+    updates_per_step = config.algorithm.updates_per_step
+    critic_warmup = config.critic.warmup_steps if config.critic else 0
+    return Models(
+        algorithm=Algorithm(config.algorithm, config.rollout.max_new_tokens),
+        policy=Policy(config, total_updates=(config.steps - critic_warmup) * updates_per_step),
+        reference=Reference(config) if config.algorithm.kl.place != "none" else None,
+        reward_model=RewardModel(config, config.reward_model) if config.reward_model is not None else None,
+        critic=Critic(config, total_updates=config.steps * updates_per_step) if config.algorithm.advantage == "gae" else None,
+        critic_warmup=critic_warmup,
+    )
+
+
+def learn(run: Run, models: Models, collected: Collected) -> Learned:
+    """Score the step's rollouts, make advantages and update; every rank calls it."""
+    algorithm, policy, critic = models.algorithm, models.policy, models.critic
+    if models.reward_model is not None:
+        with run.timer.phase("reward-model"):
+            collected = add_model_rewards(collected, models.reward_model)
+    with run.timer.phase("log-probs"):
+        scores = score(policy, models.reference, critic, collected.packed)
+    with run.timer.phase("pack"):
+        prepared = algorithm.prepare(collected.packed, scores, run.step)
+    with run.timer.phase("update"):
+        learns = run.step >= models.critic_warmup
+        updates = policy.update_each(prepared.batches if learns else (), algorithm.objective)
+        critic_updates = critic.update_each(prepared.batches, algorithm.value_objective) if critic else []
+        results = share_results(policy, updates)
+        critic_results = share_results(critic, critic_updates) if critic else []
+    algorithm.finish_step(collected.packed, scores)
+    metrics = prepared.metrics
+    if collected.outlived_updates:
+        metrics = metrics | staleness_metrics(prepared.batches, run.weight_version)
+    return Learned(collected=collected, scores=scores, metrics=metrics, results=results, critic_results=critic_results)

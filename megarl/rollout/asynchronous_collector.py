@@ -1,0 +1,157 @@
+"""Generation beside training: groups are begun ahead of their step, and live through weight updates."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+from megarl.errors import RolloutError
+from megarl.rollout.collector import CollectResult, CollectStats, Take, _Progress
+from megarl.rollout.lock_step import LockStep
+from megarl.rollout.outstanding import OutstandingGroup, next_batch
+from megarl.rollout.resumable_collector import ResumableCollector
+
+
+class AsynchronousCollector(ResumableCollector):
+    """Keeps groups under way on the event loop's thread, whatever the thread that calls it does meanwhile.
+
+    Groups outstanding and in training are at most ``rollout.asynchronous.max_staleness`` + 1 steps' groups: the bound of AReaL
+    (arXiv 2505.24298, section 5.1) on groups begun. ``outstanding.next_batch`` says which are trained on next.
+
+    A failure of any group ends the run at the next call.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        """As Collector's."""
+        super().__init__(*arguments, **settings)
+        assert self._rollout.asynchronous is not None
+        self._settings = self._rollout.asynchronous
+        self._version = 0
+        self._num_in_training = 0
+        self._num_dropped = 0  # since the last batch
+        self._take: Take | None = None
+        self._slots = asyncio.Semaphore(self._rollout.concurrency)
+        self._progress = _Progress(LockStep(self._rollout.concurrency))
+        self._stats = CollectStats()
+        self._may_send = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+
+    async def go_on(self, take: Take, version: int) -> None:
+        """Let groups grow by the weights of ``version``, which the engine has, and begin as many as the bound allows."""
+        self._version, self._take, self._num_in_training = version, take, 0
+        self._may_send.set()
+        if not self._tasks:  # at the start of the run: those that a checkpoint brought
+            for group in self.outstanding.groups:
+                if group.scored is None:
+                    self._start(group)
+        self._fill()
+
+    async def hold(self) -> None:
+        """Let no request be at the engine, for a weight update: they are cut, or waited for.
+
+        Raises:
+            MegaRLError: what went wrong with a group meanwhile.
+        """
+        self._may_send.clear()
+        if self._settings.on_update == "continue":
+            self._is_cutting = True
+            try:
+                await self._engine.cut()
+                await self._until(lambda: self._progress.at_engine == 0)
+            finally:
+                self._is_cutting = False
+        await self._until(lambda: self._progress.at_engine == 0)
+
+    async def collect(self, take: Take, step: int) -> CollectResult:
+        """Wait for the groups of the next step and take them out of the store.
+
+        Raises:
+            MegaRLError: what went wrong with a group since the last call.
+        """
+        started = asyncio.get_running_loop().time()
+        watcher = asyncio.create_task(self._watch_for_stalls(self._progress))
+        try:
+            await self._until(lambda: self._next_batch() is not None)
+        finally:
+            watcher.cancel()
+        batch = self._next_batch()
+        assert batch is not None
+        stats = self._take_stats()
+        stats.wall_seconds = asyncio.get_running_loop().time() - started
+        self._num_in_training, self._num_dropped = len(batch), 0
+        return self._step_result(batch, stats)
+
+    async def close(self) -> None:
+        """End all work; what was under way is lost unless a checkpoint has it."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _next_batch(self) -> list[OutstandingGroup] | None:
+        return next_batch(self.outstanding.groups, self._version, self._settings.max_staleness, self._rollout.prompts_per_step)
+
+    def _take_stats(self) -> CollectStats:
+        """What was counted since the last batch. The groups under way go on counting in the same object, from nothing."""
+        stats, nothing = replace(self._stats), CollectStats()
+        for one in fields(nothing):
+            setattr(self._stats, one.name, getattr(nothing, one.name))
+        return stats
+
+    def _fill(self) -> None:
+        """Begin as many groups as the bound allows, and none that the run's last step would leave over."""
+        assert self._take is not None
+        num_steps = min(self._settings.max_staleness + 1, self._config.steps - self._version)
+        num_new = num_steps * self._rollout.prompts_per_step - len(self.outstanding.groups) - self._num_in_training
+        for _ in range(num_new):
+            (prompt,) = self._take(1, {})
+            self._start(self._begin(prompt, self._version))
+
+    def _start(self, group: OutstandingGroup) -> None:
+        task = asyncio.create_task(self._complete(group))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        self._failure = self._failure or error
+        self._changed.set()
+
+    async def _complete(self, group: OutstandingGroup) -> None:
+        """One group from its prompt to its rewards, over weight updates."""
+        async with self._slots:
+            while group.unfinished:
+                try:
+                    await self._extend(group, self._rollout.max_new_tokens, self._progress, self._stats)
+                finally:
+                    self._changed.set()
+        await self._finish(group, self._progress, self._stats)
+        if group.scored is None:
+            self._num_dropped += 1
+            self._check_dropped()
+            self._fill()
+
+    async def _until_requests_may_be_sent(self) -> None:
+        while not self._may_send.is_set():
+            self._changed.set()  # a request that failed has left the engine
+            await self._may_send.wait()
+
+    def _check_dropped(self) -> None:
+        limit = self._config.algorithm.max_sampling_waves * self._rollout.prompts_per_step
+        if self._num_dropped >= limit:
+            raise RolloutError(
+                f"{self._num_dropped} groups were dropped since the last step (for failed scorers or, with dynamic sampling, as "
+                "uninformative); use tasks that the model sometimes solves, or raise algorithm.max_sampling_waves"
+            )
+
+    async def _until(self, reached: Callable[[], bool]) -> None:
+        """Wait for something that the groups' tasks bring about, or raise what ended one of them."""
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if reached():
+                return
+            self._changed.clear()
+            await self._changed.wait()

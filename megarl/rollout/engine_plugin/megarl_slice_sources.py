@@ -1,0 +1,162 @@
+"""Where a worker gets its parcels from: messages of a group, or memory that it shares with a trainer rank.
+
+Runs in the workers of an engine, in the engine's own environment: imports only the standard library and torch. The other ends are
+megarl/reshard/carriers.py, shared_buffer.py and transport_choice.py.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+
+HANDLE_BYTES = 2048  # the same number as the sender's
+Parcel = dict[str, Any]  # a part of a worker's order
+
+
+class SliceSource(Protocol):
+    """What brings a worker's parcels, of which each has ``bytes`` from ``start`` on in the memory that it is read from."""
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Around an update."""
+
+    def arriving(self, number: int, bucket: list[Parcel]) -> Iterator[tuple[Parcel, Tensor]]:
+        """The parcels of a bucket and their bytes, which are valid until the next one is asked for."""
+
+
+def own_place(device: torch.device) -> dict[str, str | None]:
+    """Where this process is: the machine since it was started with the process namespace in it, and the UUID of the GPU."""
+    host = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return {"host": host, "gpu": str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None}
+
+
+def described(parcel: Parcel, number: int) -> str:
+    """A parcel of bucket ``number``, for messages."""
+    return f"bucket {number} ({parcel['tensor']} …) from trainer rank {parcel['sender']}"
+
+
+class GroupSource:
+    """Messages from all trainer ranks: by gloo into host memory, or by NCCL into the memory of the GPU."""
+
+    def __init__(self, group: Any, transport: str, buckets: list[list[Parcel]], device: torch.device, timeout: timedelta) -> None:
+        self._group, self._in_one_batch, self._timeout = group, transport == "nccl", timeout
+        size = max(parcel["start"] + parcel["bytes"] for bucket in buckets for parcel in bucket)
+        self._buffer = torch.empty(size, dtype=torch.uint8, device=device if transport == "nccl" else None)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Nothing to do: the buffer stays."""
+        yield
+
+    def arriving(self, number: int, bucket: list[Parcel]) -> Iterator[tuple[Parcel, Tensor]]:
+        """All are asked for at once."""
+        places = [(parcel, self._buffer[parcel["start"] : parcel["start"] + parcel["bytes"]]) for parcel in bucket]
+        works = []
+        if self._in_one_batch and bucket:  # NCCL's must be started together, or they wait for each other
+            with _naming(bucket[0], number, self._timeout):
+                self._group._start_coalescing()
+                for parcel, data in places:
+                    self._group.recv([data], parcel["sender"], number)
+                self._group._end_coalescing().wait(self._timeout)
+            yield from places
+            return
+        for parcel, data in places:
+            with _naming(parcel, number, self._timeout):
+                works.append(self._group.recv([data], parcel["sender"], number))
+        for (parcel, data), work in zip(places, works, strict=True):
+            with _naming(parcel, number, self._timeout):
+                work.wait(self._timeout)
+            yield parcel, data
+
+
+class SharedSource:
+    """Memory that trainer ranks on this machine, or on this GPU, fill: a parcel is read where its ``holder`` has put it.
+
+    Over a gloo group a holder sends the handle of its buffer at the start of every update, then for each bucket a word when it is
+    filled; the answer, that all of it is read, lets it be filled again. After an update nothing is held open.
+    """
+
+    def __init__(self, group: Any, buckets: list[list[Parcel]], device: torch.device, timeout: timedelta) -> None:
+        self._group, self._device, self._timeout = group, device, timeout
+        first_uses = [(parcel["holder"], parcel, number) for number, bucket in enumerate(buckets) for parcel in bucket]
+        self._first_uses = {holder: (parcel, number) for holder, parcel, number in reversed(first_uses)}
+        self._buffers: dict[int, Tensor] = {}
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """All holders' buffers are open."""
+        try:
+            for holder, (parcel, number) in sorted(self._first_uses.items()):
+                handle = torch.empty(HANDLE_BYTES, dtype=torch.uint8)
+                with _naming(parcel, number, self._timeout):
+                    self._group.recv([handle], holder, 0).wait(self._timeout)
+                    self._buffers[holder] = open_handle(json.loads(handle.numpy().tobytes()), self._device)
+            yield
+        finally:
+            self._buffers.clear()
+
+    def arriving(self, number: int, bucket: list[Parcel]) -> Iterator[tuple[Parcel, Tensor]]:
+        """Those of one holder after those of another."""
+        for holder, group in groupby(bucket, key=lambda parcel: parcel["holder"]):
+            parcels, word = list(group), torch.zeros(1, dtype=torch.int64)
+            with _naming(parcels[0], number, self._timeout):
+                self._group.recv([word], holder, number + 1).wait(self._timeout)
+            for parcel in parcels:
+                yield parcel, self._buffers[holder][parcel["start"] : parcel["start"] + parcel["bytes"]]
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # the copies out of the buffer are done
+            with _naming(parcels[0], number, self._timeout):
+                self._group.send([word], holder, number + 1).wait(self._timeout)
+
+
+def open_handle(handle: dict[str, Any], device: torch.device) -> Tensor:
+    """[bytes], uint8: the memory of a trainer's ``SharedBuffer``, until the last tensor on it is gone."""
+    if "path" in handle:
+        with open(handle["path"], "r+b") as file:
+            return torch.frombuffer(mmap.mmap(file.fileno(), handle["bytes"]), dtype=torch.uint8)
+    parts = [bytes.fromhex(part) if isinstance(part, str) else part for part in handle["cuda"]]
+    # the number of the GPU is this process's own: CUDA_VISIBLE_DEVICES may be another than the trainer's
+    storage = torch.UntypedStorage._new_shared_cuda(device.index, *parts)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def join(store: Store, rank: int, world_size: int, order: dict[str, Any], device: torch.device, timeout: timedelta) -> SliceSource:
+    """Join the group that the order asks for; blocks until all have."""
+    transport, buckets = order["transport"], order["buckets"]
+    group: Any = ProcessGroupGloo(PrefixStore("slices", store), rank, world_size, timeout)
+    if transport in ("cuda_ipc", "shared_memory"):
+        return SharedSource(group, buckets, device, timeout)
+    if transport == "nccl":
+        group = _nccl_group(store, rank, world_size, device, timeout)
+    return GroupSource(group, transport, buckets, device, timeout)
+
+
+def _nccl_group(store: Store, rank: int, world_size: int, device: torch.device, timeout: timedelta) -> Any:
+    from torch.distributed import ProcessGroupNCCL  # not in every build of torch
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = 2 * timeout  # of its watchdog, which ends the process; what waits here comes first
+    group: Any = ProcessGroupNCCL(PrefixStore("nccl", store), rank, world_size, options)
+    # the communicator of all: messages alone would each make one of two ranks
+    group.allreduce([torch.zeros(1, device=device)]).wait(timeout)
+    return group
+
+
+@contextmanager
+def _naming(parcel: Parcel, number: int, timeout: timedelta) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(
+            f"{described(parcel, number)} did not come within {timeout.total_seconds():g} s: "
+            f"{str(error).splitlines()[0].split(' This is typically')[0]}"
+        ) from error

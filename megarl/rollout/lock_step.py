@@ -1,0 +1,67 @@
+"""Episodes that take their turns together, so that what an engine decodes together does not depend on environments' speed."""
+
+import asyncio
+from collections.abc import Iterable
+
+EpisodeKey = tuple[int, int]  # seed of the prompt's request, sample index
+
+
+class LockStep:
+    """The episodes of one wave of prompts, of which ``num_places`` are in flight at a time.
+
+    A turn begins when every episode in flight waits for it and no other prompt could be in flight: which requests an engine gets
+    together, and in which order, then follows from the prompts alone.
+    """
+
+    def __init__(self, num_places: int) -> None:
+        self._num_places = num_places
+        self._num_queued = 0
+        self._playing: set[EpisodeKey] = set()
+        self._waiting: dict[EpisodeKey, asyncio.Future[None]] = {}
+
+    def enqueue(self) -> None:
+        """A prompt waits for a place."""
+        self._num_queued += 1
+
+    def admit(self, episodes: Iterable[EpisodeKey]) -> None:
+        """It got one."""
+        self._num_queued -= 1
+        self._playing.update(episodes)
+
+    def give_up(self) -> None:
+        """It waits no longer."""
+        self._num_queued -= 1
+        self._advance()
+
+    def leave(self, episodes: Iterable[EpisodeKey]) -> None:
+        """It gave its place back."""
+        self._playing.difference_update(episodes)
+        self._advance()
+
+    def finish(self, episode: EpisodeKey) -> None:
+        """An episode has no more turns."""
+        self._playing.discard(episode)
+        self._advance()
+
+    async def turn(self, episode: EpisodeKey) -> None:
+        """Wait until all others wait too."""
+        waiting = self._waiting[episode] = asyncio.get_running_loop().create_future()
+        self._advance()
+        try:
+            await waiting
+        finally:
+            if self._waiting.get(episode) is waiting:
+                del self._waiting[episode]
+
+    def _advance(self) -> None:
+        # a prompt whose episodes are over is about to make room for the next one
+        is_full = self._num_queued == 0 or len({seed for seed, _ in self._playing}) >= self._num_places
+        if is_full and self._waiting and self._waiting.keys() >= self._playing:
+            # not here: the last to come would go on at once, before those that wait
+            asyncio.get_running_loop().call_soon(self._begin, list(self._waiting.items()))
+            self._waiting.clear()
+
+    def _begin(self, waiting: list[tuple[EpisodeKey, asyncio.Future[None]]]) -> None:
+        for _, future in sorted(waiting, key=lambda item: item[0]):
+            if not future.done():
+                future.set_result(None)

@@ -1,0 +1,134 @@
+"""Groups whose responses are made in several requests, cut and resumed, with weights that change in between."""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from megarl.errors import RolloutError
+from megarl.rollout.collector import Collector, CollectResult, CollectStats, _all, _Progress, _Request, _RequestFailed
+from megarl.rollout.outstanding import Outstanding, OutstandingGroup, joined
+from megarl.rollout.protocol import SamplingParams, resumed
+from megarl.types import FinishReason, Prompt, RolloutGroup
+
+
+class ResumableCollector(Collector):
+    """What asynchronous and partial rollouts have in common. A group's seeds depend on the run's seed and its ticket.
+
+    ``rollout.request_timeout`` counts for each request of a group, from its start to its end or cut, and for the scoring.
+
+    Attributes:
+        outstanding: the groups begun and not yet trained on; a part of every checkpoint.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        """As Collector's."""
+        super().__init__(*arguments, **settings)
+        self.outstanding = Outstanding()
+        self._is_cutting = False
+        self._filtered: list[RolloutGroup] = []  # since the last step
+
+    def _step_result(self, taken: Iterable[OutstandingGroup], stats: CollectStats) -> CollectResult:
+        """Take these groups out of the store."""
+        groups, tickets = self.outstanding.take(taken)
+        filtered, self._filtered = tuple(self._filtered), []
+        return CollectResult(groups=groups, filtered=filtered, sampled=groups + filtered, stats=stats, tickets=tickets)
+
+    def _begin(self, prompt: Prompt, version: int) -> OutstandingGroup:
+        return self.outstanding.begin(prompt, version, self._rollout.samples_per_prompt + self._with_greedy)
+
+    def _request(self, group: OutstandingGroup) -> _Request:
+        seed = self._seed_of("ticket", 0, group.ticket)
+        return _Request(
+            prompt=group.prompt,
+            samples=self._sampling(self._rollout.samples_per_prompt, self._rollout.temperature, seed),
+            greedy=self._sampling(1, 0.0, seed) if self._with_greedy else None,
+        )
+
+    async def _extend(self, group: OutstandingGroup, budget: int, progress: _Progress, stats: CollectStats) -> None:
+        """Let every unfinished response grow by up to ``budget`` tokens, or up to a cut; with retries.
+
+        Raises:
+            RolloutError: the engine died, or gave no answer after all retries.
+        """
+        retries = self._rollout.max_retries
+        for attempt in range(retries + 1):
+            await self._until_requests_may_be_sent()
+            progress.in_flight[group.prompt.prompt_id] = None
+            started = time.monotonic()
+            progress.engine_enter()
+            try:
+                async with asyncio.timeout(self._rollout.request_timeout):
+                    await _all(self._ask_for(group, indices, sampling) for indices, sampling in self._requests(group, budget))
+                progress.completed.set()
+                return
+            except TimeoutError:
+                failure = f"prompt {group.prompt.prompt_id} was not answered within {self._rollout.request_timeout:g} s"
+                cause: BaseException | None = None
+            except _RequestFailed as error:
+                failure, cause = f"prompt {group.prompt.prompt_id} failed: {error.__cause__}", error.__cause__
+            finally:
+                progress.in_flight.pop(group.prompt.prompt_id, None)
+                progress.engine_exit(stats)
+                stats.generate_seconds += time.monotonic() - started
+            stats.failures.append(failure)
+            await self._engine.health()  # no retries against a dead engine: this raises
+            if attempt < retries:
+                stats.retries += 1
+                self._warn(f"{failure}; sending it again ({attempt + 1} of {retries} retries)")
+        raise RolloutError(f"{failure}, after {retries} retries (rollout.request_timeout, rollout.max_retries)") from cause
+
+    async def _until_requests_may_be_sent(self) -> None:
+        """Nothing to wait for, where no weights change while groups are under way."""
+
+    def _requests(self, group: OutstandingGroup, budget: int) -> list[tuple[list[int], SamplingParams]]:
+        """The requests for a group's unfinished responses, and which responses each is for.
+
+        All samples of a new group are one request, so that the engine reads their prompt once.
+        """
+        request = self._request(group)
+        num_samples = request.samples.num_samples
+        untouched = [index for index in group.unfinished if not group.samples[index].token_ids and index < num_samples]
+        requests = []
+        if len(untouched) == num_samples:
+            requests.append((untouched, request.samples))
+        for index in group.unfinished:
+            if index < num_samples and len(untouched) < num_samples:
+                requests.append(([index], resumed(request.samples, index, len(group.samples[index].token_ids))))
+            elif index == num_samples:
+                assert request.greedy is not None
+                requests.append(([index], resumed(request.greedy, 0, len(group.samples[index].token_ids))))
+        return [(indices, replace(one, max_new_tokens=min(one.max_new_tokens, budget))) for indices, one in requests]
+
+    async def _ask_for(self, group: OutstandingGroup, indices: list[int], sampling: SamplingParams) -> None:
+        """One request; its answers are kept at once, so that a retry of the others loses none."""
+        so_far = group.samples[indices[0]].token_ids
+        try:
+            answers = await self._engine.generate(group.prompt.token_ids + so_far, sampling)
+        except RolloutError as error:
+            raise _RequestFailed from error
+        if not self._is_cutting and any(answer.finish_reason is FinishReason.ABORT for answer in answers):
+            raise _RequestFailed from RolloutError("the engine gave the request up")
+        for index, answer in zip(indices, answers, strict=True):
+            group.samples[index] = joined(group.samples[index], answer, self._rollout.max_new_tokens)
+
+    async def _finish(self, group: OutstandingGroup, progress: _Progress, stats: CollectStats) -> None:
+        """Score a group of whole responses; it is dropped when that fails, or when dynamic sampling has no use for it."""
+        limit, request = self._rollout.request_timeout, self._request(group)
+        try:
+            async with asyncio.timeout(limit):
+                scored = await self._score(request, self._rollouts(request, group.samples), progress, stats)
+        except TimeoutError:
+            raise RolloutError(
+                f"prompt {group.prompt.prompt_id} was not scored within {limit:g} s (rollout.request_timeout)"
+            ) from None
+        if scored is None:
+            stats.dropped_unscored += 1
+            self.outstanding.drop(group)
+        elif self._config.algorithm.dynamic_sampling and scored.has_equal_rewards:
+            stats.dropped_filtered += 1
+            self._filtered.append(scored)
+            self.outstanding.drop(group)
+        else:
+            group.scored = scored

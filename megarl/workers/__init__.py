@@ -1,0 +1,1 @@
+"""Killable worker processes for code of others: scorers and environments."""
