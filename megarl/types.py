@@ -136,8 +136,9 @@ class ScoredRollout:
 
     Attributes:
         rollout: the response.
-        reward: weighted sum of ``parts``.
-        parts: scorer name to its raw score, for the log.
+        reward: weighted sum of the scorers' scores.
+        parts: scorer name to its raw score, for the log; of document_qa also ``NAME_rule`` and ``NAME_judge``, the latter only
+            where the judge was asked.
         step_rewards: index in ``rollout.token_ids`` of the last token of each reasoning step, ascending, and the step's reward;
             empty without a scorer of steps.
         failures: one line for each scorer that raised or timed out (already handled by the failure policy).

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from megarl.config.algorithm_checks import check_algorithm
 from megarl.config.asynchronous_checks import check_asynchronous
 from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks
+from megarl.config.document_qa_checks import check_document_qa, check_judges
 from megarl.config.environment_checks import check_environment
 from megarl.config.names import FUNCTION_PATTERN
-from megarl.config.schema import Config, EngineServerConfig, JsonlSource, ReasoningGymSource, RowSource, ScorerConfig
+from megarl.config.schema import Config, EngineServerConfig, JsonlSource, ReasoningGymSource, RowSource, ScorerConfig, Section
 from megarl.config.tasks import placed_scorers, placed_tasks, scorers_of
 
 
@@ -164,10 +165,13 @@ def check_scorers(path: str, scorers: Sequence[ScorerConfig]) -> Iterator[str]:
 
 
 SCORER_FIELDS = {
-    "pattern": ("regex", "format", "exact", "math", "reasoning_gym"),
+    "pattern": ("regex", "format", "exact", "math", "reasoning_gym", "document_qa"),
     "tags": ("format",),
     "ngram": ("repetition",),
     "script": ("language",),
+    "extract": ("document_qa",),
+    "match": ("document_qa",),
+    "judge": ("document_qa",),
     "function": ("python",),
     "step_separator": ("python",),
     "url": ("reward_server",),
@@ -186,7 +190,8 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
     for name, users in SCORER_FIELDS.items():
         value = getattr(scorer, name)
         if value and scorer.type not in users:
-            yield f"{name}: {value!r} has no use for type {scorer.type}; remove it or use type {' or '.join(users)}"
+            given = f"{name}:" if isinstance(value, Section) else f"{name}: {value!r}"
+            yield f"{given} has no use for type {scorer.type}; remove it or use type {' or '.join(users)}"
         if value is None and users == (scorer.type,) and name in REQUIRED_SCORER_FIELDS:
             yield f"{name}: is required for type {scorer.type}; give {REQUIRED_SCORER_FIELDS[name]}"
     if scorer.type == "regex" and scorer.pattern is None:
@@ -200,6 +205,8 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
         yield f"function: {given} for type python; give for example my_package.rewards:score"
     if scorer.url is not None and not scorer.url.startswith(("http://", "https://")):
         yield f"url: {scorer.url!r} is not a URL; give for example http://127.0.0.1:8000"
+    if scorer.type == "document_qa":
+        yield from check_document_qa(scorer)
     if scorer.pattern is None:
         return
     try:
@@ -207,7 +214,7 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
     except re.error as error:
         yield f"pattern: {scorer.pattern!r} is not a regular expression ({error}); correct it"
         return
-    if scorer.type in ("exact", "math", "reasoning_gym") and groups == 0:
+    if scorer.type in ("exact", "math", "reasoning_gym", "document_qa") and groups == 0:
         yield f"pattern: {scorer.pattern!r} has no group to take the answer from; put the answer's part in ( )"
 
 
@@ -237,5 +244,6 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_routing_replay,
     check_evaluation,
     check_rewards,
+    check_judges,
     check_environment,
 )

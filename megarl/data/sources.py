@@ -77,22 +77,32 @@ def number_at(row: Row, field: str, option: str) -> float:
     return float(value)
 
 
-def _read_jsonl(source: JsonlSource, task: str) -> list[Row]:
-    rows: list[Row] = []
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each with its place, ``file:line``.
+
+    Raises:
+        DataError: the file cannot be read or has none, or a line is not a JSON object.
+    """
+    is_empty = True
     try:
         # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-        with source.path.open(encoding="utf-8", newline="\n") as lines:
+        with path.open(encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    place = f"{source.path}:{number}"
-                    rows.append(_row(_parse_object(line, place), source, task, len(rows), place))
+                    is_empty = False
+                    place = f"{path}:{number}"
+                    yield place, _parse_object(line, place)
     except OSError as error:
-        raise DataError(f"cannot read {source.path}: {error.strerror}; give the path of a JSON-lines file") from error
+        raise DataError(f"cannot read {path}: {error.strerror}; give the path of a JSON-lines file") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{source.path} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8") from error
-    if not rows:
-        raise DataError(f"{source.path} has no rows; write one JSON object a line")
-    return rows
+        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8") from error
+    if is_empty:
+        raise DataError(f"{path} has no rows; write one JSON object a line")
+
+
+def _read_jsonl(source: JsonlSource, task: str) -> list[Row]:
+    objects = enumerate(read_objects(source.path))
+    return [_row(fields, source, task, index, place) for index, (place, fields) in objects]
 
 
 def _parse_object(line: str, place: str) -> dict[str, Any]:
@@ -158,7 +168,7 @@ class _DatasetRows(_LazyRows):
 
     def __init__(self, source: DatasetsSource, task: str) -> None:
         self._source, self._task = source, task
-        self._dataset = _load_dataset(source)
+        self._dataset = load_dataset(source)
         super().__init__(len(self._dataset))
         if not self._num_rows:
             raise DataError(f"dataset {source.path} split '{source.split}' has no rows; choose another split")
@@ -168,7 +178,8 @@ class _DatasetRows(_LazyRows):
         return _row(self._dataset[index], self._source, self._task, index, place)
 
 
-def _load_dataset(source: DatasetsSource) -> Any:
+def load_dataset(source: DatasetsSource) -> Any:
+    """The split as a datasets.Dataset; DataError when there is none."""
     import datasets  # here, because it takes seconds and other sources do without
 
     is_saved = any((Path(source.path) / name).is_file() for name in ("state.json", "dataset_dict.json"))

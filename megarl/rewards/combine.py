@@ -11,6 +11,7 @@ from typing import Any
 
 from megarl.config.schema import RewardsConfig, ScorerConfig
 from megarl.errors import ConfigError, RewardError, one_line
+from megarl.rewards.hybrid import HybridScore, HybridScorer, verdict_specs
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
 from megarl.rewards.reward_server import RewardServer
 from megarl.rewards.scorers import ScorerSpec, compile_pattern, import_function
@@ -20,6 +21,7 @@ from megarl.types import Rollout, ScoredRollout
 
 AsyncScorer = Callable[[Any, Mapping[str, Any]], Awaitable[Any]]
 Score = float | list[float]
+Outcome = Score | HybridScore | ScorerFailure
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +39,8 @@ class _TaskScorer:
 class RewardScorer:
     """Scores responses; used from one event loop, closed at the end.
 
-    Async functions and requests to reward servers run on the event loop. All other scorers run in worker processes, where a regular
-    expression or a comparison that never ends can be killed and does not hold the loop up.
+    Async functions and requests to reward servers and judges run on the event loop. All other scorers run in worker processes,
+    where a regular expression or a comparison that never ends can be killed and does not hold the loop up.
     """
 
     def __init__(
@@ -74,9 +76,17 @@ class RewardScorer:
             for one, scorer in zip(own, scorers, strict=True)
             if scorer.type == "reward_server"
         }
+        judges = {
+            one.spec.name: scorer.judge
+            for own, scorers in lists
+            for one, scorer in zip(own, scorers, strict=True)
+            if scorer.type == "document_qa"
+        }
         num_workers = min(config.concurrency, len(os.sched_getaffinity(0)))
         on_event_loop = self._async_functions.keys() | self._servers.keys()
-        self._pool = WorkerPool([spec for spec in specs if spec.name not in on_event_loop], num_workers)
+        in_workers = [spec for spec in specs if spec.name not in on_event_loop]
+        self._pool = WorkerPool([*in_workers, *verdict_specs(judges)], num_workers)
+        self._hybrids = {name: HybridScorer(name, judge, config.timeout, self._pool) for name, judge in judges.items()}
         self._responses = asyncio.Semaphore(config.concurrency)
         self._failure_counts: Counter[str] = Counter()
 
@@ -86,15 +96,21 @@ class RewardScorer:
         return dict(self._failure_counts)
 
     async def check_servers(self) -> None:
-        """Let every reward server score something; raises RewardError when one cannot."""
-        for server in self._servers.values():
-            await server.check()
+        """Let every reward server score something, and every judge judge something; raises RewardError when one cannot."""
+        try:
+            for server in self._servers.values():
+                await server.check()
+            for hybrid in self._hybrids.values():
+                await hybrid.check()
+        except RewardError:
+            await self.close()
+            raise
 
     async def score(self, rollout: Rollout) -> ScoredRollout | None:
         """The scored response; None when a scorer failed and ``on_failure`` is drop: leave its whole group out.
 
         Every failure is counted and logged. With ``on_failure: zero`` a failed scorer has no entry in ``parts``, adds 0 to the
-        reward and is listed in ``failures``.
+        reward and is listed in ``failures``; where only the judge of document_qa failed, the rule's score remains.
 
         Raises:
             RewardError: a scorer failed and ``on_failure`` is stop, or no worker process can be started.
@@ -106,17 +122,20 @@ class RewardScorer:
         failures: list[str] = []
         step_rewards: dict[int, float] = {}
         for scorer, outcome in zip(scorers, outcomes, strict=True):
-            if isinstance(outcome, ScorerFailure):
+            failure = outcome.failure if isinstance(outcome, HybridScore) else outcome
+            if isinstance(failure, ScorerFailure):
                 self._failure_counts[scorer.spec.name] += 1
-                failures.append(f"{scorer.spec.name} failed on {rollout.name}: {outcome}")
+                failures.append(f"{scorer.spec.name} failed on {rollout.name}: {failure}")
+            if isinstance(outcome, HybridScore):
+                parts |= outcome.parts(scorer.name)
             elif isinstance(outcome, list):
                 parts[scorer.name] = sum(outcome) / len(outcome) if outcome else 0.0
                 for token, reward in self._at_tokens(scorer, outcome, rollout):
                     step_rewards[token] = step_rewards.get(token, 0.0) + scorer.weight * reward
-            else:
+            elif isinstance(outcome, float):
                 parts[scorer.name] = outcome
-        for failure in failures:
-            logger.warning("%s", failure)
+        for line in failures:
+            logger.warning("%s", line)
         if failures and self._config.on_failure == "stop":
             raise RewardError(f"scorer {failures[0]}; set rewards.on_failure to drop or zero to go on without it")
         if failures and self._config.on_failure == "drop":
@@ -131,8 +150,10 @@ class RewardScorer:
         )
 
     async def close(self) -> None:
-        """End the worker processes and the connections to reward servers."""
+        """End the worker processes and the connections to reward servers and judges."""
         await self._pool.close()
+        for hybrid in self._hybrids.values():
+            await hybrid.close()
         for server in self._servers.values():
             await server.close()
 
@@ -142,7 +163,7 @@ class RewardScorer:
         steps = split_steps(rollout.text, scorer.step_separator)
         return zip(step_ends(steps, rollout.token_ids, self._decode), scores, strict=True)
 
-    async def _run_all(self, scorers: Sequence[_TaskScorer], rollout: Rollout) -> list[Score | ScorerFailure]:
+    async def _run_all(self, scorers: Sequence[_TaskScorer], rollout: Rollout) -> list[Outcome]:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._run(scorer, rollout)) for scorer in scorers]
@@ -150,10 +171,12 @@ class RewardScorer:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _run(self, scorer: _TaskScorer, rollout: Rollout) -> Score | ScorerFailure:
+    async def _run(self, scorer: _TaskScorer, rollout: Rollout) -> Outcome:
         name, reference = scorer.spec.name, rollout.prompt.reference
         response = rollout.text if scorer.step_separator is None else split_steps(rollout.text, scorer.step_separator)
         try:
+            if name in self._hybrids:
+                return await self._hybrids[name].score(rollout)
             if name in self._async_functions:
                 return await self._limited(self._async_functions[name](response, reference), response)
             if name in self._servers:
@@ -189,6 +212,8 @@ def _with_specs(scorers: Sequence[ScorerConfig], prefix: str) -> list[_TaskScore
                 tags=tuple(scorer.tags),
                 ngram=scorer.ngram,
                 script=scorer.script,
+                extract=scorer.extract,
+                match=tuple(scorer.match),
                 function=scorer.function,
             ),
         )

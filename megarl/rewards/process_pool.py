@@ -20,7 +20,7 @@ class WorkerPool:
         self._processes = ProcessPool(build, list(specs), num_workers, kind="a scorer", error=RewardError)
 
     async def score(self, name: str, response: str | Sequence[str], reference: Mapping[str, Any], timeout: float) -> Any:
-        """The score of the scorer of that name, a list of scores for steps.
+        """The score of the scorer of that name: a number, a list of them for steps, or a RuleScore of type document_qa.
 
         ``timeout`` seconds count from when a worker takes the request.
 

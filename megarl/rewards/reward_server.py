@@ -42,7 +42,6 @@ class RewardServer:
             async with asyncio.timeout(PROBE_TIMEOUT):
                 await self.score([0])
         except Exception as error:
-            await self.close()
             late = f"no answer within {PROBE_TIMEOUT:g} seconds"
             reason = late if isinstance(error, TimeoutError) else one_line(error)
             raise RewardError(

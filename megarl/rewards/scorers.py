@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from megarl.errors import ConfigError, one_line
+from megarl.rewards.document_qa import document_qa_scorer, verdict_scorer
 from megarl.rewards.text_scorers import ngram_repetition, script_share, tagged_sections
 
 Scorer = Callable[[Any, Mapping[str, Any]], Any]
@@ -30,6 +31,7 @@ class ScorerSpec:
     """One scorer as a worker process is told of it; the fields are those of ScorerConfig.
 
     ``name`` is unique in the run: the scorer's, after its task's where the task has scorers of its own (``sums/exact``).
+    Type ``verdict`` exists here only: it reads the replies of a judge, ``pattern`` and ``positive`` are the judge's.
     """
 
     name: str
@@ -38,6 +40,9 @@ class ScorerSpec:
     tags: tuple[str, ...] = ()
     ngram: int | None = None
     script: str | None = None
+    extract: str | None = None
+    match: tuple[str, ...] = ()
+    positive: str | None = None
     function: str | None = None
 
 
@@ -64,6 +69,11 @@ def build_scorer(spec: ScorerSpec) -> Scorer:
         script = spec.script
         assert script is not None
         return lambda response, reference: script_share(response, script)
+    if spec.type == "document_qa":
+        return document_qa_scorer(pattern, spec.extract, spec.match)
+    if spec.type == "verdict":
+        assert pattern is not None and spec.positive is not None
+        return verdict_scorer(pattern, spec.positive)
     loaders: dict[str, Callable[[], Scorer]] = {"exact": lambda: exact, "math": load_math, "reasoning_gym": load_reasoning_gym}
     score_answer = loaders[spec.type]()
     if pattern is None:

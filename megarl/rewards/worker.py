@@ -5,21 +5,25 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megarl.rewards.document_qa import RuleScore
 from megarl.rewards.scorers import ScorerSpec, build_scorer
 
 Request = tuple[str, str | Sequence[str], Mapping[str, Any]]
+Result = float | list[float] | RuleScore
 
 
-def build_scorers(specs: Sequence[ScorerSpec]) -> Callable[[Request], float | list[float]]:
+def build_scorers(specs: Sequence[ScorerSpec]) -> Callable[[Request], Result]:
     """The function that answers requests ``(name of scorer, response, reference)`` with the score.
 
-    For a scorer of steps, a list of steps is in the place of the response, and a list of numbers in that of the score.
+    For a scorer of steps, a list of steps is in the place of the response, and a list of numbers in that of the score. One of type
+    document_qa gives a RuleScore: its judge is asked outside the workers.
     """
     scorers = {spec.name: build_scorer(spec) for spec in specs}
 
-    def score(request: Request) -> float | list[float]:
+    def score(request: Request) -> Result:
         name, response, reference = request
-        return checked_scores(scorers[name](response, reference), response)
+        result = scorers[name](response, reference)
+        return result if isinstance(result, RuleScore) else checked_scores(result, response)
 
     return score
 

@@ -11,19 +11,42 @@ from megarl.config.schema.section import Section, key
 SCRIPTS = ("latin", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai", "chinese", "japanese", "korean")
 
 
+class JudgeConfig(Section):
+    """A language model that judges answers, behind vLLM, SGLang or another server with the OpenAI interface; temperature 0."""
+
+    url: str = key(..., "URL", "The server's address up to its version, e.g. http://judge:8000/v1.")
+    model: str = key(..., "-", "The model's name at the server.")
+    prompt: str = key(
+        "Question: {question}\n\nCorrect answer: {reference}\n\nGiven answer: {answer}\n\nDo the two answers mean the same? Do not "
+        "answer the question yourself. Say briefly why, and end with [[YES]] or [[NO]].",
+        "-",
+        "What it is asked, with {question}, {reference} (the gold answers) and {answer} (the response's) in it, never documents.",
+    )
+    verdict: str = key(r"\[\[(\w+)\]\]", "regular expression", "The first group of its last match in the reply is the verdict.")
+    positive: str = key("YES", "-", "The verdict, in any case, that scores 1; any other scores 0.", min_length=1)
+    max_tokens: int = key(512, "tokens", "Longest reply; one that is cut is a failure.", ge=1)
+    max_answer_characters: int = key(2000, "characters", "A longer answer is not shown to the judge and scores 0 with it.", ge=1)
+    timeout: float = key(60.0, "seconds", "Time that one request may take.", gt=0)
+    retries: int = key(4, "retries", "How often a judge that is away, late or overloaded is asked again.", ge=0, le=20)
+    retry_delay: float = key(1.0, "seconds", "Wait before the first retry; it doubles with each one.", ge=0)
+    arguments: dict[str, Any] = key(
+        dict, "-", "More fields of the request under the server's names, e.g. chat_template_kwargs: {enable_thinking: false}."
+    )
+
+
 class ScorerConfig(Section):
     """One reward; the reward of a response is the weighted sum of all."""
 
-    type: Literal["exact", "regex", "math", "reasoning_gym", "format", "repetition", "language", "python", "reward_server"] = key(
-        ..., "-", "Which scorer."
-    )
+    type: Literal[
+        "exact", "regex", "math", "reasoning_gym", "document_qa", "format", "repetition", "language", "python", "reward_server"
+    ] = key(..., "-", "Which scorer.")
     name: str | None = key(None, "-", "Name in the log; the type when not given.")
     weight: float = key(1.0, "-", "Factor of this score in the reward.")
     pattern: str | None = key(
         None,
         "regular expression",
-        "For regex: 1 if it is found in the response; for format: 1 if it is the whole response; for exact, math and "
-        "reasoning_gym: its first group is the answer.",
+        "For regex: 1 if it is found in the response; for format: 1 if it is the whole response; for exact, math, "
+        "reasoning_gym and document_qa: its first group is the answer.",
     )
     tags: list[str] = key(
         list,
@@ -38,6 +61,23 @@ class ScorerConfig(Section):
     )
     script: Annotated[str, Name(SCRIPTS)] | None = key(
         None, "-", "For language: the share of the response's words that are written in this script."
+    )
+    extract: Literal["the_answer_is", "boxed", "answer_tag"] | None = key(
+        None,
+        "-",
+        "For document_qa, in place of a pattern: the answer follows the last 'the answer is', or stands in the last \\boxed{} or "
+        "<answer></answer>; the whole response when neither is given.",
+    )
+    match: list[Literal["exact", "f1", "substring"]] = key(
+        list,
+        "-",
+        "For document_qa: the best of these counts, after SQuAD's normalisation: equal texts, F1 of tokens, gold answer within the "
+        "answer; exact alone when empty.",
+    )
+    judge: JudgeConfig | None = key(
+        None,
+        "-",
+        "For document_qa: judges answers that do not score 1 by the rule; the higher score counts. No judge when not given.",
     )
     function: str | None = key(
         None,

@@ -1,0 +1,111 @@
+"""A language model as judge of an answer, asked over the OpenAI-compatible HTTP interface of vLLM and SGLang."""
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import aiohttp
+
+from megarl.config.schema import JudgeConfig
+from megarl.errors import RewardError
+
+_RETRIED_STATUS = {408, 425, 429}  # beside all of 500 and above: the server may answer later
+_PLACE = re.compile(r"\{(question|answer|reference)\}")
+
+
+class JudgeFailure(Exception):
+    """The judge gave no usable reply; the message has its URL and the reason."""
+
+
+class _Busy(Exception):
+    """The server cannot answer now; the message is what it said."""
+
+
+class Judge:
+    """One judge; used from one event loop, closed at the end.
+
+    It bounds the time of a question, not their number: ``rewards.concurrency`` does, as at most one is open for a response.
+
+    Attributes:
+        config: its settings.
+    """
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self.config = config
+        self._session: aiohttp.ClientSession | None = None
+
+    async def check(self) -> str:
+        """The reply to a question whose answer is plain, so that nothing is found out later.
+
+        Raises:
+            RewardError: no reply came.
+        """
+        try:
+            return await self.ask("What is 2 + 2?", "4", ["4"])
+        except JudgeFailure as failure:
+            raise RewardError(f"{failure}; start it, or correct the judge settings of rewards.scorers") from failure
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def ask(self, question: str, answer: str, references: Sequence[str]) -> str:
+        """The judge's reply to one answer at temperature 0.
+
+        A server that is away, late or overloaded is asked again after ``retry_delay``, which doubles each time.
+
+        Raises:
+            JudgeFailure: it refused, answered something else, or did not answer after all retries.
+        """
+        config = self.config
+        delay = config.retry_delay
+        body = self._body(question, answer, references)
+        for attempt in range(config.retries + 1):
+            try:
+                return await self._request(body)
+            except TimeoutError:
+                problem = f"no answer within {config.timeout:g} seconds"
+            except (_Busy, aiohttp.ClientError, OSError) as error:
+                problem = " ".join(str(error).split()) or type(error).__name__
+            if attempt < config.retries:
+                await asyncio.sleep(delay)
+                delay *= 2
+        raise JudgeFailure(f"judge {config.url} failed in {config.retries + 1} requests: {problem}")
+
+    def _body(self, question: str, answer: str, references: Sequence[str]) -> dict[str, Any]:
+        values = {"question": question, "answer": answer, "reference": " or ".join(references)}
+        # One pass: an answer that holds "{reference}" must not have it filled in.
+        prompt = _PLACE.sub(lambda place: values[place[1]], self.config.prompt)
+        return {
+            **self.config.arguments,
+            "model": self.config.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0.0,
+            "max_tokens": self.config.max_tokens,
+        }
+
+    async def _request(self, body: Mapping[str, Any]) -> str:
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=self.config.timeout)
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+        async with self._session.post(f"{self.config.url.rstrip('/')}/chat/completions", json=body) as response:
+            text = await response.text(errors="replace")
+        shown = " ".join(text.split())[:300]
+        if response.status in _RETRIED_STATUS or response.status >= 500:
+            raise _Busy(f"it answered with {response.status}: {shown}")
+        if response.status != 200:
+            raise JudgeFailure(f"judge {self.config.url} refused model {self.config.model} with {response.status}: {shown}")
+        try:
+            choice = json.loads(text)["choices"][0]
+            reply = choice["message"]["content"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise JudgeFailure(f"judge {self.config.url} answered what is no chat completion: {shown!r}") from error
+        if not isinstance(reply, str) or choice.get("finish_reason") == "length":
+            raise JudgeFailure(
+                f"judge {self.config.url} did not finish its reply within max_tokens {self.config.max_tokens}: {shown!r}; raise it"
+            )
+        return reply
