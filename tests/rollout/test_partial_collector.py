@@ -115,7 +115,7 @@ def test_versions_tell_which_step_sampled_each_token() -> None:
     collector, engine = make([12, 2, 3, 4, 6, 1, 2, 2, 3, 1])
     run_steps(collector, engine, 2)
     engine.version = 2
-    result = asyncio.run(collector.collect(lambda count: [], 2))
+    result = asyncio.run(collector.collect(lambda count, held: [], 2))
     (long, _) = result.groups
     assert [scored.rollout.weight_versions for scored in long.rollouts] == [(0,) * 4 + (1,) * 4 + (2,) * 4] * 2
 
