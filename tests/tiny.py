@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -114,3 +115,15 @@ def tiny_config(folder: Path, **overrides: Any) -> Config:
 
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11, 12, 13]]
+
+
+@torch.no_grad()
+def chosen_experts(model: PreTrainedModel, token_ids: tuple[int, ...]) -> Tensor:
+    """Integer [tokens, layers with experts, top_k], ascending, by one forward pass without a cache."""
+    chosen: list[Tensor] = []
+    routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    hooks = [router.register_forward_hook(lambda module, arguments, output: chosen.append(output[2])) for router in routers]
+    model(torch.tensor([token_ids]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(chosen, dim=1).sort(dim=-1).values

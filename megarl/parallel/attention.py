@@ -21,6 +21,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megarl.errors import ConfigError
 from megarl.parallel.attention_blocks import as_wide, suffix_attention
 from megarl.parallel.ring_attention import ring_attention
 
@@ -131,6 +132,11 @@ class PackedAttention(MegatronModule):
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **kwargs: Any) -> None:
         super().__init__(config=config)
         groups = kwargs["pg_collection"]
+        if groups.cp.size() > 1 and "p2p" in config.cp_comm_type and torch.cuda.is_available() and not config.bf16:
+            raise ConfigError(
+                "context_parallel_method: ring and hybrid take model.dtype bfloat16 on GPUs, whose kernels give no log-sum-exp "
+                "of float32; set model.dtype, or use all_gather or all_to_all"
+            )
         self.context_parallel_group: dist.ProcessGroup = groups.cp
         self.hierarchical_groups: list[dist.ProcessGroup] | None = groups.hcp  # that exchanges heads, ring
         self.scale: float = kwargs.get("softmax_scale") or config.kv_channels**-0.5

@@ -87,20 +87,23 @@ def assert_every_prompt_is_accounted_for(path: Path, run_dir: Path) -> int:
 @pytest.mark.parametrize("on_update", ["continue", "finish"])
 def test_no_token_is_older_than_the_bound(write: Callable[..., Path], tmp_path: Path, on_update: str) -> None:
     path = write(rollout={"asynchronous": {"max_staleness": 2, "on_update": on_update}}, steps=6)
-    train(path, tmp_path / "run")
-    spans = 0
-    for step in range(1, 7):
-        responses = sampled_versions(tmp_path / "run", step)
-        assert len(responses) == PROMPTS_PER_STEP * 3
-        oldest = max(0, step - 1 - 2)
-        assert all(oldest <= version <= step - 1 for versions in responses for version in versions), (step, responses)
-        spans += sum(len(versions) > 1 for versions in responses)
+    for attempt in range(4):  # whether an update falls between two tokens of a response is a matter of time
+        run_dir, spans = tmp_path / f"run{attempt}", 0
+        train(path, run_dir)
+        for step in range(1, 7):
+            responses = sampled_versions(run_dir, step)
+            assert len(responses) == PROMPTS_PER_STEP * 3
+            oldest = max(0, step - 1 - 2)
+            assert all(oldest <= version <= step - 1 for versions in responses for version in versions), (step, responses)
+            spans += sum(len(versions) > 1 for versions in responses)
+        metrics = [values for _, values in logged(run_dir)]
+        assert max(one["staleness_max"] for one in metrics) <= 2 and any(one["staleness_mean"] > 0 for one in metrics)
+        # only tokens of the current weights are compared, and those agree
+        assert all(one["logprob_gap_max"] <= 1e-5 for one in metrics)
+        assert assert_every_prompt_is_accounted_for(path, run_dir) == 6 * PROMPTS_PER_STEP
+        if spans > 0 or on_update == "finish":
+            break
     assert (spans > 0) == (on_update == "continue")
-    metrics = [values for _, values in logged(tmp_path / "run")]
-    assert max(one["staleness_max"] for one in metrics) <= 2 and any(one["staleness_mean"] > 0 for one in metrics)
-    # only tokens of the current weights are compared, and those agree
-    assert all(one["logprob_gap_max"] <= 1e-5 for one in metrics)
-    assert assert_every_prompt_is_accounted_for(path, tmp_path / "run") == 6 * PROMPTS_PER_STEP
 
 
 def start_and_kill(path: Path, run_dir: Path, moment: random.Random, *, resume: bool) -> None:

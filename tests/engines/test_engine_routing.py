@@ -9,29 +9,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from real_engines import all_gone, make_engine, server_processes
-from tiny import write_tiny_model
+from tiny import chosen_experts, write_tiny_model
 from tiny_deepseek import DEEPSEEK_KEYS
 from tiny_rollout import generate_all, sampling
 
 # the second shares whole cache blocks with the first: what was reported then must be reported again
 PROMPTS = [tuple(range(3, 93)), (*range(3, 80), 7, 7), (1, 2, 3)]
 SIZES: dict[str, Any] = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6}
-
-
-@torch.no_grad()
-def chosen_experts(model: PreTrainedModel, token_ids: tuple[int, ...]) -> Tensor:
-    """Integer [tokens, layers with experts, top_k], ascending, by one forward pass without a cache."""
-    chosen: list[Tensor] = []
-    routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-    hooks = [router.register_forward_hook(lambda module, arguments, output: chosen.append(output[2])) for router in routers]
-    model(torch.tensor([token_ids]), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(chosen, dim=1).sort(dim=-1).values
 
 
 def test_sglang_reports_what_transformers_chooses(tmp_path: Path) -> None:

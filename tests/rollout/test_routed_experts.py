@@ -7,8 +7,6 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import Config, EmbeddedEngineConfig
@@ -17,22 +15,10 @@ from megarl.rollout.build import build_engine
 from megarl.rollout.embedded import EmbeddedEngine
 from megarl.rollout.protocol import Generation
 from megarl.rollout.routed_experts import reported_experts
-from tiny import write_tiny_model
+from tiny import chosen_experts, write_tiny_model
 from tiny_rollout import generate_all, sampling
 
 PROMPTS = [(5, 6, 7), tuple(range(10, 40)), (1,)]  # of different lengths: shorter ones are padded
-
-
-@torch.no_grad()
-def chosen_experts(model: PreTrainedModel, token_ids: tuple[int, ...]) -> Tensor:
-    """Integer [tokens, layers with experts, top_k], ascending."""
-    chosen: list[Tensor] = []
-    routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-    hooks = [router.register_forward_hook(lambda module, arguments, output: chosen.append(output[2])) for router in routers]
-    model(torch.tensor([token_ids]), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(chosen, dim=1).sort(dim=-1).values
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
