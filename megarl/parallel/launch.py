@@ -1,5 +1,6 @@
 """Starts the ranks of a run and joins them into one world."""
 
+import ctypes
 import datetime
 import gc
 import os
@@ -20,6 +21,7 @@ from megarl.errors import ConfigError, MegaRLError
 
 LOCALHOST = "127.0.0.1"
 GRACE_SECONDS = 5.0  # for the other ranks to end by themselves when one has failed
+OMP_PAUSE_SOFT = 1  # omp_pause_resource_t of OpenMP 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +148,16 @@ def run_ranks(
     dist.destroy_process_group()
 
 
+def _end_openmp_threads() -> None:
+    """End OpenMP's idle threads; it starts new ones when they are needed.
+
+    A fork copies the list of them and not the threads: a rank that computes with several would wait for them for ever.
+    """
+    pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
+    if pause is not None:
+        pause(OMP_PAUSE_SOFT)
+
+
 def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ranks: int, timeout_seconds: float) -> None:
     """Fork ``num_ranks`` ranks of one world on this machine and run ``function(*args)`` on each.
 
@@ -162,6 +174,7 @@ def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ra
     # A rank must never collect this process's garbage: destructors of stores would wait for threads that a fork does not copy.
     gc.collect()
     gc.freeze()
+    _end_openmp_threads()
     try:
         context = mp.start_processes(
             _run_rank,

@@ -1,8 +1,11 @@
-"""Which rank a launcher made of a process."""
+"""Which rank a launcher made of a process, and ranks started here."""
+
+import multiprocessing
 
 import pytest
+import torch
 
-from megarl.parallel.launch import LaunchedRank, first_host, launched_rank
+from megarl.parallel.launch import LaunchedRank, first_host, launched_rank, run_local_ranks
 
 SRUN = {
     "SLURM_JOB_ID": "77",
@@ -61,3 +64,25 @@ def test_otherwise_ranks_are_started_here(environment: dict[str, str]) -> None:
 )
 def test_first_host(node_list: str, host: str) -> None:
     assert first_host(node_list) == host
+
+
+def multiply_with_threads() -> None:
+    torch.set_num_threads(2)
+    matrix = torch.ones(300, 300, dtype=torch.float64)
+    assert (matrix @ matrix).sum() == 300**3
+
+
+def compute_then_start_ranks() -> None:
+    multiply_with_threads()
+    run_local_ranks(multiply_with_threads, (), 1, 60)
+    multiply_with_threads()
+
+
+def test_ranks_of_a_process_that_computed_with_threads_do_so_too() -> None:
+    """A process of its own, which can be killed: without the threads that a fork does not copy, the rank waits for ever."""
+    process = multiprocessing.get_context("spawn").Process(target=compute_then_start_ranks)
+    process.start()
+    process.join(60)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0
