@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megarl.config.algorithm_checks import GREEDY_ADVANTAGES
+from megarl.config.curriculum_checks import check_curriculum
 from megarl.config.engine_checks import check_engine
 from megarl.config.model_facts import ModelFacts, read_model_facts
 from megarl.config.role_checks import Role, check_role
 from megarl.config.run_checks import check_run
 from megarl.config.schema import Config, CriticConfig, RoleConfig
+from megarl.config.stages import stages_of
 from megarl.errors import ConfigError
 
 
 def check(config: Config, world_size: int) -> None:
-    """Refuse a config that cannot run.
+    """Refuse a config that cannot run; with a curriculum, one of whose stages cannot.
 
     Args:
         config: the resolved config.
@@ -25,6 +27,24 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: with one line for each mistake.
     """
+    failures = list(check_curriculum(config)) or list(_check_stages(config, world_size))
+    if failures:
+        raise ConfigError("\n".join(failures))
+
+
+def _check_stages(config: Config, world_size: int) -> Iterator[str]:
+    if config.curriculum is None:
+        yield from _check_models_and_run(config, world_size)
+        return
+    said: set[str] = set()
+    for stage in stages_of(config):
+        new = [line for line in _check_models_and_run(stage.config, world_size) if line not in said]
+        said.update(new)
+        yield from (f"{stage.path} ({stage.name}): {line}" for line in new)
+
+
+def _check_models_and_run(config: Config, world_size: int) -> list[str]:
+    """Mistakes of a run without stages, or of one stage."""
     failures = list(check_run(config))
     try:
         facts = read_model_facts(config.model.path)
@@ -36,8 +56,7 @@ def check(config: Config, world_size: int) -> None:
         failures += _check_critic(config, facts, world_size)
         failures += _check_reward_model(config, facts, world_size)
         failures += _check_idle_ranks(config, world_size)
-    if failures:
-        raise ConfigError("\n".join(failures))
+    return failures
 
 
 def _check_policy(config: Config, facts: ModelFacts, world_size: int) -> Iterator[str]:

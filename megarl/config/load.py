@@ -33,7 +33,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         overridden = [override.partition("=")[0].strip() for override in overrides]
-        lines = [_one_line(detail, str(path), overridden) for detail in error.errors(include_url=False)]
+        lines = [describe(detail, str(path), overridden) for detail in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -102,8 +102,8 @@ def _index(node: Any, part: str, where: str, override: str) -> str | int:
     return int(part)
 
 
-def _one_line(detail: ErrorDetails, file: str, overridden: Sequence[str]) -> str:
-    """One pydantic error as one line."""
+def describe(detail: ErrorDetails, file: str, overridden: Sequence[str] = ()) -> str:
+    """One pydantic error as one line that begins with the file, or with ``--set`` where an overridden key is wrong."""
     location, kind, given = detail["loc"], detail["type"], detail["input"]
     place = place_of(location)
     by_override = any(f"{place.path}.".startswith(f"{dotted}.") for dotted in overridden)

@@ -11,8 +11,14 @@ from megarl.config.schema import SamplingConfig
 from megarl.errors import CheckpointError
 
 
+def seeded_random(*numbers: int) -> numpy.random.RandomState:
+    """Random numbers that depend on ``numbers`` alone, for ever: RandomState's stream is frozen by NumPy's policy (NEP 19), and
+    Generator's may change between versions."""
+    return numpy.random.RandomState(numpy.random.MT19937(numpy.random.SeedSequence(list(numbers))))
+
+
 class SuccessRates:
-    """How often the policy solves each row: an exponential average over its groups, the newest weighing ``update``.
+    """How well the policy solves each row: an exponential average over its groups, the newest weighing ``update``.
 
     An exponential average because the policy changes: what it could not do twenty groups ago says little about now.
 
@@ -21,7 +27,7 @@ class SuccessRates:
         update: weight of the newest group, above 0 and at most 1.
 
     Attributes:
-        rates: float32 [num_rows], 0 to 1; NaN for rows that were never answered.
+        rates: float32 [num_rows], shares of right responses, or mean rewards; NaN for rows that were never answered.
     """
 
     def __init__(self, num_rows: int, update: float) -> None:
@@ -29,7 +35,7 @@ class SuccessRates:
         self._update = update
 
     def record(self, row: int, share: float) -> None:
-        """Count one group, in which ``share`` of the responses were right."""
+        """Count one group, in which ``share`` of the responses were right, or the mean reward was so much."""
         rate = self.rates[row]
         self.rates[row] = share if numpy.isnan(rate) else rate + self._update * (share - rate)
 
@@ -156,11 +162,9 @@ class RowSampler:
         return [int(row) for row in numpy.argsort(keys, kind="stable")[: min(count, num_left)]]
 
     def _random(self, *place: int) -> numpy.random.RandomState:
-        # RandomState's stream is frozen for ever by NumPy's policy (NEP 19); Generator's may change between versions.
-        # Zeros at the end of a SeedSequence's numbers change nothing, so that a single source has the order of a first task.
+        # zeros at the end of a seed's numbers change nothing, so that a single source has the order of a first task
         first, *rest = place
-        entropy = [self._seed, first, self._task, *rest]
-        return numpy.random.RandomState(numpy.random.MT19937(numpy.random.SeedSequence(entropy)))
+        return seeded_random(self._seed, first, self._task, *rest)
 
 
 class TaskChooser:
@@ -207,6 +211,5 @@ class TaskChooser:
             return 0
         block, offset = divmod(place, self._BLOCK)
         # 2^31 keeps these numbers apart from those of the rows' orders, where a task's number stands
-        entropy = [self._seed, block, 1 << 31]
-        draws = numpy.random.RandomState(numpy.random.MT19937(numpy.random.SeedSequence(entropy))).random_sample(self._BLOCK)
+        draws = seeded_random(self._seed, block, 1 << 31).random_sample(self._BLOCK)
         return int(numpy.searchsorted(self._bounds, draws[offset], side="right"))

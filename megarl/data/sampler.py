@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy
 
-from megarl.config.schema import Config
+from megarl.config.schema import Config, TaskConfig
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, TaskChooser
 from megarl.data.sources import Row, number_at, read_rows
@@ -84,7 +84,7 @@ class PromptSource(_Source[Prompt]):
 
     def prompt(self, prompt_id: str) -> Prompt:
         """The prompt of that id, wherever the order stands."""
-        name, row = _place(prompt_id)
+        name, row = place_of(prompt_id)
         return self._encode(self._tasks[name].rows[row])
 
     def record(self, groups: Iterable[RolloutGroup], pass_threshold: float) -> None:
@@ -96,7 +96,7 @@ class PromptSource(_Source[Prompt]):
         """
         shares: dict[str, list[tuple[int, float]]] = {name: [] for name in self._tasks}
         for group in groups:
-            name, row = _place(group.prompt.prompt_id)
+            name, row = place_of(group.prompt.prompt_id)
             right = sum(scored.reward >= pass_threshold for scored in group.rollouts)
             shares[name].append((int(numpy.searchsorted(self._tasks[name].kept, row)), right / len(group.rollouts)))
         for name, task in self._tasks.items():
@@ -112,7 +112,7 @@ class PromptSource(_Source[Prompt]):
         }
 
 
-def _place(prompt_id: str) -> tuple[str, int]:
+def place_of(prompt_id: str) -> tuple[str, int]:
     """Task and row of ``task/17``."""
     name, _, row = prompt_id.rpartition("/")
     return name, int(row)
@@ -166,32 +166,31 @@ def _task_chooser(config: Config) -> TaskChooser:
     return TaskChooser(weights, config.seed, balanced=config.data.sampling.mixture == "balanced")
 
 
+def training_rows(config: Config, task: TaskConfig) -> tuple[Sequence[Row], numpy.ndarray, numpy.ndarray | None]:
+    """The rows of a task, the indices (int64, ascending) of those that ``data.exclude`` does not name, and their difficulties.
+
+    Raises:
+        DataError: a row is malformed, none remains, or one lacks its difficulty.
+    """
+    data, field = config.data, config.data.sampling.difficulty_field
+    excluded = {row.prompt_text for source in data.exclude for row in read_rows(source, "exclude")}
+    rows = read_rows(task.source, task.name)
+    kept = [index for index, row in enumerate(rows) if row.prompt_text not in excluded]
+    if not kept:
+        raise DataError(f"data.exclude leaves none of the {len(rows)} rows of task {task.name}; take other rows for one of them")
+    if field is None:
+        return rows, numpy.array(kept), None
+    difficulties = [number_at(rows[index], field, "data.sampling.difficulty_field") for index in kept]
+    return rows, numpy.array(kept), numpy.array(difficulties)
+
+
 def _checked_training_rows(config: Config, encode: Callable[[Row], object]) -> dict[str, TaskRows]:
     """Rows of ``data.train`` by task that ``data.exclude`` does not name, each of which ``encode`` accepts."""
-    data = config.data
-    excluded = {row.prompt_text for source in data.exclude for row in read_rows(source, "exclude")}
-    field = data.sampling.difficulty_field
     tasks = {}
-    for number, task in enumerate(tasks_of(data.train, TRAIN)):
-        rows = read_rows(task.source, task.name)
-        kept: list[int] = []
-        difficulties: list[float] = []
-        for index, row in enumerate(rows):
-            if row.prompt_text not in excluded:
-                encode(row)
-                kept.append(index)
-                if field is not None:
-                    difficulties.append(number_at(row, field, "data.sampling.difficulty_field"))
-        if not kept:
-            raise DataError(
-                f"data.exclude leaves none of the {len(rows)} rows of task {task.name}; take other rows for one of them"
-            )
-        sampler = RowSampler(
-            len(kept),
-            config.seed,
-            data.sampling,
-            task=number,
-            difficulties=None if field is None else numpy.array(difficulties),
-        )
-        tasks[task.name] = TaskRows(rows=rows, kept=numpy.array(kept), sampler=sampler)
+    for number, task in enumerate(tasks_of(config.data.train, TRAIN)):
+        rows, kept, difficulties = training_rows(config, task)
+        for index in kept:
+            encode(rows[int(index)])
+        sampler = RowSampler(len(kept), config.seed, config.data.sampling, task=number, difficulties=difficulties)
+        tasks[task.name] = TaskRows(rows=rows, kept=kept, sampler=sampler)
     return tasks

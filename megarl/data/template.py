@@ -75,7 +75,7 @@ class PromptTemplate:
         self._tokenizer = tokenizer
         self._template = template
 
-    def encode_prompt(self, row: Row, max_prompt_tokens: int) -> Prompt:
+    def encode_prompt(self, row: Row, max_prompt_tokens: int | None = None) -> Prompt:
         """The prompt as the model reads it.
 
         Raises:
@@ -83,7 +83,7 @@ class PromptTemplate:
         """
         text = self._render(row)
         token_ids = self._prompt_tokens(row, text)
-        if len(token_ids) > max_prompt_tokens:
+        if max_prompt_tokens is not None and len(token_ids) > max_prompt_tokens:
             raise DataError(
                 f"prompt {row.row_id} has {len(token_ids)} tokens, above rollout.max_prompt_tokens = {max_prompt_tokens}; "
                 "raise the limit or leave the row out"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megarl.config.schema import Config
 from megarl.data.template import load_tokenizer
-from megarl.loop.rollout import Rollout
+from megarl.loop.rollout import Rollout, read_prompts
 from megarl.train.roles import Policy, is_main_rank
 from megarl.weights.checkpoint import MANIFEST, load_policy, read_run_state
 
@@ -23,7 +23,8 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path) -> None:
         with policy.engine.weights.on_device():
             policy.load_weights(load_policy(checkpoint, policy.sharded_weights()))
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    rollout = Rollout(config, tokenizer, policy, print, with_greedy=False)
+    prompts = read_prompts(config, tokenizer) if is_main_rank() else None
+    rollout = Rollout(config, tokenizer, policy, print, prompts, with_greedy=False)
     try:
         rollout.push_weights(version)
         metrics, _ = rollout.evaluate()

@@ -2,13 +2,16 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from megarl.config.checks import check
 from megarl.config.load import save_config
 from megarl.config.schema import Config
+from megarl.config.stages import configs_of
 from megarl.errors import CheckpointError, ConfigError
 from megarl.loop.asynchronous import run_asynchronous_rl
+from megarl.loop.curriculum import run_curriculum
 from megarl.loop.evaluate import evaluate_checkpoint
 from megarl.loop.rl import run_rl
 from megarl.loop.sft import run_sft
@@ -26,9 +29,15 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
     check(config, place.world_size if place else num_ranks)
     if place is None or place.rank == 0:
         _prepare_run_folder(config, resume=resume)
-    rl = run_rl if config.rollout.asynchronous is None else run_asynchronous_rl
-    function = rl if config.kind == "rl" else run_sft
-    run_ranks(function, (config, resume), place, num_ranks, config.distributed_timeout)
+    run_ranks(_loop_of(config), (config, resume), place, num_ranks, config.distributed_timeout)
+
+
+def _loop_of(config: Config) -> Callable[[Config, bool], None]:
+    if config.curriculum is not None:
+        return run_curriculum
+    if config.kind == "sft":
+        return run_sft
+    return run_rl if config.rollout.asynchronous is None else run_asynchronous_rl
 
 
 def _prepare_run_folder(config: Config, *, resume: bool) -> None:
@@ -48,7 +57,9 @@ def _prepare_run_folder(config: Config, *, resume: bool) -> None:
 
 
 def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[str, float]:
-    """Accuracy of a checkpoint on the config's held-out prompts; empty on the ranks above 0 that a launcher placed."""
+    """Accuracy of a checkpoint on the config's held-out prompts, with a curriculum as in its last stage; empty on the ranks above
+    0 that a launcher placed."""
+    config = configs_of(config)[-1]
     if config.evaluation.data is None:
         raise ConfigError("evaluation.data is not given; name the held-out prompts, e.g. --set evaluation.data.type=jsonl")
     place = launched_rank()

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.staleness import staleness_metrics
 from megarl.config.schema import Config
+from megarl.loop.relayout import free_memory, move_learner
 from megarl.loop.rollout import Collected, add_model_rewards
 from megarl.loop.run import Run
-from megarl.train.roles import Critic, Policy, Reference, RewardModel, score, share_results
+from megarl.train.roles import Critic, Learner, Policy, Reference, RewardModel, score, share_results
 from megarl.types import TokenScores, UpdateResult
 
 
@@ -26,6 +27,10 @@ class Models:
     critic: Critic | None
     critic_warmup: int
 
+    def learners(self) -> dict[str, Learner]:
+        """Those that learn, by role."""
+        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
@@ -38,18 +43,37 @@ class Learned:
     critic_results: list[UpdateResult]
 
 
-def build_models(config: Config) -> Models:
-    """Build them on every rank; weights of a resumed run are restored by Run."""
+def build_models(config: Config, previous: dict[str, Learner] | None = None) -> Models:
+    """Build them on every rank; weights of a resumed run are restored by Run.
+
+    Args:
+        config: the run, or its stage.
+        previous: the learners of the stage before, by role, whose weights and optimizer states these take over. Each is taken out
+            of here once it is moved, so that its memory is free before the next is built.
+    """
+    previous = {} if previous is None else previous
     updates_per_step = config.algorithm.updates_per_step
     critic_warmup = config.critic.warmup_steps if config.critic else 0
+    policy = Policy(config, total_updates=(config.steps - critic_warmup) * updates_per_step, with_weights="policy" not in previous)
+    _take_over(policy, "policy", previous, config)
+    critic = None
+    if config.algorithm.advantage == "gae":
+        critic = Critic(config, total_updates=config.steps * updates_per_step, with_weights="critic" not in previous)
+        _take_over(critic, "critic", previous, config)
     return Models(
         algorithm=Algorithm(config.algorithm, config.rollout.max_new_tokens),
-        policy=Policy(config, total_updates=(config.steps - critic_warmup) * updates_per_step),
+        policy=policy,
         reference=Reference(config) if config.algorithm.kl.place != "none" else None,
         reward_model=RewardModel(config, config.reward_model) if config.reward_model is not None else None,
-        critic=Critic(config, total_updates=config.steps * updates_per_step) if config.algorithm.advantage == "gae" else None,
+        critic=critic,
         critic_warmup=critic_warmup,
     )
+
+
+def _take_over(learner: Learner, role: str, previous: dict[str, Learner], config: Config) -> None:
+    if role in previous:
+        move_learner(previous.pop(role), learner, config)
+        free_memory()
 
 
 def learn(run: Run, models: Models, collected: Collected) -> Learned:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config.schema import Config
+from megarl.config.stages import Stage
 from megarl.config.tasks import task_scorers
+from megarl.data.curriculum import StagedPrompts
 from megarl.data.observations import ObservationTemplate
 from megarl.data.packing import pack_groups
 from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_prompt_source
@@ -17,7 +19,7 @@ from megarl.loop.background import BackgroundLoop
 from megarl.loop.broadcast import broadcast_batch, broadcast_metrics
 from megarl.loop.saved_groups import load_groups, save_groups
 from megarl.loop.weight_sync import MainRankEngine, WeightSync, check_transport
-from megarl.observe.metrics import accuracy_metrics, rollout_metrics
+from megarl.observe.metrics import accuracy_metrics, pass_at_k, rollout_metrics
 from megarl.rewards.combine import RewardScorer
 from megarl.rewards.episodes import EpisodeScorer
 from megarl.rollout.asynchronous_collector import AsynchronousCollector
@@ -27,8 +29,8 @@ from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.outstanding import Tickets
 from megarl.rollout.partial_collector import PartialCollector
 from megarl.rollout.resumable_collector import ResumableCollector
-from megarl.train.roles import Policy, RewardModel, is_main_rank
-from megarl.types import PackedBatch, RolloutGroup, ScoredRollout
+from megarl.train.roles import Policy, RewardModel
+from megarl.types import PackedBatch, Prompt, RolloutGroup, ScoredRollout
 from megarl.weights.checkpoint import DataState
 
 
@@ -43,6 +45,7 @@ class Collected:
         score_seconds: wall time in which nothing was generated, only scored or waited for environments.
         outlived_updates: whether responses may have been under way while weights changed.
         tickets: which groups the step used up, on rank 0; None where responses do not outlive a step.
+        reward_mean: over all responses that the step sampled, those of dropped groups included, on every rank.
     """
 
     packed: PackedBatch
@@ -51,6 +54,38 @@ class Collected:
     score_seconds: float
     outlived_updates: bool
     tickets: Tickets | None
+    reward_mean: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """What is asked.
+
+    Attributes:
+        training: None for supervised runs.
+        held_out: in the order of their evaluation.
+        stages: those of the curriculum up to now, each of which is also evaluated by itself.
+    """
+
+    training: PromptSource | None
+    held_out: list[Prompt]
+    stages: Sequence[Stage] = ()
+
+
+def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """The prompts of a run without stages; raises DataError as ``build_prompt_source``."""
+    training = build_prompt_source(config, tokenizer) if config.kind == "rl" else None
+    return Prompts(training=training, held_out=build_evaluation_prompts(config, tokenizer))
+
+
+def prompts_of_stage(prompts: StagedPrompts, stages: Sequence[Stage], stage: Stage) -> Prompts:
+    """The prompts of a stage."""
+    return Prompts(training=prompts.source(stage), held_out=prompts.evaluation_prompts(stage), stages=stages[: stage.number + 1])
+
+
+def accuracy_name(stage: Stage) -> str:
+    """The metric of the held-out prompts of a stage's lengths."""
+    return f"accuracy@{stage.name}"
 
 
 def add_model_rewards(collected: Collected, reward_model: RewardModel) -> Collected:
@@ -66,7 +101,8 @@ def add_model_rewards(collected: Collected, reward_model: RewardModel) -> Collec
 
     groups = tuple(replace(group, rollouts=tuple(map(scored, group.rollouts))) for group in collected.groups)
     metrics = collected.metrics | (rollout_metrics(groups) if groups else {})
-    return replace(collected, packed=packed, groups=groups, metrics=metrics)
+    mean = float(packed.rewards.double().mean())
+    return replace(collected, packed=packed, groups=groups, metrics=metrics, reward_mean=mean)
 
 
 class MainRankRollout:
@@ -77,6 +113,7 @@ class MainRankRollout:
         tokenizer: of the policy.
         weight_shapes: of the policy's Hugging Face tensors, by name.
         warn: called with one line when something needs a person's eye.
+        prompts: what is asked.
         with_greedy: also answer each training prompt greedily.
     """
 
@@ -86,12 +123,14 @@ class MainRankRollout:
         tokenizer: PreTrainedTokenizerBase,
         weight_shapes: Mapping[str, tuple[int, ...]],
         warn: Callable[[str], None],
+        prompts: Prompts,
         *,
         with_greedy: bool,
     ) -> None:
         self.config = config
-        self.prompts: PromptSource | None = build_prompt_source(config, tokenizer) if config.kind == "rl" else None
-        self.evaluation_prompts = build_evaluation_prompts(config, tokenizer)
+        self.prompts = prompts.training
+        self.evaluation_prompts = prompts.held_out
+        self.stages = prompts.stages
 
         def decode(token_ids: Sequence[int]) -> str:
             return str(tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -148,12 +187,14 @@ class Rollout:
         tokenizer: PreTrainedTokenizerBase,
         policy: Policy,
         warn: Callable[[str], None],
+        prompts: Prompts | None,
         *,
         with_greedy: bool,
     ) -> None:
+        """``prompts``: on rank 0."""
         check_transport(config)
         shapes = policy.weight_map.hugging_face_shapes()
-        main = MainRankRollout(config, tokenizer, shapes, warn, with_greedy=with_greedy) if is_main_rank() else None
+        main = None if prompts is None else MainRankRollout(config, tokenizer, shapes, warn, prompts, with_greedy=with_greedy)
         self._main = main
         self._outlives_updates = config.rollout.asynchronous is not None or config.rollout.partial is not None
         self._weight_sync = WeightSync(config, policy, MainRankEngine(main.engine, main.runner.run, warn) if main else None)
@@ -173,10 +214,12 @@ class Rollout:
                 score_seconds=0.0,
                 outlived_updates=self._outlives_updates,
                 tickets=None,
+                reward_mean=broadcast_metrics(None)["reward_mean"],
             )
         assert main.prompts is not None
         result = main.runner.run(main.collector.collect(main.prompts.take, step))
         main.runner.run(_record(main, result))
+        rewards = [scored.reward for group in result.sampled for scored in group.rollouts]
         return Collected(
             packed=broadcast_batch(pack_groups(result.groups), PackedBatch),
             groups=result.groups,
@@ -184,6 +227,7 @@ class Rollout:
             score_seconds=max(0.0, result.stats.wall_seconds - result.stats.generating_seconds),
             outlived_updates=self._outlives_updates,
             tickets=result.tickets,
+            reward_mean=broadcast_metrics({"reward_mean": sum(rewards) / max(1, len(rewards))})["reward_mean"],
         )
 
     def hold(self) -> None:
@@ -207,6 +251,10 @@ class Rollout:
         main, evaluation = self._main, self._main.config.evaluation
         groups = main.runner.run(main.collector.evaluate(main.evaluation_prompts))
         metrics = accuracy_metrics(groups, evaluation.pass_threshold, evaluation.samples_per_prompt)
+        for stage in main.stages:
+            own = [group for group in groups if stage.above < len(group.prompt.token_ids) <= stage.max_prompt_tokens]
+            if own:
+                metrics[accuracy_name(stage)] = pass_at_k(own, 1, evaluation.pass_threshold)
         return broadcast_metrics(metrics), tuple(groups)
 
     def data_state(self) -> DataState:

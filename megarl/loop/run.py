@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,12 +10,15 @@ from typing import Any, Self
 from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.objectives import masked_mean_gap
 from megarl.config.schema import Config
+from megarl.config.stages import Stage
+from megarl.data.curriculum import StagedPrompts
 from megarl.data.packing import pack_examples
 from megarl.data.sampler import build_sft_source
 from megarl.data.template import load_tokenizer
 from megarl.errors import CheckpointError
 from megarl.loop.broadcast import broadcast_batch
-from megarl.loop.rollout import Collected, Rollout
+from megarl.loop.promotion import StageProgress
+from megarl.loop.rollout import Collected, Prompts, Rollout, accuracy_name, prompts_of_stage, read_prompts
 from megarl.observe.progress import RunProgress
 from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
 from megarl.observe.sinks import MetricsWriter, RolloutWriter, TicketsWriter
@@ -53,6 +57,23 @@ class Examples:
             self._source.restore(state.position)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRun:
+    """The stage of a curriculum that a Run is.
+
+    Attributes:
+        stages: of the curriculum.
+        progress: position in the stage.
+        prompts: of all stages, on rank 0.
+        is_carried: the models hold what the newest checkpoint has, from which the rest is restored.
+    """
+
+    stages: Sequence[Stage]
+    progress: StageProgress
+    prompts: StagedPrompts | None
+    is_carried: bool
+
+
 class Run:
     """One run, from restore to export; a context manager that ends engines and closes files.
 
@@ -62,6 +83,7 @@ class Run:
         algorithm: its RL method, restored likewise; None for supervised runs.
         critic: restored likewise; None for methods without.
         resume: go on from the newest checkpoint.
+        stage: which of a curriculum this is.
 
     Attributes:
         step: steps done.
@@ -77,26 +99,30 @@ class Run:
         critic: Critic | None = None,
         *,
         resume: bool,
+        stage: StageRun | None = None,
     ) -> None:
         self._config = config
+        self._stage = stage
         self._policy = policy
         self._algorithm = algorithm
         self._critic = critic
         self.timer = PhaseTimer()
         folder = config.run_dir / "checkpoints"
         self._checkpoints = CheckpointWriter(folder, policy.weight_map, config.checkpoint.keep, config.checkpoint.asynchronous)
-        checkpoint = whole_checkpoints(folder)[-1] if resume else None
-        state = self._restore_models(checkpoint) if checkpoint else None
+        goes_on = resume or (stage is not None and stage.is_carried)
+        checkpoint = whole_checkpoints(folder)[-1] if goes_on else None
+        state = self._restore(checkpoint) if checkpoint else None
         self.step = state.step if state else 0
         self.weight_version = state.weight_version if state else 0
         self._has_compared_logprobs = False
         self._entropy_floor = EntropyFloor(config.observe.min_entropy)
-        self._open_displays(resume=resume)
+        self._open_displays(resume=goes_on)
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         self._examples = Examples(config, tokenizer) if config.kind == "sft" else None
         samples = config.kind == "rl" or config.evaluation.data is not None
         with_greedy = algorithm is not None and algorithm.needs_greedy_response
-        self._rollout = Rollout(config, tokenizer, policy, self.message, with_greedy=with_greedy) if samples else None
+        prompts = self._prompts(tokenizer) if samples and is_main_rank() else None
+        self._rollout = Rollout(config, tokenizer, policy, self.message, prompts, with_greedy=with_greedy) if samples else None
         if checkpoint and state:
             self._data.restore_data(read_data_state(checkpoint, state))
 
@@ -130,8 +156,25 @@ class Run:
                     stack.enter_context(learner.on_device())
             yield
 
-    def _restore_models(self, checkpoint: Path) -> RunState:
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step, of the run or of its stage, is done."""
+        return self.step >= self._config.steps if self._stage is None else self._stage.progress.is_over
+
+    def _prompts(self, tokenizer: Any) -> Prompts:
+        if self._stage is None or self._stage.prompts is None:
+            return read_prompts(self._config, tokenizer)
+        return prompts_of_stage(self._stage.prompts, self._stage.stages, self._stage.progress.stage)
+
+    def _restore(self, checkpoint: Path) -> RunState:
         state = read_run_state(checkpoint, self._policy.weight_map)
+        if self._stage is None or not self._stage.is_carried:
+            self._restore_models(checkpoint, state)
+        if self._algorithm is not None:
+            self._algorithm.restore(state.algorithm)
+        return state
+
+    def _restore_models(self, checkpoint: Path, state: RunState) -> None:
         if self._critic is not None and not state.has_critic:
             raise CheckpointError(f"{checkpoint} has no critic; resume from a checkpoint of a run with one, or start a new run")
         with self._learners_on_device():
@@ -139,9 +182,6 @@ class Run:
             self._policy.load_state(tensors)
             if self._critic is not None:
                 self._critic.load_state(tensors["critic"])
-        if self._algorithm is not None:
-            self._algorithm.restore(state.algorithm)
-        return state
 
     def _open_displays(self, *, resume: bool) -> None:
         """Files and the display exist on rank 0 only."""
@@ -198,10 +238,7 @@ class Run:
             metrics |= collected.metrics | self._watch(collected, scores)
             if is_main_rank() and self._config.rollout.asynchronous is None:
                 self.timer.move("generate", "score", collected.score_seconds)
-        every, last = self._config.evaluation.every, self.step == self._config.steps
-        if self._config.evaluation.data is not None and (last or (every and self.step % every == 0)):
-            with self.timer.phase("evaluate"):
-                metrics |= self._evaluate()
+        metrics |= self._evaluate_at_end_or_when_due(collected)
         seconds = self.timer.step_breakdown()
         if self._metrics is not None and self._rollouts is not None and self._progress is not None:
             self._metrics.write(self.step, metrics, seconds)
@@ -210,10 +247,28 @@ class Run:
                 self._tickets.write(self.step, collected.tickets.trained, collected.tickets.dropped)
             self._progress.update(self.step, metrics, seconds)
         # after the step's line: a run killed in between does the step again, and resume never finds a line missing
-        if last or (self._config.checkpoint.every and self.step % self._config.checkpoint.every == 0):
+        if self.is_over or _is_due(self.step, self._config.checkpoint.every):
             with self.timer.phase("save"):
                 self._save()
         self._checkpoints.poll()
+
+    def _evaluate_at_end_or_when_due(self, collected: Collected | None) -> dict[str, float]:
+        """The end of a stage, which an evaluation may bring about, is evaluated as the end of the run is."""
+        evaluation, metrics = self._config.evaluation, {}
+        last_step = self._config.steps if self._stage is None else self._stage.progress.last_step
+        is_due = self.step == last_step or _is_due(self.step, evaluation.every)
+        if evaluation.data is not None and is_due:
+            metrics = self._evaluate_in_time()
+        if self._stage is not None and collected is not None:
+            progress = self._stage.progress
+            progress.observe(self.step, collected.reward_mean, metrics.get(accuracy_name(progress.stage)))
+            if evaluation.data is not None and progress.is_over and not is_due:
+                metrics = self._evaluate_in_time()
+        return metrics
+
+    def _evaluate_in_time(self) -> dict[str, float]:
+        with self.timer.phase("evaluate"):
+            return self._evaluate()
 
     def _watch(self, collected: Collected, scores: TokenScores) -> dict[str, float]:
         packed = collected.packed
@@ -238,6 +293,7 @@ class Run:
             data=data.position,
             algorithm={} if self._algorithm is None else self._algorithm.state(),
             has_critic=self._critic is not None,
+            stage={} if self._stage is None else self._stage.progress.state(),
         )
         with self._learners_on_device():
             self._checkpoints.save(self._sharded_state(), state, data.outstanding)
@@ -275,6 +331,10 @@ class Run:
             self._progress.__exit__(kind, error, trace)
         if error is None:
             self._checkpoints.close()
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _step_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:

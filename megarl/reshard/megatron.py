@@ -1,4 +1,4 @@
-"""From one Megatron model to another of the same world: weights and optimizer state, whatever their layouts."""
+"""From one Megatron model to another of the same world: weights and optimizer state, whatever their layouts and ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +69,7 @@ class WeightTransfer:
         self._weight_map, self._source, self._destination = weight_map, source, destination
         tensors = _actual_sizes(tensor_table(weight_map, 0), weight_map, global_parameters(source[0], weight_map, source[1]))
         sides = [_side(weight_map, layout, tensors) for _, layout in (source, destination)]
-        self._transport = _transport(sides, tensors, settings, source[0])
+        self._transport = _transport(sides, tensors, settings, (source[1], destination[1]))
 
     @property
     def bytes_received(self) -> int:
@@ -93,7 +93,7 @@ class WeightTransfer:
     def _zero_padding(self, parameters: dict[str, Tensor]) -> None:
         """No message has the rows that pad the vocabulary, and the destination may never have been loaded."""
         layout = self._destination[1]
-        for name, tensor in parameters.items():
+        for name, tensor in parameters.items():  # none on ranks outside the destination
             if self._weight_map.parameters[name].kind is Kind.VOCABULARY:
                 padding = self._weight_map.shard(name, layout.tp_rank, layout.config.tp).padding
                 tensor[tensor.size(0) - padding :].zero_()
@@ -109,11 +109,11 @@ class OptimizerTransfer:
     def __init__(
         self,
         weight_map: WeightMap,
-        source: tuple[list[CausalLM], Layout, ChainedOptimizer],
-        destination: tuple[list[CausalLM], Layout, ChainedOptimizer],
+        source: tuple[list[CausalLM], Layout, ChainedOptimizer | None],
+        destination: tuple[list[CausalLM], Layout, ChainedOptimizer | None],
         settings: TransferSettings,
     ) -> None:
-        """Plan the transfer.
+        """Plan the transfer. A rank outside a side has no optimizer there.
 
         Raises:
             WeightsError: a model and the weight map differ.
@@ -123,11 +123,13 @@ class OptimizerTransfer:
         self._weight_map, self._source, self._destination = weight_map, source, destination
         held, needed = self._states()
         sides = [
-            _state_side(_side(weight_map, source[1], tensors), held, with_copies=False),
-            _state_side(_side(weight_map, destination[1], tensors), needed, with_copies=True),
+            _state_side(_side(weight_map, source[1], tensors), source[1], held, with_copies=False),
+            _state_side(_side(weight_map, destination[1], tensors), destination[1], needed, with_copies=True),
         ]
-        self._transport = _transport(sides, tensors, settings, source[0])
-        self._keys = MOMENTS if source[0][0].config.params_dtype == torch.float32 else (*MOMENTS, MAIN)
+        self._transport = _transport(sides, tensors, settings, (source[1], destination[1]))
+        has_main_copies = torch.tensor(any(chunk.config.params_dtype != torch.float32 for chunk in source[0]), dtype=torch.int32)
+        dist.all_reduce(has_main_copies, dist.ReduceOp.MAX)
+        self._keys = (*MOMENTS, MAIN) if has_main_copies else MOMENTS
 
     def move(self) -> None:
         """Write the destination's state.
@@ -138,13 +140,15 @@ class OptimizerTransfer:
         held, needed = self._states()
         for key in self._keys:
             self._transport.execute(optimizer_parts(held, key), optimizer_parts(needed, key))
-        step = torch.tensor(get_step(self._source[2]))
+        optimizer = self._source[2]
+        step = torch.tensor(0 if optimizer is None else get_step(optimizer))
         dist.all_reduce(step, dist.ReduceOp.MAX)
-        set_step(self._destination[2], int(step))
+        if self._destination[2] is not None:
+            set_step(self._destination[2], int(step))
 
     def _states(self) -> list[dict[str, ParameterState]]:
         return [
-            parameter_states(optimizer, global_parameters(chunks, self._weight_map, layout))
+            {} if optimizer is None else parameter_states(optimizer, global_parameters(chunks, self._weight_map, layout))
             for chunks, layout, optimizer in (self._source, self._destination)
         ]
 
@@ -160,17 +164,21 @@ def _actual_sizes(tensors: TensorTable, weight_map: WeightMap, parameters: dict[
 
 
 def _side(weight_map: WeightMap, layout: Layout, tensors: TensorTable) -> Side:
-    assert layout.is_whole_world
     return megatron_side(weight_map, place(layout.config, len(layout.ranks)), tensors)
 
 
-def _state_side(side: Side, states: dict[str, ParameterState], *, with_copies: bool) -> Side:
+def _state_side(side: Side, layout: Layout, states: dict[str, ParameterState], *, with_copies: bool) -> Side:
     ranges = [ranges_of(side, {})] * dist.get_world_size()
     dist.all_gather_object(ranges, ranges_of(side, states))
-    return held_ranges(side, ranges, with_copies=with_copies)
+    return held_ranges(side, [ranges[rank] for rank in layout.ranks], with_copies=with_copies)
 
 
-def _transport(sides: Sequence[Side], tensors: TensorTable, settings: TransferSettings, chunks: list[CausalLM]) -> PointToPoint:
-    plan = build_plan(sides[0], sides[1], tensors, Machines(gpus_per_node=settings.gpus_per_node), settings.bucket_bytes)
-    ranks, device = range(dist.get_world_size()), next(chunks[0].parameters()).device
-    return PointToPoint(plan, ranks, ranks, device=device, timeout_seconds=settings.timeout_seconds)
+def _transport(
+    sides: Sequence[Side], tensors: TensorTable, settings: TransferSettings, layouts: tuple[Layout, Layout]
+) -> PointToPoint:
+    source, destination = layouts
+    shift = destination.ranks.start - source.ranks.start
+    machines = Machines(gpus_per_node=settings.gpus_per_node, first_destination_gpu=shift)
+    plan = build_plan(sides[0], sides[1], tensors, machines, settings.bucket_bytes)
+    device = torch.device(torch.cuda.current_device())
+    return PointToPoint(plan, source.ranks, destination.ranks, device=device, timeout_seconds=settings.timeout_seconds)

@@ -19,6 +19,7 @@ from megarl.errors import TrainingError
 from megarl.train.engine import TrainingEngine
 from megarl.train.offload import storages
 
+SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of a parameter group, which checkpoints hold too
 NO_PARAMETER = "no parameter"  # key in the state of an Adam without parameters
 
 
@@ -70,6 +71,7 @@ class EngineOptimizer:
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
+        self._settings = [{name: group[name] for name in SETTINGS if name in group} for group in self.megatron.param_groups]
         self._config = config
         self._chunks = engine.chunks
         self._is_distributed = engine.role.parallel.distributed_optimizer
@@ -114,6 +116,12 @@ class EngineOptimizer:
                 f"gradient norm {norm} in {self.num_consecutive_skipped} consecutive steps, more than optimizer.max_skipped_steps "
                 f"{self._config.max_skipped_steps}; lower the learning rate or look at the last rollouts"
             )
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over Adam's state; its settings, which checkpoints hold too, stay those of this run."""
+        self.megatron.load_state_dict(state)
+        for group, settings in zip(self.megatron.param_groups, self._settings, strict=True):
+            group.update(settings)
 
     def tensors(self) -> Iterator[Tensor]:
         """State on the device and float32 main parameters, without those that are the model's own parameters."""

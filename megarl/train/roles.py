@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding, extract_sharded_base
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megarl.algorithms.objectives import ObjectiveFunction
@@ -33,15 +34,18 @@ from megarl.weights.value_head import value_head_source, with_value_head
 
 
 def _build_engine(
-    config: Config, role: RoleConfig, path: Path, *, trainable: bool, replays_routing: bool = False
+    config: Config, role: RoleConfig, path: Path, *, trainable: bool, with_weights: bool = True, replays_routing: bool = False
 ) -> tuple[TrainingEngine, WeightMap]:
+    """``with_weights``: the model's; without, something else must write all of its parameters."""
     architecture = read_architecture(path)
     weight_map = build_weight_map(
         architecture, config.model.vocabulary_pad_multiple, use_transformer_engine(config.model.transformer_impl)
     )
     layout = build_layout(role.parallel, role.ranks(dist.get_world_size()))
     chunks = build_model_chunks(architecture, config.model, role, layout, config.seed)
-    if config.model.init == "random" and path == config.model.path:
+    if not with_weights:
+        pass
+    elif config.model.init == "random" and path == config.model.path:
         load_weights(chunks, RandomSource(weight_map, config.seed), weight_map, layout)
     elif is_distributed_checkpoint(path):
         load_megatron_weights(chunks, path, layout)
@@ -54,7 +58,9 @@ def _build_engine(
     return TrainingEngine(chunks, role, layout, head=head, trainable=trainable), weight_map
 
 
-def _build_value_model(config: Config, role: CriticConfig | RewardModelConfig) -> tuple[TrainingEngine, WeightMap]:
+def _build_value_model(
+    config: Config, role: CriticConfig | RewardModelConfig, *, with_weights: bool = True
+) -> tuple[TrainingEngine, WeightMap]:
     """A critic, which learns and may start without a head, or a reward model, which is complete and does not learn."""
     is_critic = isinstance(role, CriticConfig)
     path = role.path or config.model.path
@@ -70,7 +76,8 @@ def _build_value_model(config: Config, role: CriticConfig | RewardModelConfig) -
         source = value_head_source(path, weight_map, config.seed)
     else:
         source = SafetensorsSource(path, weight_map)
-    load_weights(chunks, source, weight_map, layout)
+    if with_weights:
+        load_weights(chunks, source, weight_map, layout)
     return TrainingEngine(chunks, role, layout, head=ValueHead(role=role, layout=layout), trainable=is_critic), weight_map
 
 
@@ -128,6 +135,14 @@ class Learner:
         """On the role's ranks only."""
         assert self._optimizer is not None
         return self._optimizer
+
+    @property
+    def megatron_optimizer(self) -> ChainedOptimizer | None:
+        """Adam with its state, if only zeros; None on the other ranks."""
+        if self._optimizer is None:
+            return None
+        self._optimizer.fill_state()
+        return self._optimizer.megatron
 
     def _optimizer_tensors(self) -> Iterable[Tensor]:
         return () if self._optimizer is None else self._optimizer.tensors()
@@ -188,13 +203,23 @@ class Learner:
         model = self.sharded_weights()
         self.optimizer.fill_state()
         optimizer = self.optimizer.megatron.sharded_state_dict(dict(model), is_loading=is_loading, metadata=self._metadata())
+        return model | self._position() | {"optimizer": optimizer, "random": torch.get_rng_state()}
+
+    def _position(self) -> dict[str, Any]:
         counters = {"num_skipped": self.optimizer.num_skipped, "num_consecutive_skipped": self.optimizer.num_consecutive_skipped}
-        return model | {
-            "optimizer": optimizer,
-            "scheduler": self.optimizer.scheduler.state_dict(),
-            "counters": counters,
-            "random": torch.get_rng_state(),
-        }
+        return {"scheduler": self.optimizer.scheduler.state_dict(), "counters": counters}
+
+    def _load_position(self, position: dict[str, Any]) -> None:
+        """Into a new schedule; its own settings stay."""
+        self.optimizer.scheduler.load_state_dict(position["scheduler"])
+        self.optimizer.num_skipped = position["counters"]["num_skipped"]
+        self.optimizer.num_consecutive_skipped = position["counters"]["num_consecutive_skipped"]
+
+    def go_on_from(self, other: "Learner") -> None:
+        """Be where another model is in its learning-rate schedule, of which no step was made here yet; collective."""
+        position = other.engine.layout.share(other._position() if other.engine.layout.is_member else None)
+        if self.engine.layout.is_member:
+            self._load_position(position)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over a state dict that ``weights.checkpoint.load_policy`` filled."""
@@ -202,10 +227,8 @@ class Learner:
         if not self.engine.layout.is_member:
             return
         self.load_weights(state)
-        self.optimizer.megatron.load_state_dict(state["optimizer"])
-        self.optimizer.scheduler.load_state_dict(state["scheduler"])
-        self.optimizer.num_skipped = state["counters"]["num_skipped"]
-        self.optimizer.num_consecutive_skipped = state["counters"]["num_consecutive_skipped"]
+        self.optimizer.load_state(state["optimizer"])
+        self._load_position(state)
 
 
 class Policy(Learner):
@@ -214,12 +237,17 @@ class Policy(Learner):
     Args:
         config: the run.
         total_updates: optimizer steps of the run, for the learning-rate schedule.
+        with_weights: read or draw the weights; without, something else must write all of them.
     """
 
-    def __init__(self, config: Config, total_updates: int) -> None:
-        replays_routing = config.rollout.routing_replay
+    def __init__(self, config: Config, total_updates: int, *, with_weights: bool = True) -> None:
         engine, weight_map = _build_engine(
-            config, config.policy, config.model.path, trainable=True, replays_routing=replays_routing
+            config,
+            config.policy,
+            config.model.path,
+            trainable=True,
+            with_weights=with_weights,
+            replays_routing=config.rollout.routing_replay,
         )
         super().__init__(engine, weight_map, DTYPES[config.model.dtype], config.optimizer, total_updates)
 
@@ -230,11 +258,12 @@ class Critic(Learner):
     Args:
         config: the run.
         total_updates: optimizer steps of the run, for the learning-rate schedule.
+        with_weights: as the policy's.
     """
 
-    def __init__(self, config: Config, total_updates: int) -> None:
+    def __init__(self, config: Config, total_updates: int, *, with_weights: bool = True) -> None:
         role = config.critic or CriticConfig.model_validate(config.policy.model_dump())
-        engine, weight_map = _build_value_model(config, role)
+        engine, weight_map = _build_value_model(config, role, with_weights=with_weights)
         super().__init__(engine, weight_map, DTYPES[config.model.dtype], role.optimizer or config.optimizer, total_updates)
 
     def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:

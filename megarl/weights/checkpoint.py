@@ -62,6 +62,7 @@ class RunState:
         data: position of the training data, as its sampler gives it.
         algorithm: what the RL method carries from step to step.
         has_critic: a critic's tensors are there beside the policy's.
+        stage: position in the curriculum; empty without one.
     """
 
     step: int
@@ -69,6 +70,7 @@ class RunState:
     data: dict[str, Any]
     algorithm: dict[str, Any] = field(default_factory=dict)
     has_critic: bool = False
+    stage: dict[str, Any] = field(default_factory=dict)
 
 
 def model_digest(weight_map: WeightMap) -> str:
@@ -112,6 +114,21 @@ def read_run_state(checkpoint: Path, weight_map: WeightMap) -> RunState:
                 f"{file} has {file.stat().st_size} bytes, the manifest says {size}; resume from an older checkpoint"
             )
     return RunState(**manifest["state"])
+
+
+def read_stage(checkpoint: Path) -> dict[str, Any]:
+    """Position in the curriculum, which says in which layout the models are built that the checkpoint is then read into.
+
+    Raises:
+        CheckpointError: the checkpoint is of a run without curriculum, or has no readable manifest.
+    """
+    try:
+        stage: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())["state"].get("stage")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint / MANIFEST} cannot be read ({error}); resume from an older checkpoint") from error
+    if not stage:
+        raise CheckpointError(f"{checkpoint} is of a run without curriculum; remove curriculum to go on with that run")
+    return stage
 
 
 def read_data_state(checkpoint: Path, state: RunState) -> DataState:

@@ -11,6 +11,7 @@ from megarl.config.schema.algorithm import (
     RewardShapingConfig,
     SamplerCorrectionConfig,
 )
+from megarl.config.schema.curriculum import CurriculumConfig, PromotionConfig, StageConfig
 from megarl.config.schema.data import (
     SCRIPTS,
     DataConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "ClipConfig",
     "Config",
     "CriticConfig",
+    "CurriculumConfig",
     "DataConfig",
     "DataSource",
     "DatasetsSource",
@@ -78,6 +80,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PartialConfig",
+    "PromotionConfig",
     "ReasoningGymSource",
     "ReferenceConfig",
     "RepetitionStopConfig",
@@ -92,6 +95,7 @@ __all__ = [
     "SamplingConfig",
     "ScorerConfig",
     "Section",
+    "StageConfig",
     "TaskConfig",
     "WeightTransferConfig",
 ]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from megarl.config.schema.algorithm import AlgorithmConfig
+from megarl.config.schema.curriculum import CurriculumConfig
 from megarl.config.schema.data import DataConfig, EvaluationConfig, RewardsConfig, SFTConfig
 from megarl.config.schema.roles import CriticConfig, ModelConfig, OptimizerConfig, ReferenceConfig, RewardModelConfig, RoleConfig
 from megarl.config.schema.rollout import RolloutConfig
@@ -52,5 +53,6 @@ class Config(Section):
     data: DataConfig = key(..., "-", "Training data.")
     rewards: RewardsConfig = key(RewardsConfig, "-", "Rewards.")
     evaluation: EvaluationConfig = key(EvaluationConfig, "-", "Evaluation.")
+    curriculum: CurriculumConfig | None = key(None, "-", "Stages of growing context; one stage when not given.")
     checkpoint: CheckpointConfig = key(CheckpointConfig, "-", "Checkpoints.")
     observe: ObserveConfig = key(ObserveConfig, "-", "Logging.")

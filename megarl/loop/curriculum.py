@@ -1,0 +1,82 @@
+"""Training in stages: each is a run of its own on models that come from the stage before, in its own layouts."""
+
+import json
+from dataclasses import dataclass
+
+from megarl.config.schema import Config
+from megarl.config.stages import Stage, stages_of
+from megarl.data.curriculum import StagedPrompts
+from megarl.data.template import load_tokenizer
+from megarl.loop.asynchronous import train_asynchronously
+from megarl.loop.learning import build_models
+from megarl.loop.promotion import StageProgress
+from megarl.loop.rl import train
+from megarl.loop.run import Run, StageRun
+from megarl.train.roles import Learner, is_main_rank
+from megarl.weights.checkpoint import read_stage, whole_checkpoints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curriculum:
+    """What all stages have in common; ``prompts`` on rank 0."""
+
+    config: Config
+    stages: list[Stage]
+    prompts: StagedPrompts | None
+
+
+def run_curriculum(config: Config, resume: bool) -> None:
+    """Train by RL in the stages of ``config.curriculum``; every rank of the world runs this."""
+    stages = stages_of(config)
+    curriculum = Curriculum(config=config, stages=stages, prompts=_measure_prompts(config, stages) if is_main_rank() else None)
+    progress = _last_position(config, stages) if resume else StageProgress(stages[0], start_step=0)
+    learners: dict[str, Learner] = {}
+    while True:
+        step, learners = _run_stage(curriculum, progress, learners, resume=resume)
+        if progress.stage is stages[-1]:
+            return
+        progress = StageProgress(stages[progress.stage.number + 1], start_step=step)
+
+
+def _run_stage(
+    curriculum: Curriculum, progress: StageProgress, learners: dict[str, Learner], *, resume: bool
+) -> tuple[int, dict[str, Learner]]:
+    """Train until the stage is over.
+
+    Args:
+        learners: of the stage before, by role; they are moved and forgotten one after the other.
+
+    Returns:
+        Steps of the run that are done, and the stage's learners.
+    """
+    stage = progress.stage
+    is_carried = bool(learners)
+    models = build_models(stage.config, learners)
+    stage_run = StageRun(stages=curriculum.stages, progress=progress, prompts=curriculum.prompts, is_carried=is_carried)
+    with Run(stage.config, models.policy, models.algorithm, models.critic, resume=resume, stage=stage_run) as run:
+        if stage.config.rollout.asynchronous is None:
+            train(run, models)
+        else:
+            train_asynchronously(run, models)
+        run.message(f"stage {stage.name} is over at step {run.step}: {progress.ended_by}")
+        if stage is curriculum.stages[-1]:
+            run.export()
+        return run.step, models.learners()
+
+
+def _measure_prompts(config: Config, stages: list[Stage]) -> StagedPrompts:
+    """Read, measure and report them."""
+    prompts = StagedPrompts(config, stages, load_tokenizer(config.model.tokenizer or config.model.path))
+    (config.run_dir / "curriculum.json").write_text(json.dumps(prompts.report(), indent=2) + "\n")
+    for line in prompts.lines():
+        print(line, flush=True)
+    return prompts
+
+
+def _last_position(config: Config, stages: list[Stage]) -> StageProgress:
+    """Where the newest checkpoint is; behind the end of a stage that is the beginning of the next."""
+    saved = read_stage(whole_checkpoints(config.run_dir / "checkpoints")[-1])
+    progress = StageProgress.restore(stages, saved)
+    if progress.is_over and progress.stage is not stages[-1]:
+        return StageProgress(stages[progress.stage.number + 1], start_step=progress.start_step + progress.num_steps)
+    return progress
