@@ -81,8 +81,8 @@ def _check_what_stays(config: Config) -> Iterator[str]:
             if before != now:
                 yield f"{stage.path}.changes.{key}: differs from stage 0's, and {reason}; leave it out"
         for role in ("policy", "critic"):
-            kinds = [getattr(one.config, role) or one.config.policy for one in (first, stage)]
-            if kinds[0].parallel.distributed_optimizer != kinds[1].parallel.distributed_optimizer:
+            kinds = {(getattr(one.config, role) or one.config.policy).parallel.distributed_optimizer for one in (first, stage)}
+            if len(kinds) == 2 and getattr(stage.config, role) is not None:
                 yield (
                     f"{stage.path}.changes.{role}.parallel.distributed_optimizer: differs from stage 0's, and megatron-core "
                     "reads no checkpoint of one kind into the other, so a run could not be resumed here; leave it out"

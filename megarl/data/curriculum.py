@@ -93,6 +93,7 @@ class StagedPrompts:
             self._encode,
             chooser,
             stage=stage.number,
+            rows={name: task.rows for name, task in self._tasks.items()},
             earlier={name: task.kept[_in_range(task.num_tokens, 0, stage.above)] for name, task in self._tasks.items()},
             rewards={name: SuccessRates(len(task.rows), settings.success_update) for name, task in self._tasks.items()},
             curriculum=self._curriculum,
@@ -185,6 +186,7 @@ class StageSource(PromptSource):
     Args:
         tasks, encode, chooser: of the stage's own prompts.
         stage: its number.
+        rows: by task, all rows of the source.
         earlier: by task, the rows of earlier stages.
         rewards: by task, the mean reward of each row of the source.
         curriculum: share and floor.
@@ -198,6 +200,7 @@ class StageSource(PromptSource):
         chooser: TaskChooser,
         *,
         stage: int,
+        rows: Mapping[str, Sequence[Row]],
         earlier: Mapping[str, numpy.ndarray],
         rewards: Mapping[str, SuccessRates],
         curriculum: CurriculumConfig,
@@ -205,6 +208,7 @@ class StageSource(PromptSource):
     ) -> None:
         super().__init__(tasks, encode, chooser)
         self._stage = stage
+        self._rows = rows
         self._earlier = [(name, int(row)) for name, rows in earlier.items() for row in rows]
         self._rewards = rewards
         self._curriculum = curriculum
@@ -212,6 +216,11 @@ class StageSource(PromptSource):
         self._place = 0  # prompts taken in this stage
         self._pending: set[tuple[str, int]] = set()  # earlier stages' that were taken since the last record
         self._earlier_share = 0.0  # of the groups of the last record
+
+    def prompt(self, prompt_id: str) -> Prompt:
+        """The prompt of that id, of any stage."""
+        name, row = place_of(prompt_id)
+        return self._encode(self._rows[name][row])
 
     def take(self, count: int, held: Mapping[str, int] | None = None) -> list[Prompt]:
         """The next ``count`` prompts; every 1 / share-th is of an earlier stage, as long as some that were answered are left."""

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from groups import answered
 from megarl.data.sampler import build_evaluation_prompts, build_prompt_source, build_sft_source
 from megarl.errors import CheckpointError, DataError
-from megarl.types import FinishReason, Rollout, RolloutGroup, ScoredRollout
 
 
 def gym(size, seed=0):
@@ -57,22 +57,6 @@ def test_evaluation_prompts_come_in_order_or_not_at_all(config, tokenizer):
 
 def mixture(*tasks):
     return {"type": "mixture", "tasks": [{"name": name, **settings} for name, settings in tasks]}
-
-
-def answered(prompt, rewards):
-    """A group with these rewards."""
-    empty = {"token_ids": (), "from_policy": (), "logprobs": (), "weight_versions": (), "text": ""}
-    rollouts = [
-        ScoredRollout(
-            rollout=Rollout(prompt=prompt, sample_index=index, finish_reason=FinishReason.STOP, **empty),
-            reward=reward,
-            parts={},
-            step_rewards=(),
-            failures=(),
-        )
-        for index, reward in enumerate(rewards)
-    ]
-    return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts), greedy=None)
 
 
 def test_a_mixture_names_its_tasks_and_resumes_with_what_is_known_of_its_prompts(config, tokenizer, tmp_path):
