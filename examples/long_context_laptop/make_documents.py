@@ -104,9 +104,11 @@ class Writer:
             fillers.pop()
             item, num_tokens = self._measured(puzzle, placed, fillers)
         if num_tokens < min_tokens:
+            item, num_tokens = self._measured(puzzle, placed, [*fillers, self._fillers[0]])
+        if not min_tokens <= num_tokens <= max_tokens:
             raise DataError(
-                f"a prompt came out at {num_tokens} tokens, below --min-tokens {min_tokens}, as the shortest filler has "
-                f"{self._costs[0]}; lower it"
+                f"a prompt came out at {num_tokens} tokens, not {min_tokens} to {max_tokens}, as the shortest filler has "
+                f"{self._costs[0]}; lower --min-tokens"
             )
         return item, num_tokens
 
@@ -152,7 +154,13 @@ def make_rows(
         puzzle = make_puzzle(chooser, row_hops, distractors, digits)
         item, num_tokens = writer.document(puzzle, chooser, min_tokens, max_tokens)
         task = "needle" if row_hops == 1 else "multi_hop"
-        yield {**prompts.row(item, num_tokens), "task": task, "hops": row_hops, "evidence": list(puzzle.evidence)}
+        yield {
+            **prompts.row(item, num_tokens),
+            "task": task,
+            "hops": row_hops,
+            "evidence": list(puzzle.evidence),
+            "worked_answer": " ".join(puzzle.evidence),
+        }
 
 
 @app.command()
@@ -169,7 +177,7 @@ def main(
     prompt: Annotated[str, typer.Option(help="Text with {documents} and {question}.")] = PROMPT,
     template: Annotated[str, typer.Option(help="As data.template of the config: chat, or a text with {prompt}.")] = "chat",
 ) -> None:
-    """Write SIZE rows with the fields prompt, answer, documents, question, answers, length, task, hops and evidence."""
+    """Write SIZE rows: prompt, answer, documents, question, answers, length, task, hops, evidence and worked_answer."""
     if min_tokens > max_tokens:
         raise DataError(f"--min-tokens {min_tokens} is above --max-tokens {max_tokens}; give a range")
     people, codes = max(hops) * (distractors + 1), 9 * 10 ** (digits - 1)
