@@ -141,6 +141,27 @@ def test_killed_while_models_change_layout_equals_uninterrupted(
     assert_same_run(tmp_path / "run", staged)
 
 
+def test_responses_under_way_go_on_in_the_next_stage(workspace: Path, tmp_path: Path) -> None:
+    """Generation beside training: every group that a stage began is trained on once, some of them in the stage after."""
+    rollout = {
+        "prompts_per_step": 4,
+        "samples_per_prompt": 4,
+        "max_new_tokens": 6,
+        "embedded": {"threads": 1},
+        "asynchronous": {"max_staleness": 1},
+    }
+    stages = [{"name": name, "steps": 2, "max_prompt_tokens": size} for name, size in (("short", 74), ("long", 90))]
+    changes = {"steps": 4, "curriculum": {"stages": stages}, "rollout": rollout, "evaluation": {}, "algorithm": {}, "critic": None}
+    path = write_staged_config(tmp_path, workspace / "model", **changes)
+    launch_training(load_config(path), num_ranks=1, resume=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "groups.jsonl").read_text().splitlines()]
+    assert all(len(line["trained"]) == 4 and not line["dropped"] for line in lines)
+    tickets = [ticket for line in lines for ticket, _ in line["trained"]]
+    assert len(set(tickets)) == 16 and set(tickets) <= set(range(20)), "one step's groups more were begun at most"
+    written = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000003.jsonl").read_text().splitlines()]
+    assert min(line["prompt_tokens"] for line in written) <= 74, "the first groups of the second stage were begun in the first"
+
+
 def test_refusals_once_the_prompts_or_a_checkpoint_are_known(
     staged: Path, finished: Path, workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
