@@ -39,6 +39,7 @@ class FakeSGLang:
         self.calls: list[str] = []
         self.generate_body: dict[str, Any] = {}
         self.refuses = self.hangs = ""
+        self.rope_parameters: dict[str, Any] = {"rope_type": "default", "type": "default", "rope_theta": 10000.0}
         self.weights: dict[str, torch.Tensor] = {}
         self.spans = [{"version": "default", "start": 0, "end": 2}]
         self.aborts_needed = 0  # requests are answered after so many calls to give them up
@@ -68,7 +69,9 @@ class FakeSGLang:
             if self.aborts_needed:
                 await self.enough_aborts.wait()
             return web.json_response([self.generation(params) for params in body["sampling_params"]])
-        return web.json_response({"success": True, "message": "", "tp_size": 1, "pp_size": 1, "dp_size": 1, "ep_size": 1})
+        sizes = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "ep_size": 1}
+        state = {"megarl_rope_parameters": self.rope_parameters}
+        return web.json_response({"success": True, "message": "", **sizes, "internal_states": [state]})
 
     def generation(self, params: dict[str, Any]) -> dict[str, Any]:
         about = {
