@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from megarl.config.model_facts import read_model_facts
+from megarl.config.rope_scaling import NAMES
 from megarl.config.schema import Config, EngineServerConfig
 from megarl.errors import MegaRLError, RolloutError
 from megarl.rollout.protocol import Generation, SamplingParams
@@ -379,9 +380,11 @@ class ServerEngine(ABC):
 
 
 def _comparable_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE parameters without what engines add: the older name of the type, and their own type for latent attention."""
-    given = {name: value for name, value in parameters.items() if name != "type" and value is not None}
-    return given | {"rope_type": str(given["rope_type"]).removeprefix("deepseek_")}
+    """The RoPE parameters that count; engines add an older name of the type, and have a type of their own for latent attention."""
+    rope_type = str(parameters["rope_type"]).removeprefix("deepseek_")
+    needed, optional = NAMES.get(rope_type, ((), ()))
+    names = ("rope_theta", *needed, *optional)
+    return {"rope_type": rope_type} | {name: parameters[name] for name in names if parameters.get(name) is not None}
 
 
 def token_versions(engine: str, spans: Sequence[Mapping[str, Any]] | None, num_tokens: int) -> tuple[int, ...]:

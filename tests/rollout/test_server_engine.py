@@ -139,6 +139,22 @@ def test_updates_load_every_tensor_before_the_version_is_served(model_folder: Pa
     with_server(model_folder, use)
 
 
+def test_a_server_that_scales_rope_otherwise_is_refused(model_folder: Path) -> None:
+    async def use(fake: FakeSGLang, engine: SGLangEngine) -> None:
+        fake.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+        with pytest.raises(RolloutError) as refused:
+            await engine.update_weights(exported_weights(make_tiny_model(1)), 0)
+        assert str(refused.value).startswith(
+            "SGLang scales RoPE by {'rope_type': 'yarn', 'rope_theta': 10000.0, 'factor': 4.0}, and "
+        )
+        assert f"config.json of {model_folder}); start the server with this config.json" in str(refused.value)
+        assert fake.calls[-1] == "/server_info"
+        with pytest.raises(RolloutError, match="update to weight version 0 did not complete"):
+            await engine.generate((1, 2), sampling())
+
+    with_server(model_folder, use)
+
+
 @pytest.mark.timeout(30)
 def test_a_cut_ends_when_all_requests_are_answered(model_folder: Path) -> None:
     """Requests that were on their way when the others were given up are caught by the next call."""
