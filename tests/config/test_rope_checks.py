@@ -137,6 +137,13 @@ def test_bad_scalings_are_one_line(tmp_path: Path, scaling: dict[str, Any], mode
         ),
         (LINEAR, 8193, {}, "8192 of model.path {path} under model.rope_scaling; shorten the sequences or raise"),
         (LLAMA3, 8193, {}, "8192 of model.path {path} under model.rope_scaling"),
+        # an exported folder of a run with linear scaling has its factor in max_position_embeddings
+        (
+            LINEAR,
+            8193,
+            {"max_position_embeddings": 8192, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+            "8192 of model.path {path} under model.rope_scaling",
+        ),
         # a table of factor × original positions is all that vLLM makes for yarn
         (YARN | {"original_max_position_embeddings": 256}, 1025, {}, "1024 of model.path {path} under model.rope_scaling"),
         # without its own scaling the model has what it was pretrained on

@@ -147,6 +147,7 @@ def test_the_folder_is_made_once_and_repaired(tmp_path: Path) -> None:
     values, own = json.loads((folder / "config.json").read_text()), json.loads(before)
     parameters = SCALINGS["yarn"] | {"rope_theta": THETA}
     assert values["rope_parameters"] == parameters and values["max_position_embeddings"] == POSITIONS
+    assert isinstance(values["rope_parameters"]["factor"], float)  # a whole number kills vLLM with linear scaling
     assert values["rope_scaling"] == SCALINGS["yarn"] and values["rope_theta"] == THETA  # what transformers 4 reads
     changed = {"rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings"}
     assert {key: values[key] for key in values.keys() - changed} == {key: own[key] for key in own.keys() - changed}
@@ -159,6 +160,8 @@ def test_the_folder_is_made_once_and_repaired(tmp_path: Path) -> None:
     assert identity() == made  # 4 and 4.0 are the same scaling; the folder is left alone
     good = (folder / "config.json").read_bytes()
     (folder / "config.json").write_text("{}")
+    scaled(tmp_path / "run", source, SCALINGS["yarn"])
+    assert (folder / "config.json").read_bytes() == good
     (folder / "stale").touch()
     shutil.copytree(folder, folder.with_name(folder.name + ".partial"), symlinks=True)  # as after a kill
     scaled(tmp_path / "run", source, SCALINGS["yarn"])
