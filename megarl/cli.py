@@ -87,6 +87,7 @@ def parity(
 
     from megarl.loop.parity import ParityRun, parse_layout, with_layout
     from megarl.loop.prompts import first_prompts
+    from megarl.models.scaled_folder import with_scaled_model
 
     parsed = {text: parse_layout(text) for text in (*layouts, *(more_layouts or []))}
     for layout in parsed.values():
@@ -94,7 +95,8 @@ def parity(
     table = Table("layout", "ranks", "loss", "loss gap", "norm gap", "worst gradient gap", "parameter", "score gap", "")
     failed = False
     with tempfile.TemporaryDirectory(prefix="megarl-parity-") as folder:
-        run = ParityRun(config, first_prompts(config, num_prompts), Path(folder))
+        scaled = with_scaled_model(config, Path(folder), writes=True)
+        run = ParityRun(scaled, first_prompts(scaled, num_prompts), Path(folder))
         for text, layout in parsed.items():
             row = run.compare_layout(text, layout)
             accepted = max(row.loss_gap, row.norm_gap, row.worst_gap, row.score_gap) <= bound

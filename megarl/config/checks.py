@@ -11,6 +11,7 @@ from megarl.config.curriculum_checks import check_curriculum
 from megarl.config.engine_checks import check_engine
 from megarl.config.model_facts import ModelFacts, read_model_facts
 from megarl.config.role_checks import Role, check_role
+from megarl.config.rope_checks import check_rope_scaling
 from megarl.config.run_checks import check_run
 from megarl.config.schema import Config, CriticConfig, RoleConfig
 from megarl.config.stages import stages_of
@@ -47,16 +48,27 @@ def _check_models_and_run(config: Config, world_size: int) -> list[str]:
     """Mistakes of a run without stages, or of one stage."""
     failures = list(check_run(config))
     try:
-        facts = read_model_facts(config.model.path)
+        own = read_model_facts(config.model.path)
     except ConfigError as error:
         failures.append(f"model.path: {error}")
     else:
-        failures += _check_policy(config, facts, world_size)
-        failures += _check_reference(config, facts, world_size)
-        failures += _check_critic(config, facts, world_size)
-        failures += _check_reward_model(config, facts, world_size)
-        failures += _check_idle_ranks(config, world_size)
+        failures += _check_models(config, own, world_size)
     return failures
+
+
+def _check_models(config: Config, own: ModelFacts, world_size: int) -> Iterator[str]:
+    """Every model of the run; ``own`` are the facts of the policy's config.json without model.rope_scaling."""
+    scaling = config.model.rope_scaling
+    lines = [] if scaling is None else list(check_rope_scaling(scaling, own))
+    if lines:
+        yield from lines
+        return
+    facts = own if scaling is None else read_model_facts(config.model.path, scaling)
+    yield from _check_policy(config, facts, world_size)
+    yield from _check_reference(config, facts, world_size)
+    yield from _check_critic(config, facts, world_size)
+    yield from _check_reward_model(config, facts, world_size)
+    yield from _check_idle_ranks(config, world_size)
 
 
 def _check_policy(config: Config, facts: ModelFacts, world_size: int) -> Iterator[str]:

@@ -39,6 +39,12 @@ def _check_sglang(facts: ModelFacts) -> Iterator[str]:
             f"rollout.engine: sglang gives every layer of qwen3_moe experts, and only {num_moe_layers} of the {facts.num_layers} "
             f"layers of {facts.path} have them (decoder_sparse_step, mlp_only_layers); use vllm or embedded"
         )
+    attention_factor = facts.rope_parameters.get("attention_factor")
+    if facts.model_type != "deepseek_v3" and attention_factor is not None:
+        yield (
+            f"rollout.engine: sglang reads no attention_factor of RoPE, and {facts.path} has {attention_factor}; "
+            "use vllm or embedded"
+        )
     if facts.model_type == "mixtral" and facts.rope_type != "default":
         yield (
             f"rollout.engine: sglang does not scale mixtral's RoPE, and {facts.path} has rope_type {facts.rope_type!r}; "
@@ -52,6 +58,10 @@ def _check_deepseek(engine: str, facts: ModelFacts) -> Iterator[str]:
             f"rollout.engine: {engine} takes any scaling of deepseek_v3's RoPE for yarn, and {facts.path} has rope_type "
             f"{facts.rope_type!r}; use embedded"
         )
+    for name, default in (("attention_factor", None), ("truncate", True)):
+        value = facts.rope_parameters.get(name, default)
+        if value != default:
+            yield f"rollout.engine: {engine} reads no {name} of deepseek_v3's RoPE, and {facts.path} has {value}; use embedded"
     if facts.norm_epsilon != LATENT_NORM_EPSILON:
         yield (
             f"rollout.engine: {engine} gives the norms of deepseek_v3's latents rms_norm_eps {facts.norm_epsilon:g} of "

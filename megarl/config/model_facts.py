@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megarl.config.rope_scaling import rope_parameters, stated_original, with_scaling
 from megarl.errors import ConfigError
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3")
@@ -67,7 +68,8 @@ class ModelFacts:
         intermediate_size: width of the MLP.
         vocab_size: rows of the embedding, before padding.
         max_position_embeddings: longest sequence in tokens.
-        rope_type: kind of rotary position scaling, ``default`` when there is none.
+        original_max_position_embeddings: positions that it was pretrained on, where config.json states them for a scaling.
+        rope_parameters: rotary positions and their scaling; ``rope_type`` is ``default`` when there is none.
         hidden_act: activation of the MLP.
         biases: the bias switches that are on, of ``attention_bias`` and ``mlp_bias``.
         sliding_window: tokens that the layers with a window see; None when every layer sees the whole sequence.
@@ -88,7 +90,8 @@ class ModelFacts:
     intermediate_size: int
     vocab_size: int
     max_position_embeddings: int
-    rope_type: str
+    original_max_position_embeddings: int | None
+    rope_parameters: Mapping[str, Any]
     hidden_act: str
     biases: tuple[str, ...]
     sliding_window: int | None
@@ -99,8 +102,13 @@ class ModelFacts:
     norm_epsilon: float
     quantization: str | None
 
+    @property
+    def rope_type(self) -> str:
+        """Kind of rotary position scaling."""
+        return str(self.rope_parameters["rope_type"])
 
-def read_model_facts(path: Path) -> ModelFacts:
+
+def read_config_json(path: Path) -> dict[str, Any]:
     """Read ``path/config.json``; raises ConfigError when it is missing, malformed or of an unsupported family."""
     file = path / "config.json"
     if not path.is_dir():
@@ -116,6 +124,21 @@ def read_model_facts(path: Path) -> ModelFacts:
     model_type = raw.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ConfigError(f"{file}: model_type {model_type!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}")
+    _positive(raw, "max_position_embeddings", file)
+    return raw
+
+
+def read_model_facts(path: Path, rope_scaling: Mapping[str, Any] | None = None) -> ModelFacts:
+    """Facts of ``path/config.json``; raises like ``read_config_json``.
+
+    Args:
+        path: the model folder.
+        rope_scaling: in place of its own; checked already.
+    """
+    raw, file = read_config_json(path), path / "config.json"
+    if rope_scaling is not None:
+        raw = with_scaling(raw, rope_scaling)
+    model_type = raw["model_type"]
     heads = _positive(raw, "num_attention_heads", file)
     has_latent_attention = model_type == "deepseek_v3"
     # Llama configs of before grouped-query attention leave the key out; latent attention has a key and a value for every head.
@@ -130,8 +153,9 @@ def read_model_facts(path: Path) -> ModelFacts:
         hidden_size=_positive(raw, "hidden_size", file),
         intermediate_size=_positive(raw, "intermediate_size", file),
         vocab_size=_positive(raw, "vocab_size", file),
-        max_position_embeddings=_positive(raw, "max_position_embeddings", file),
-        rope_type=_rope_type(raw),
+        max_position_embeddings=raw["max_position_embeddings"],
+        original_max_position_embeddings=stated_original(raw),
+        rope_parameters=rope_parameters(raw),
         hidden_act=str(raw.get("hidden_act", "silu")),
         biases=tuple(name for name in ("attention_bias", "mlp_bias") if raw.get(name)),
         sliding_window=_sliding_window(raw),
@@ -195,12 +219,6 @@ def _experts(raw: Mapping[str, Any], file: Path) -> ExpertFacts | None:
         scoring_func=raw.get("scoring_func"),
         moe_layer_freq=raw.get("moe_layer_freq"),
     )
-
-
-def _rope_type(raw: Mapping[str, Any]) -> str:
-    """transformers 5 writes ``rope_parameters``, transformers 4 ``rope_scaling`` with ``rope_type`` or, older still, ``type``."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
 def _quantization(raw: Mapping[str, Any]) -> str | None:

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megarl.config.model_facts import ExpertFacts, ModelFacts
+from megarl.config.rope_scaling import NAMES
 from megarl.config.schema import Config, RoleConfig
-
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +41,9 @@ def check_role(role: Role, config: Config, world_size: int) -> Iterator[str]:
 def check_architecture(role: Role) -> Iterator[str]:
     """The model uses only what MegaRL builds."""
     facts, where = role.facts, f"{role.path_key}: {role.facts.path / 'config.json'}"
-    if facts.rope_type not in SUPPORTED_ROPE_TYPES:
-        supported = ", ".join(SUPPORTED_ROPE_TYPES)
-        yield f"{where}: rope_type {facts.rope_type!r} is not supported; supported are {supported}: give another model"
+    if facts.rope_type not in NAMES:
+        fix = "set model.rope_scaling or give another model" if role.path_key == "model.path" else "give another model"
+        yield f"{where}: rope_type {facts.rope_type!r} is not supported; supported are {', '.join(NAMES)}: {fix}"
     if facts.hidden_act != "silu":
         yield f"{where}: hidden_act {facts.hidden_act!r} is not supported; only silu (SwiGLU) is: give another model"
     for name in facts.biases:
@@ -253,10 +252,20 @@ def check_lengths(role: Role, config: Config) -> Iterator[str]:
                 "the whole sequence; shorten the sequences, or switch the window off in config.json"
             )
         if tokens > role.facts.max_position_embeddings:
-            yield (
-                f"{words} exceed max_position_embeddings {role.facts.max_position_embeddings} of {role.path_key} "
-                f"{role.facts.path}; shorten the sequences or give a model with more positions"
-            )
+            yield f"{words} exceed {_positions(role, config)}"
+
+
+def _positions(role: Role, config: Config) -> str:
+    """The model's positions, whose they are, and how there can be more."""
+    number, scaling = role.facts.max_position_embeddings, config.model.rope_scaling
+    if role.path_key != "model.path":
+        whose, fix = f"{role.path_key} {role.facts.path}", "give a model with more positions"
+    elif scaling is None:
+        whose, fix = f"model.path {role.facts.path}", "give a model with more positions, or set model.rope_scaling"
+    else:
+        whose = f"model.path {role.facts.path} under model.rope_scaling"
+        fix = "raise model.rope_scaling.factor" if "factor" in scaling else "choose another model.rope_scaling.rope_type"
+    return f"max_position_embeddings {number} of {whose}; shorten the sequences or {fix}"
 
 
 def _divisors(number: int) -> str:

@@ -86,6 +86,8 @@ def _stage_config(config: Config, stage: StageConfig, path: str) -> Config:
     changes["rollout"] = {**changes.get("rollout", {}), "max_prompt_tokens": stage.max_prompt_tokens}
     base = config.model_dump()
     base["curriculum"] = None
+    if "rope_scaling" in changes.get("model", {}):
+        base["model"]["rope_scaling"] = None  # one scaling has no names of another's
     if "preset" in changes.get("algorithm", {}):
         base["algorithm"] = {}  # another method's keys would go before the preset's
     try:

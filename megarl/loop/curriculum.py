@@ -1,7 +1,7 @@
 """Training in stages: each is a run of its own on models that come from the stage before, in its own layouts."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megarl.config.schema import Config
 from megarl.config.stages import Stage, stages_of
@@ -12,6 +12,7 @@ from megarl.loop.learning import build_models
 from megarl.loop.promotion import StageProgress
 from megarl.loop.rl import train
 from megarl.loop.run import Run, StageRun
+from megarl.models.scaled_folder import with_scaled_model
 from megarl.train.roles import Learner, is_main_rank
 from megarl.weights.checkpoint import read_stage, whole_checkpoints
 
@@ -27,7 +28,8 @@ class Curriculum:
 
 def run_curriculum(config: Config, resume: bool) -> None:
     """Train by RL in the stages of ``config.curriculum``; every rank of the world runs this."""
-    stages = stages_of(config)
+    # the launcher has made the models' folders
+    stages = [replace(one, config=with_scaled_model(one.config, config.run_dir, writes=False)) for one in stages_of(config)]
     curriculum = Curriculum(config=config, stages=stages, prompts=_measure_prompts(config, stages) if is_main_rank() else None)
     progress = _last_position(config, stages) if resume else StageProgress(stages[0], start_step=0)
     learners: dict[str, Learner] = {}

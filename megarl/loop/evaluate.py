@@ -10,15 +10,25 @@ from megarl.train.roles import Policy, is_main_rank
 from megarl.weights.checkpoint import MANIFEST, load_policy, read_run_state
 
 
+def with_checkpoint_model(config: Config, checkpoint: Path) -> Config:
+    """The config with the checkpoint as its model where that is a Hugging Face folder, not one that a run saved."""
+    if (checkpoint / MANIFEST).exists():
+        return config
+    model = config.model.model_copy(update={"path": checkpoint, "init": "pretrained"})
+    return config.model_copy(update={"model": model})
+
+
 def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path) -> None:
-    """Evaluate and write the metrics as JSON to ``result``; every rank of the world runs this."""
-    saved_by_run = (checkpoint / MANIFEST).exists()
-    if not saved_by_run:
-        model = config.model.model_copy(update={"path": checkpoint, "init": "pretrained"})
-        config = config.model_copy(update={"model": model})
+    """Evaluate and write the metrics as JSON to ``result``; every rank of the world runs this.
+
+    Args:
+        config: of ``with_checkpoint_model``.
+        checkpoint: what a run saved, or the folder of the config's model.
+        result: the file to write.
+    """
     policy = Policy(config, total_updates=1)
     version = 0
-    if saved_by_run:
+    if (checkpoint / MANIFEST).exists():
         version = read_run_state(checkpoint, policy.weight_map).weight_version
         with policy.engine.weights.on_device():
             policy.load_weights(load_policy(checkpoint, policy.sharded_weights()))

@@ -12,9 +12,10 @@ from megarl.config.stages import configs_of
 from megarl.errors import CheckpointError, ConfigError
 from megarl.loop.asynchronous import run_asynchronous_rl
 from megarl.loop.curriculum import run_curriculum
-from megarl.loop.evaluate import evaluate_checkpoint
+from megarl.loop.evaluate import evaluate_checkpoint, with_checkpoint_model
 from megarl.loop.rl import run_rl
 from megarl.loop.sft import run_sft
+from megarl.models.scaled_folder import with_scaled_model
 from megarl.parallel.launch import launched_rank, run_ranks
 from megarl.weights.checkpoint import whole_checkpoints
 
@@ -27,9 +28,13 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
     """
     place = launched_rank()
     check(config, place.world_size if place else num_ranks)
-    if place is None or place.rank == 0:
+    prepares = place is None or place.rank == 0
+    if prepares:
         _prepare_run_folder(config, resume=resume)
-    run_ranks(_loop_of(config), (config, resume), place, num_ranks, config.distributed_timeout)
+    # ranks that a launcher placed read the models only after their rendezvous with rank 0, which comes after this
+    scaled = [with_scaled_model(one, config.run_dir, writes=prepares) for one in configs_of(config)]
+    run = scaled[0] if config.curriculum is None else config
+    run_ranks(_loop_of(config), (run, resume), place, num_ranks, config.distributed_timeout)
 
 
 def _loop_of(config: Config) -> Callable[[Config, bool], None]:
@@ -66,6 +71,7 @@ def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[
     check(config, place.world_size if place else num_ranks)
     with tempfile.TemporaryDirectory(prefix="megarl-eval-") as folder:
         result = Path(folder) / "metrics.json"
-        changed = config.model_copy(update={"run_dir": Path(folder)})
+        evaluated = with_scaled_model(with_checkpoint_model(config, checkpoint), Path(folder), writes=True)
+        changed = evaluated.model_copy(update={"run_dir": Path(folder)})
         run_ranks(evaluate_checkpoint, (changed, checkpoint, result), place, num_ranks, config.distributed_timeout)
         return json.loads(result.read_text()) if result.exists() else {}

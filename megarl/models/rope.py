@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megarl.config.rope_scaling import NAMES
 from megarl.errors import ConfigError
 from megarl.models.architecture import Architecture
-
-# These depend on the length of the sequence at hand, so two packings of one batch would not agree.
-LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def rotary_frequencies(architecture: Architecture) -> tuple[Tensor, float]:
@@ -27,8 +25,8 @@ def rotary_frequencies(architecture: Architecture) -> tuple[Tensor, float]:
     if rope_type == "default":
         exponents = torch.arange(0, architecture.rotary_dim, 2, dtype=torch.float32) / architecture.rotary_dim
         return 1.0 / parameters["rope_theta"] ** exponents, 1.0
-    if rope_type in LENGTH_DEPENDENT or rope_type not in ROPE_INIT_FUNCTIONS:
-        raise ConfigError(f"RoPE type {rope_type!r} is not supported; supported: default, linear, llama3, yarn")
+    if rope_type not in NAMES:
+        raise ConfigError(f"RoPE type {rope_type!r} is not supported; supported: {', '.join(NAMES)}")
     return ROPE_INIT_FUNCTIONS[rope_type](architecture.hf_config, torch.device("cpu"))
 
 

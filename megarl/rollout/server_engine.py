@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from megarl.config.model_facts import read_model_facts
+from megarl.config.rope_scaling import NAMES
 from megarl.config.schema import Config, EngineServerConfig
 from megarl.errors import MegaRLError, RolloutError
 from megarl.rollout.protocol import Generation, SamplingParams
@@ -81,7 +82,9 @@ class ServerEngine(ABC):
         self._log_path = run_dir / "engine.log"
         self._server: ServerConnection | None = None
         self._experts = read_model_facts(config.model.path).experts if config.rollout.routing_replay else None
-        self._vocabulary_size: int = AutoConfig.from_pretrained(config.model.path).vocab_size
+        model = AutoConfig.from_pretrained(config.model.path)
+        self._vocabulary_size: int = model.vocab_size
+        self._rope_parameters: dict[str, Any] = model.rope_parameters
         self._sender: WeightSender | None = None
         self._starts = 0
         self._in_flight: set[asyncio.Future[list[Generation]]] = set()
@@ -106,10 +109,10 @@ class ServerEngine(ABC):
 
     @abstractmethod
     async def sizes(self) -> EngineSizes:
-        """How the server divides the model.
+        """How the server divides the model; asked before the first weight update.
 
         Raises:
-            RolloutError: in a way that weight updates do not know.
+            RolloutError: in a way that weight updates do not know, or it rotates positions otherwise than the trainer.
         """
 
     @abstractmethod
@@ -288,6 +291,22 @@ class ServerEngine(ABC):
         """
         return None if self._experts is None else reported_experts(self.name, report, num_tokens, self._experts)
 
+    def require_same_rope(self, reported: Mapping[str, Any]) -> None:
+        """Refuse a server whose model rotates positions otherwise than the trainer's.
+
+        Args:
+            reported: ``rope_parameters`` of the model's config in the server.
+
+        Raises:
+            RolloutError: they differ from those of the trainer's config.json.
+        """
+        theirs, ours = _comparable_rope(reported), _comparable_rope(self._rope_parameters)
+        if theirs != ours:
+            raise RolloutError(
+                f"{self.name} scales RoPE by {theirs}, and the trainer by {ours} (model.rope_scaling, or config.json of "
+                f"{self.config.model.path}); start the server with this config.json"
+            )
+
     @asynccontextmanager
     async def _updating(self, version: int) -> AsyncIterator[None]:
         """All of an update but the transfer. If anything fails, the server is ended."""
@@ -358,6 +377,14 @@ class ServerEngine(ABC):
 
         threading.Thread(target=run, daemon=True, name="weight-transfer").start()
         return await future
+
+
+def _comparable_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The RoPE parameters that count; engines add an older name of the type, and have a type of their own for latent attention."""
+    rope_type = str(parameters["rope_type"]).removeprefix("deepseek_")
+    needed, optional = NAMES.get(rope_type, ((), ()))
+    names = ("rope_theta", *needed, *optional)
+    return {"rope_type": rope_type} | {name: parameters[name] for name in names if parameters.get(name) is not None}
 
 
 def token_versions(engine: str, spans: Sequence[Mapping[str, Any]] | None, num_tokens: int) -> tuple[int, ...]:

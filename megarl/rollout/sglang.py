@@ -115,6 +115,7 @@ class SGLangEngine(ServerEngine):
     async def sizes(self) -> EngineSizes:
         """How the server divides the model: over tensor parallel ranks, over which it may distribute the experts."""
         information = await self.limited(self.server.call("GET", "/server_info"), "tell how it divides the model")
+        self.require_same_rope(information["internal_states"][0]["megarl_rope_parameters"])
         for kind in ("pp", "dp"):
             if information[f"{kind}_size"] > 1:
                 raise RolloutError(

@@ -115,6 +115,7 @@ class VllmEngine(ServerEngine):
     async def sizes(self) -> EngineSizes:
         """How the server divides the model: over tensor parallel ranks, with its experts whole where it has expert parallelism."""
         place = json.loads((await self.limited(self._rpc("megarl_place"), "tell how it divides the model"))[0])
+        self.require_same_rope(place["rope_parameters"])
         for kind in ("pipeline", "data"):
             if place[kind] > 1:
                 raise RolloutError(

@@ -9,6 +9,7 @@ from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import ModelConfig
 from megarl.errors import CheckpointError, ConfigError, WeightsError
 from megarl.models.architecture import Architecture, read_architecture
+from megarl.models.scaled_folder import with_scaled_model
 from megarl.parallel.launch import single_rank_world
 from megarl.weights.checkpoint import POLICY, read_run_state
 from megarl.weights.checkpoint_map import CheckpointMap, MegatronFolder
@@ -102,7 +103,8 @@ def open_megatron(path: Path, config: Path | None = None) -> ModelFolder:
     tokenizer, pad_multiple = config or path, PAD_MULTIPLE
     in_run = (path / POLICY).is_dir()
     if in_run and config is None:
-        model = load_config(path.absolute().parent.parent / "config.yaml").model
+        run_folder = path.absolute().parent.parent
+        model = with_scaled_model(load_config(run_folder / "config.yaml"), run_folder, writes=False).model
         config, tokenizer, pad_multiple = model.path, model.tokenizer or model.path, model.vocabulary_pad_multiple
     config = config or path
     try:

@@ -24,6 +24,7 @@ from tiny_rollout import make_tiny_model
 
 STEPS = 3
 TIMEOUT = 280  # seconds a run may take; most of it is the server's start
+SCALING = {"rope_type": "yarn", "factor": 8, "original_max_position_embeddings": 16}  # the prompts are longer than 16 tokens
 
 pytestmark = pytest.mark.timeout(2 * TIMEOUT)
 
@@ -40,7 +41,7 @@ def write_config(engine: str, tmp_path: Path) -> Path:
         "kind": "rl",
         "steps": STEPS,
         "run_dir": str(tmp_path / "run"),
-        "model": {"path": str(tmp_path / "model")},
+        "model": {"path": str(tmp_path / "model"), "rope_scaling": SCALING},
         "policy": {"parallel": {"tp": 2}},
         "optimizer": {"learning_rate": 1e-2},
         "rollout": {
@@ -69,9 +70,10 @@ def start(config: Path) -> subprocess.Popen[str]:
 
 
 def server_processes(config: Path) -> list[psutil.Process]:
-    """Guards, servers and all below them that serve this config's model."""
-    model = str(config.parent / "model")
-    found = [process for process in psutil.process_iter(["cmdline"]) if model in (process.info["cmdline"] or ())]
+    """Guards, servers and all below them that serve this config's model, whose scaled folder is the run's."""
+    models = str(config.parent / "run" / "models")
+    commands = {process: process.info["cmdline"] or () for process in psutil.process_iter(["cmdline"])}
+    found = [process for process, command in commands.items() if any(word.startswith(models) for word in command)]
     return [*found, *(child for process in found for child in process.children(recursive=True))]
 
 
@@ -102,6 +104,7 @@ def test_a_run_samples_with_the_trained_weights_at_every_step(tmp_path: Path, en
         assert line["metrics"]["gradient_norm"] > 0
     for step in range(1, STEPS + 1):
         sampled = (run_dir / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
+        assert all(json.loads(line)["prompt_tokens"] > 2 * SCALING["original_max_position_embeddings"] for line in sampled)
         assert {tuple(json.loads(line)["weight_versions"]) for line in sampled} == {(step - 1,)}
     output = run_dir / "embeddings.pt"
     run_local_ranks(read_embeddings, (whole_checkpoints(run_dir / "checkpoints"), output), 1, 60)

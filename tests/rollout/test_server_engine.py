@@ -39,6 +39,7 @@ class FakeSGLang:
         self.calls: list[str] = []
         self.generate_body: dict[str, Any] = {}
         self.refuses = self.hangs = ""
+        self.rope_parameters: dict[str, Any] = {"rope_type": "default", "type": "default", "rope_theta": 10000.0}
         self.weights: dict[str, torch.Tensor] = {}
         self.spans = [{"version": "default", "start": 0, "end": 2}]
         self.aborts_needed = 0  # requests are answered after so many calls to give them up
@@ -68,7 +69,9 @@ class FakeSGLang:
             if self.aborts_needed:
                 await self.enough_aborts.wait()
             return web.json_response([self.generation(params) for params in body["sampling_params"]])
-        return web.json_response({"success": True, "message": "", "tp_size": 1, "pp_size": 1, "dp_size": 1, "ep_size": 1})
+        sizes = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "ep_size": 1}
+        state = {"megarl_rope_parameters": self.rope_parameters}
+        return web.json_response({"success": True, "message": "", **sizes, "internal_states": [state]})
 
     def generation(self, params: dict[str, Any]) -> dict[str, Any]:
         about = {
@@ -132,6 +135,22 @@ def test_updates_load_every_tensor_before_the_version_is_served(model_folder: Pa
         greedy = await engine.generate((1, 2), sampling(temperature=0.0, top_k=5))
         assert len(greedy) == 3
         assert [params["top_k"] for params in fake.generate_body["sampling_params"]] == [-1]
+
+    with_server(model_folder, use)
+
+
+def test_a_server_that_scales_rope_otherwise_is_refused(model_folder: Path) -> None:
+    async def use(fake: FakeSGLang, engine: SGLangEngine) -> None:
+        fake.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+        with pytest.raises(RolloutError) as refused:
+            await engine.update_weights(exported_weights(make_tiny_model(1)), 0)
+        assert str(refused.value).startswith(
+            "SGLang scales RoPE by {'rope_type': 'yarn', 'rope_theta': 10000.0, 'factor': 4.0}, and "
+        )
+        assert f"config.json of {model_folder}); start the server with this config.json" in str(refused.value)
+        assert fake.calls[-1] == "/server_info"
+        with pytest.raises(RolloutError, match="update to weight version 0 did not complete"):
+            await engine.generate((1, 2), sampling())
 
     with_server(model_folder, use)
 

@@ -1,7 +1,7 @@
 """The models of a run: weights, layouts, optimizers."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megarl.config.schema.section import Section, key
 
@@ -16,6 +16,12 @@ class ModelConfig(Section):
         "pretrained", "-", "Read the folder's weights, or draw random ones from its config and the seed."
     )
     tokenizer: Path | None = key(None, "folder", "Tokenizer folder; the model folder when not given.")
+    rope_scaling: dict[str, Any] | None = key(
+        None,
+        "-",
+        "RoPE scaling in place of config.json's, under its names, e.g. "
+        "{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}.",
+    )
     dtype: Literal["float32", "bfloat16"] = key(
         "float32", "-", "Type of parameters and activations; gradients and optimizer state stay float32."
     )

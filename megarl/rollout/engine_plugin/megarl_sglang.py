@@ -1,4 +1,4 @@
-"""SGLang plugin: receives MegaRL's weights in SGLang's workers, and lets only a request's own stop tokens end a response.
+"""SGLang plugin: receives MegaRL's weights in its workers, lets only a request's own stop tokens end a response, tells the RoPE.
 
 Runs in the engine's own environment: its folder is put on PYTHONPATH, and every process of SGLang finds ``register`` by the entry
 point in the folder beside this file (sglang/srt/plugins/__init__.py).
@@ -25,12 +25,21 @@ def register() -> None:
     """Called by SGLang at the start of every process."""
     HookRegistry.register(f"{UPDATER}.init_weights_update_group", _join, HookType.AROUND)
     HookRegistry.register(f"{UPDATER}.receive_weights_from_distributed", _receive, HookType.AROUND)
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _with_rope, HookType.AROUND)
     # With skip_tokenizer_init these are SGLang's only stop tokens beside the request's.
     HookRegistry.register("sglang.srt.configs.model_config.ModelConfig._get_hf_eos_token_id", _no_stop_tokens, HookType.REPLACE)
 
 
 def _no_stop_tokens(model_config: Any) -> set[int]:
     return set()
+
+
+def _with_rope(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    """What /server_info says of a worker, with the RoPE of its model."""
+    output = original(scheduler, request)
+    model_config = scheduler.tp_worker.model_runner.model_config
+    output.internal_state["megarl_rope_parameters"] = dict(model_config.hf_text_config.rope_parameters)
+    return output
 
 
 def _join(

@@ -30,10 +30,11 @@ class MegaRLWorkerExtension:
     _megarl_slices: SliceReceiver
 
     def megarl_place(self) -> str:
-        """This worker's rank among the server's workers, and how the server divides the model, as JSON."""
+        """This worker's rank among the server's workers, how the server divides the model, and the model's RoPE, as JSON."""
         parallel = self.vllm_config.parallel_config
         sizes = {name: getattr(parallel, f"{name}_parallel_size") for name in ("tensor", "pipeline", "data")}
-        return json.dumps({"rank": self.rank, "experts": parallel.enable_expert_parallel, **sizes})
+        rope = self.vllm_config.model_config.hf_text_config.rope_parameters
+        return json.dumps({"rank": self.rank, "experts": parallel.enable_expert_parallel, "rope_parameters": rope, **sizes})
 
     def megarl_join(self, host: str, port: int, world_size: int, timeout: float) -> None:
         """Join the trainer's group for whole tensors, whose rank 0 is the sender."""
