@@ -1,7 +1,7 @@
 """Generation beside training: groups are begun ahead of their step, and live through weight updates."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -43,9 +43,7 @@ class AsynchronousCollector(ResumableCollector):
         self._version, self._take, self._num_in_training = version, take, 0
         self._may_send.set()
         if not self._tasks:  # at the start of the run: those that a checkpoint brought
-            for group in self.outstanding.groups:
-                if group.scored is None:
-                    self._start(group)
+            self._start([group for group in self.outstanding.groups if group.scored is None])
         self._fill()
 
     async def hold(self) -> None:
@@ -104,14 +102,13 @@ class AsynchronousCollector(ResumableCollector):
         assert self._take is not None
         num_steps = min(self._settings.max_staleness + 1, self._config.steps - self._version)
         num_new = num_steps * self._rollout.prompts_per_step - len(self.outstanding.groups) - self._num_in_training
-        for _ in range(num_new):
-            (prompt,) = self._take(1, {})
-            self._start(self._begin(prompt, self._version))
+        self._start([self._begin(prompt, self._version) for _ in range(num_new) for prompt in self._take(1, {})])
 
-    def _start(self, group: OutstandingGroup) -> None:
-        task = asyncio.create_task(self._complete(group))
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
+    def _start(self, groups: Iterable[OutstandingGroup]) -> None:
+        for group in sorted(groups, key=lambda group: group.prompt.token_ids):  # as Collector sends them
+            task = asyncio.create_task(self._complete(group))
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)

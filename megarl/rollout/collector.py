@@ -23,6 +23,7 @@ from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGro
 T = TypeVar("T")
 
 PROMPTS_NAMED = 5
+LIMIT_KEYS = "rollout.request_timeout, rollout.request_timeout_per_kilotoken"
 
 Score = Callable[[Rollout], Awaitable[ScoredRollout | None]]
 Take = Callable[[int, Mapping[str, int]], Sequence[Prompt]]
@@ -141,8 +142,9 @@ class Collector:
     """Samples and scores responses to prompts, many at a time.
 
     What is returned does not depend on the order in which requests complete: a prompt's samples depend on the run's seed, the step
-    and the prompt's position in the step. A prompt's place among ``rollout.concurrency`` is freed as soon as the engine
-    has answered, so that slow scorers never decide what an engine decodes together.
+    and the prompt's position in the step. Requests are sent in the order of their prompts' token ids. A prompt's place among
+    ``rollout.concurrency`` is freed as soon as the engine has answered, so that slow scorers never decide what an engine decodes
+    together.
     """
 
     def __init__(
@@ -256,28 +258,31 @@ class Collector:
         slots = asyncio.Semaphore(self._rollout.concurrency)
         watcher = asyncio.create_task(self._watch_for_stalls(progress))
         try:
-            groups = await _all(self._answer(request, slots, progress, stats) for request in requests)
+            # prompts that begin with the same long document stand next to each other, so that the engine reads it once
+            order = sorted(range(len(requests)), key=lambda index: requests[index].prompt.token_ids)
+            answers = await _all(self._answer(requests[index], slots, progress, stats) for index in order)
         finally:
             watcher.cancel()
             stats.wall_seconds += time.monotonic() - started
-        stats.dropped_unscored += groups.count(None)
-        return [group for group in groups if group is not None]
+        stats.dropped_unscored += answers.count(None)
+        groups = dict(zip(order, answers, strict=True))
+        return [group for _, group in sorted(groups.items()) if group is not None]
 
     async def _answer(
         self, request: _Request, slots: asyncio.Semaphore, progress: _Progress, stats: CollectStats
     ) -> RolloutGroup | None:
         """One prompt from request to group, with retries; None when a response could not be scored."""
-        prompt = request.prompt
+        prompt, limit = request.prompt, self._rollout.time_limit(len(request.prompt.token_ids))
         for attempt in range(self._rollout.max_retries + 1):
             try:
                 async with self._place(request, slots, progress):
-                    deadline = asyncio.get_running_loop().time() + self._rollout.request_timeout
+                    deadline = asyncio.get_running_loop().time() + limit
                     progress.in_flight[prompt.prompt_id] = None
                     rollouts = await self._generate(request, deadline, progress, stats)
                 async with asyncio.timeout_at(deadline):
                     return await self._score(request, rollouts, progress, stats)
             except TimeoutError:
-                failure = f"prompt {prompt.prompt_id} was not answered and scored within {self._rollout.request_timeout:g} s"
+                failure = f"prompt {prompt.prompt_id} was not answered and scored within {limit:g} s"
                 cause: BaseException | None = None
             except _RequestFailed as error:
                 failure, cause = f"prompt {prompt.prompt_id} failed: {error.__cause__}", error.__cause__
@@ -288,9 +293,7 @@ class Collector:
             if attempt < self._rollout.max_retries:
                 stats.retries += 1
                 self._warn(f"{failure}; sending it again ({attempt + 1} of {self._rollout.max_retries} retries)")
-        raise RolloutError(
-            f"{failure}, after {self._rollout.max_retries} retries (rollout.request_timeout, rollout.max_retries)"
-        ) from cause
+        raise RolloutError(f"{failure}, after {self._rollout.max_retries} retries ({LIMIT_KEYS}, rollout.max_retries)") from cause
 
     @asynccontextmanager
     async def _place(self, request: _Request, slots: asyncio.Semaphore, progress: _Progress) -> AsyncIterator[None]:

@@ -70,7 +70,8 @@ class PartialCollector(ResumableCollector):
         progress, slots = _Progress(LockStep(self._rollout.concurrency)), asyncio.Semaphore(self._rollout.concurrency)
         watcher = asyncio.create_task(self._watch_for_stalls(progress))
         try:
-            await _all(self._grow(group, slots, progress, stats) for group in groups)
+            by_document = sorted(groups, key=lambda group: group.prompt.token_ids)  # as Collector sends them
+            await _all(self._grow(group, slots, progress, stats) for group in by_document)
         finally:
             watcher.cancel()
             stats.wall_seconds += asyncio.get_running_loop().time() - started

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from megarl.errors import RolloutError
-from megarl.rollout.collector import Collector, CollectResult, CollectStats, _all, _Progress, _Request, _RequestFailed
+from megarl.rollout.collector import LIMIT_KEYS, Collector, CollectResult, CollectStats, _all, _Progress, _Request, _RequestFailed
 from megarl.rollout.outstanding import Outstanding, OutstandingGroup, joined
 from megarl.rollout.protocol import SamplingParams, resumed
 from megarl.types import FinishReason, Prompt, RolloutGroup
@@ -16,7 +16,8 @@ from megarl.types import FinishReason, Prompt, RolloutGroup
 class ResumableCollector(Collector):
     """What asynchronous and partial rollouts have in common. A group's seeds depend on the run's seed and its ticket.
 
-    ``rollout.request_timeout`` counts for each request of a group, from its start to its end or cut, and for the scoring.
+    The time limit (``rollout.request_timeout``) counts for each request of a group, from its start to its end or cut, and for the
+    scoring.
 
     Attributes:
         outstanding: the groups begun and not yet trained on; a part of every checkpoint.
@@ -52,19 +53,19 @@ class ResumableCollector(Collector):
         Raises:
             RolloutError: the engine died, or gave no answer after all retries.
         """
-        retries = self._rollout.max_retries
+        retries, limit = self._rollout.max_retries, self._rollout.time_limit(len(group.prompt.token_ids))
         for attempt in range(retries + 1):
             await self._until_requests_may_be_sent()
             progress.in_flight[group.prompt.prompt_id] = None
             started = time.monotonic()
             progress.engine_enter()
             try:
-                async with asyncio.timeout(self._rollout.request_timeout):
+                async with asyncio.timeout(limit):
                     await _all(self._ask_for(group, indices, sampling) for indices, sampling in self._requests(group, budget))
                 progress.completed.set()
                 return
             except TimeoutError:
-                failure = f"prompt {group.prompt.prompt_id} was not answered within {self._rollout.request_timeout:g} s"
+                failure = f"prompt {group.prompt.prompt_id} was not answered within {limit:g} s"
                 cause: BaseException | None = None
             except _RequestFailed as error:
                 failure, cause = f"prompt {group.prompt.prompt_id} failed: {error.__cause__}", error.__cause__
@@ -77,7 +78,7 @@ class ResumableCollector(Collector):
             if attempt < retries:
                 stats.retries += 1
                 self._warn(f"{failure}; sending it again ({attempt + 1} of {retries} retries)")
-        raise RolloutError(f"{failure}, after {retries} retries (rollout.request_timeout, rollout.max_retries)") from cause
+        raise RolloutError(f"{failure}, after {retries} retries ({LIMIT_KEYS}, rollout.max_retries)") from cause
 
     async def _until_requests_may_be_sent(self) -> None:
         """Nothing to wait for, where no weights change while groups are under way."""
@@ -115,14 +116,12 @@ class ResumableCollector(Collector):
 
     async def _finish(self, group: OutstandingGroup, progress: _Progress, stats: CollectStats) -> None:
         """Score a group of whole responses; it is dropped when that fails, or when dynamic sampling has no use for it."""
-        limit, request = self._rollout.request_timeout, self._request(group)
+        limit, request = self._rollout.time_limit(len(group.prompt.token_ids)), self._request(group)
         try:
             async with asyncio.timeout(limit):
                 scored = await self._score(request, self._rollouts(request, group.samples), progress, stats)
         except TimeoutError:
-            raise RolloutError(
-                f"prompt {group.prompt.prompt_id} was not scored within {limit:g} s (rollout.request_timeout)"
-            ) from None
+            raise RolloutError(f"prompt {group.prompt.prompt_id} was not scored within {limit:g} s ({LIMIT_KEYS})") from None
         if scored is None:
             stats.dropped_unscored += 1
             self.outstanding.drop(group)

@@ -111,6 +111,25 @@ def test_long_responses_wait_for_later_steps() -> None:
     assert len({sampling.seed for number, _, sampling in engine.asked if number == 0}) == 5
 
 
+def test_prompts_of_one_document_are_sent_one_after_the_other() -> None:
+    collector, engine = make([2] * 9)
+    prompts = [
+        Prompt(prompt_id=f"p/{number}", token_ids=(number, 1, last), text="", reference={}, task="p")
+        for number, last in ((7, 5), (3, 0), (7, 4), (3, 2))
+    ]
+    sent: list[tuple[int, ...]] = []
+    generate = engine.generate
+
+    async def recorded(prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
+        sent.append(prompt_token_ids)
+        return await generate(prompt_token_ids, sampling)
+
+    engine.generate = recorded  # type: ignore[method-assign]
+    result = asyncio.run(collector.collect(lambda count, held: prompts, 0))
+    assert sent == [(3, 1, 0), (3, 1, 2), (7, 1, 4), (7, 1, 5)]
+    assert [group.prompt for group in result.groups] == prompts[:2]
+
+
 def test_versions_tell_which_step_sampled_each_token() -> None:
     collector, engine = make([12, 2, 3, 4, 6, 1, 2, 2, 3, 1])
     run_steps(collector, engine, 2)
