@@ -58,7 +58,9 @@ def test_limits_of_chunked_prefill_reach_the_engine(
 ) -> None:
     flags, _ = started_with(model_folder, engine, arguments=arguments)
     assert expected.items() <= flags.items()
-    assert not expected.keys() & started_with(model_folder, engine)[0].keys()  # none where none is given
+    without = started_with(model_folder, engine)[0]
+    assert not expected.keys() & without.keys()  # none where none is given
+    assert "--no-enable-chunked-prefill" not in flags and ("--no-enable-chunked-prefill" in without) == (engine == "vllm")
 
 
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
