@@ -12,11 +12,12 @@ from itertools import chain
 from typing import Any, TypeVar
 
 from megarl.config.schema import Config
-from megarl.errors import RolloutError, listed
+from megarl.errors import CheckpointError, RolloutError, listed
 from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.lock_step import EpisodeKey, LockStep
 from megarl.rollout.outstanding import Tickets
 from megarl.rollout.protocol import Generation, RolloutEngine, SamplingParams
+from megarl.rollout.saved_groups import PromptOf, Saved, load_group, refuse_damage, save_group
 from megarl.rollout.surplus import SurplusGroup, fill_step, groups_per_task
 from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 
@@ -241,6 +242,25 @@ class Collector:
             left_out = f"{stats.dropped_unscored} of {len(prompts)} evaluation prompts are left out"
             self._warn(f"{left_out}: a scorer or the environment failed on them")
         return groups
+
+    def state(self) -> Saved:
+        """The groups that wait for the next step as JSON values, for a checkpoint."""
+        surplus = [{"step": one.step, "group": save_group(one.group)} for one in self.surplus]
+        return {"surplus": surplus, "outstanding": None}
+
+    def restore(self, state: Saved, prompt_of: PromptOf) -> None:
+        """Go on from ``state()``; ``prompt_of`` gives the prompt of an id.
+
+        Raises:
+            CheckpointError: the groups are damaged, or of a run that began groups which this one would lose.
+        """
+        with refuse_damage():
+            if state["outstanding"] is not None:
+                raise CheckpointError(
+                    "the checkpoint has groups that were begun and not yet trained on; resume with the rollout.asynchronous or "
+                    "rollout.partial of the interrupted run"
+                )
+            self.surplus = [SurplusGroup(step=one["step"], group=load_group(one["group"], prompt_of)) for one in state["surplus"]]
 
     def _training_request(self, prompt: Prompt, step: int, position: int) -> _Request:
         seed = self._seed_of("train", step, position)

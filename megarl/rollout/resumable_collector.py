@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from megarl.errors import RolloutError
+from megarl.errors import CheckpointError, RolloutError
 from megarl.rollout.collector import LIMIT_KEYS, Collector, CollectResult, CollectStats, _all, _Progress, _Request, _RequestFailed
 from megarl.rollout.outstanding import Outstanding, OutstandingGroup, joined
 from megarl.rollout.protocol import SamplingParams, resumed
+from megarl.rollout.saved_groups import PromptOf, Saved, refuse_damage
 from megarl.types import FinishReason, Prompt, RolloutGroup
 
 
@@ -29,6 +30,27 @@ class ResumableCollector(Collector):
         self.outstanding = Outstanding()
         self._is_cutting = False
         self._filtered: list[RolloutGroup] = []  # since the last step
+
+    def state(self) -> Saved:
+        """Those groups as JSON values, for a checkpoint; on the event loop, where nothing else happens meanwhile."""
+        return super().state() | {"outstanding": self.outstanding.state()}
+
+    def restore(self, state: Saved, prompt_of: PromptOf) -> None:
+        """Go on from ``state()``; groups that waited for a next step of other rollouts are given up.
+
+        Raises:
+            CheckpointError: the groups are damaged, or of another run.
+        """
+        with refuse_damage():
+            if state["outstanding"] is not None:
+                self.outstanding.restore(state["outstanding"], prompt_of)
+        num_samples = self._rollout.samples_per_prompt + self._with_greedy
+        for group in self.outstanding.groups:
+            if group.scored is None and len(group.samples) != num_samples:
+                raise CheckpointError(
+                    f"the checkpoint has groups of {len(group.samples)} responses that are under way, and this run's have "
+                    f"{num_samples}; resume with the rollout.samples_per_prompt and the method of the interrupted run"
+                )
 
     def _step_result(self, taken: Iterable[OutstandingGroup], stats: CollectStats) -> CollectResult:
         """Take these groups out of the store."""
@@ -130,4 +152,4 @@ class ResumableCollector(Collector):
             self._filtered.append(scored)
             self.outstanding.drop(group)
         else:
-            group.scored = scored
+            group.scored, group.samples = scored, []

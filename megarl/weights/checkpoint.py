@@ -2,7 +2,7 @@
 
     checkpoints/step_00000012/
         policy/              model, optimizer, scheduler and random state (megatron dist_checkpointing), and the critic's
-        outstanding.pickle   groups begun and not yet trained on, where responses outlive a step
+        outstanding.json     groups that wait to be trained on, whole or begun
         manifest.json        step, weight version, data position, model digest, and every file with its size
 
 A folder without a manifest is an unfinished save and is never read.
@@ -35,8 +35,8 @@ from megarl.weights.mapping import WeightMap
 
 MANIFEST = "manifest.json"
 POLICY = "policy"  # folder of the tensors
-OUTSTANDING = "outstanding.pickle"
-FORMAT = 1
+OUTSTANDING = "outstanding.json"
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +45,12 @@ class DataState:
 
     Attributes:
         position: as the sampler gives it.
-        outstanding: what was taken from it and not yet trained on, as the store of such groups gives it; None without a store.
+        outstanding: what was taken from it and not yet trained on, as the collector gives it; None where nothing is sampled to be
+            trained on, and on ranks other than 0.
     """
 
     position: dict[str, Any]
-    outstanding: bytes | None
+    outstanding: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,7 @@ def read_run_state(checkpoint: Path, weight_map: WeightMap) -> RunState:
     """Read and verify a checkpoint's manifest.
 
     Raises:
-        CheckpointError: a file is missing or has another size, or it is of another model.
+        CheckpointError: a file is missing or has another size, or it is of another model or format.
     """
     path = checkpoint / MANIFEST
     try:
@@ -97,6 +98,10 @@ def read_run_state(checkpoint: Path, weight_map: WeightMap) -> RunState:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); resume from an older checkpoint") from error
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} has format {manifest['format']}, and this MegaRL reads {FORMAT}; use the version that wrote it"
+        )
     digest = model_digest(weight_map)
     if manifest["model_digest"] != digest:
         raise CheckpointError(
@@ -115,9 +120,18 @@ def read_run_state(checkpoint: Path, weight_map: WeightMap) -> RunState:
 
 
 def read_data_state(checkpoint: Path, state: RunState) -> DataState:
-    """Where the run that saved the checkpoint was in its data."""
+    """Where the run that saved the checkpoint was in its data.
+
+    Raises:
+        CheckpointError: the groups that wait are damaged.
+    """
     file = checkpoint / OUTSTANDING
-    return DataState(position=state.data, outstanding=file.read_bytes() if file.exists() else None)
+    if dist.get_rank() != 0 or not file.exists():
+        return DataState(position=state.data, outstanding=None)
+    try:
+        return DataState(position=state.data, outstanding=json.loads(file.read_text()))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}); resume from an older checkpoint") from error
 
 
 def load_policy(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +166,7 @@ class CheckpointWriter:
         self._queue = AsyncCallsQueue() if asynchronous else None
         _start_result_queue()
 
-    def save(self, sharded_state: dict[str, Any], state: RunState, outstanding: bytes | None = None) -> None:
+    def save(self, sharded_state: dict[str, Any], state: RunState, outstanding: dict[str, Any] | None = None) -> None:
         """Save one checkpoint; collective. ``outstanding``: of DataState, on rank 0.
 
         Raises:
@@ -166,7 +180,7 @@ class CheckpointWriter:
         dist.barrier()
         with _write_errors(str(checkpoint), self._folder):
             if outstanding is not None:
-                (checkpoint / OUTSTANDING).write_bytes(outstanding)
+                (checkpoint / OUTSTANDING).write_text(json.dumps(outstanding))
             request = dist_checkpointing.save(
                 sharded_state, str(checkpoint / POLICY), async_sharded_save=self._queue is not None, **_async_strategy()
             )

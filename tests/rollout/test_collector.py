@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from megarl.config.schema import Config, EmbeddedEngineConfig
 from megarl.data.packing import pack_groups
 from megarl.errors import RolloutError
-from megarl.loop.saved_groups import load_groups, save_groups
 from megarl.rollout.collector import Collector, CollectResult
 from megarl.rollout.embedded import EmbeddedEngine
 from megarl.rollout.protocol import Generation, SamplingParams
@@ -273,9 +272,9 @@ def test_surplus_may_wait_longer_and_is_saved_whole(model_folder: Path) -> None:
         collector = make_collector(engine, score_first_token, **options)
         first = await collector.collect(source, step=1)
         assert 0 < len(collector.surplus) <= 6
-        saved = json.loads(json.dumps(save_groups(collector.surplus)))
+        saved = json.loads(json.dumps(collector.state()))
         resumed = make_collector(engine, score_first_token, **options)
-        resumed.surplus = load_groups(saved, lambda prompt_id: make_prompt(int(prompt_id.removeprefix("task/"))))
+        resumed.restore(saved, lambda prompt_id: make_prompt(int(prompt_id.removeprefix("task/"))))
         copy(sum(source.taken), {})
         assert first.stats.reused == 0
         return await collector.collect(source, step=3), await resumed.collect(copy, step=3)
