@@ -21,7 +21,8 @@ from megarl.rewards.combine import RewardScorer
 from megarl.rewards.episodes import EpisodeScorer
 from megarl.rollout.asynchronous_collector import AsynchronousCollector
 from megarl.rollout.build import build_engine
-from megarl.rollout.collector import Collector, CollectResult, Score
+from megarl.rollout.collect_result import CollectResult
+from megarl.rollout.collector import Collector, Score
 from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.outstanding import Tickets
 from megarl.rollout.partial_collector import PartialCollector

@@ -6,9 +6,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 from megarl.errors import RolloutError
-from megarl.rollout.collector import CollectResult, CollectStats, Take, _Progress
+from megarl.rollout.collect_result import CollectResult, CollectStats
+from megarl.rollout.collector import Take
 from megarl.rollout.lock_step import LockStep
 from megarl.rollout.outstanding import OutstandingGroup, next_batch
+from megarl.rollout.progress import Progress
 from megarl.rollout.resumable_collector import ResumableCollector
 
 
@@ -31,7 +33,7 @@ class AsynchronousCollector(ResumableCollector):
         self._num_dropped = 0  # since the last batch
         self._take: Take | None = None
         self._slots = asyncio.Semaphore(self._rollout.concurrency)
-        self._progress = _Progress(LockStep(self._rollout.concurrency))
+        self._progress = Progress(LockStep(self._rollout.concurrency))
         self._stats = CollectStats()
         self._may_send = asyncio.Event()
         self._changed = asyncio.Event()
@@ -69,11 +71,8 @@ class AsynchronousCollector(ResumableCollector):
             MegaRLError: what went wrong with a group since the last call.
         """
         started = asyncio.get_running_loop().time()
-        watcher = asyncio.create_task(self._watch_for_stalls(self._progress))
-        try:
+        with self._progress.watched(self._config.observe.stall_warning, self._warn):
             await self._until(lambda: self._next_batch() is not None)
-        finally:
-            watcher.cancel()
         batch = self._next_batch()
         assert batch is not None
         stats = self._take_stats()

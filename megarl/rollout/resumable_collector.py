@@ -7,9 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from megarl.errors import CheckpointError, RolloutError
-from megarl.rollout.collector import LIMIT_KEYS, Collector, CollectResult, CollectStats, _all, _Progress, _Request, _RequestFailed
+from megarl.rollout.collect_result import CollectResult, CollectStats
+from megarl.rollout.collector import Collector
 from megarl.rollout.outstanding import Outstanding, OutstandingGroup, joined
+from megarl.rollout.progress import Progress
 from megarl.rollout.protocol import SamplingParams, resumed
+from megarl.rollout.requests import LIMIT_KEYS, Request, RequestFailed, run_together
 from megarl.rollout.saved_groups import PromptOf, Saved, refuse_damage
 from megarl.types import FinishReason, Prompt, RolloutGroup
 
@@ -44,7 +47,7 @@ class ResumableCollector(Collector):
         with refuse_damage():
             if state["outstanding"] is not None:
                 self.outstanding.restore(state["outstanding"], prompt_of)
-        num_samples = self._rollout.samples_per_prompt + self._with_greedy
+        num_samples = self._requests.num_training_responses
         for group in self.outstanding.groups:
             if group.scored is None and len(group.samples) != num_samples:
                 raise CheckpointError(
@@ -59,17 +62,12 @@ class ResumableCollector(Collector):
         return CollectResult(groups=groups, filtered=filtered, sampled=groups + filtered, stats=stats, tickets=tickets)
 
     def _begin(self, prompt: Prompt, version: int) -> OutstandingGroup:
-        return self.outstanding.begin(prompt, version, self._rollout.samples_per_prompt + self._with_greedy)
+        return self.outstanding.begin(prompt, version, self._requests.num_training_responses)
 
-    def _request(self, group: OutstandingGroup) -> _Request:
-        seed = self._seed_of("ticket", 0, group.ticket)
-        return _Request(
-            prompt=group.prompt,
-            samples=self._sampling(self._rollout.samples_per_prompt, self._rollout.temperature, seed),
-            greedy=self._sampling(1, 0.0, seed) if self._with_greedy else None,
-        )
+    def _request(self, group: OutstandingGroup) -> Request:
+        return self._requests.training(group.prompt, "ticket", 0, group.ticket)
 
-    async def _extend(self, group: OutstandingGroup, budget: int, progress: _Progress, stats: CollectStats) -> None:
+    async def _extend(self, group: OutstandingGroup, budget: int, progress: Progress, stats: CollectStats) -> None:
         """Let every unfinished response grow by up to ``budget`` tokens, or up to a cut; with retries.
 
         Raises:
@@ -83,13 +81,13 @@ class ResumableCollector(Collector):
             progress.engine_enter()
             try:
                 async with asyncio.timeout(limit):
-                    await _all(self._ask_for(group, indices, sampling) for indices, sampling in self._requests(group, budget))
+                    await run_together(self._ask_for(group, *part) for part in self._parts(group, budget))
                 progress.completed.set()
                 return
             except TimeoutError:
                 failure = f"prompt {group.prompt.prompt_id} was not answered within {limit:g} s"
                 cause: BaseException | None = None
-            except _RequestFailed as error:
+            except RequestFailed as error:
                 failure, cause = f"prompt {group.prompt.prompt_id} failed: {error.__cause__}", error.__cause__
             finally:
                 progress.in_flight.pop(group.prompt.prompt_id, None)
@@ -105,7 +103,7 @@ class ResumableCollector(Collector):
     async def _until_requests_may_be_sent(self) -> None:
         """Nothing to wait for, where no weights change while groups are under way."""
 
-    def _requests(self, group: OutstandingGroup, budget: int) -> list[tuple[list[int], SamplingParams]]:
+    def _parts(self, group: OutstandingGroup, budget: int) -> list[tuple[list[int], SamplingParams]]:
         """The requests for a group's unfinished responses, and which responses each is for.
 
         All samples of a new group are one request, so that the engine reads their prompt once.
@@ -130,13 +128,13 @@ class ResumableCollector(Collector):
         try:
             answers = await self._engine.generate(group.prompt.token_ids + so_far, sampling)
         except RolloutError as error:
-            raise _RequestFailed from error
+            raise RequestFailed from error
         if not self._is_cutting and any(answer.finish_reason is FinishReason.ABORT for answer in answers):
-            raise _RequestFailed from RolloutError("the engine gave the request up")
+            raise RequestFailed from RolloutError("the engine gave the request up")
         for index, answer in zip(indices, answers, strict=True):
             group.samples[index] = joined(group.samples[index], answer, self._rollout.max_new_tokens)
 
-    async def _finish(self, group: OutstandingGroup, progress: _Progress, stats: CollectStats) -> None:
+    async def _finish(self, group: OutstandingGroup, progress: Progress, stats: CollectStats) -> None:
         """Score a group of whole responses; it is dropped when that fails, or when dynamic sampling has no use for it."""
         limit, request = self._rollout.time_limit(len(group.prompt.token_ids)), self._request(group)
         try:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from megarl.config.schema import Config, EmbeddedEngineConfig
 from megarl.data.packing import pack_groups
 from megarl.errors import RolloutError
-from megarl.rollout.collector import Collector, CollectResult
+from megarl.rollout.collect_result import CollectResult
+from megarl.rollout.collector import Collector
 from megarl.rollout.embedded import EmbeddedEngine
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.types import GREEDY_INDEX, FinishReason, PackedBatch, Prompt, Rollout, RolloutGroup, ScoredRollout
