@@ -12,6 +12,7 @@ from megarl.rollout.lock_step import LockStep
 from megarl.rollout.outstanding import OutstandingGroup, next_batch
 from megarl.rollout.progress import Progress
 from megarl.rollout.resumable_collector import ResumableCollector
+from megarl.types import Prompt
 
 
 class AsynchronousCollector(ResumableCollector):
@@ -35,7 +36,8 @@ class AsynchronousCollector(ResumableCollector):
         self._slots = asyncio.Semaphore(self._rollout.concurrency)
         self._progress = Progress(LockStep(self._rollout.concurrency))
         self._stats = CollectStats()
-        self._may_send = asyncio.Event()
+        self._may_send = False
+        self._held: list[tuple[tuple[int, ...], asyncio.Future[None]]] = []  # token ids of prompts whose requests wait
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -43,7 +45,11 @@ class AsynchronousCollector(ResumableCollector):
     async def go_on(self, take: Take, version: int) -> None:
         """Let groups grow by the weights of ``version``, which the engine has, and begin as many as the bound allows."""
         self._version, self._take, self._num_in_training = version, take, 0
-        self._may_send.set()
+        self._may_send = True
+        for _, held in sorted(self._held, key=lambda item: item[0]):  # as Collector sends them
+            if not held.done():
+                held.set_result(None)
+        self._held.clear()
         if not self._tasks:  # at the start of the run: those that a checkpoint brought
             self._start([group for group in self.outstanding.groups if group.scored is None])
         self._fill()
@@ -54,7 +60,7 @@ class AsynchronousCollector(ResumableCollector):
         Raises:
             MegaRLError: what went wrong with a group meanwhile.
         """
-        self._may_send.clear()
+        self._may_send = False
         if self._settings.on_update == "continue":
             self._is_cutting = True
             try:
@@ -129,10 +135,12 @@ class AsynchronousCollector(ResumableCollector):
             self._check_dropped()
             self._fill()
 
-    async def _until_requests_may_be_sent(self) -> None:
-        while not self._may_send.is_set():
+    async def _until_requests_may_be_sent(self, prompt: Prompt) -> None:
+        while not self._may_send:
             self._changed.set()  # a request that failed has left the engine
-            await self._may_send.wait()
+            held = asyncio.get_running_loop().create_future()
+            self._held.append((prompt.token_ids, held))
+            await held
 
     def _check_dropped(self) -> None:
         limit = self._config.algorithm.max_sampling_waves * self._rollout.prompts_per_step

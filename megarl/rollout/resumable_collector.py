@@ -75,7 +75,7 @@ class ResumableCollector(Collector):
         """
         retries, limit = self._rollout.max_retries, self._rollout.time_limit(len(group.prompt.token_ids))
         for attempt in range(retries + 1):
-            await self._until_requests_may_be_sent()
+            await self._until_requests_may_be_sent(group.prompt)
             progress.in_flight[group.prompt.prompt_id] = None
             started = time.monotonic()
             progress.engine_enter()
@@ -100,7 +100,7 @@ class ResumableCollector(Collector):
                 self._warn(f"{failure}; sending it again ({attempt + 1} of {retries} retries)")
         raise RolloutError(f"{failure}, after {retries} retries ({LIMIT_KEYS}, rollout.max_retries)") from cause
 
-    async def _until_requests_may_be_sent(self) -> None:
+    async def _until_requests_may_be_sent(self, prompt: Prompt) -> None:
         """Nothing to wait for, where no weights change while groups are under way."""
 
     def _parts(self, group: OutstandingGroup, budget: int) -> list[tuple[list[int], SamplingParams]]:

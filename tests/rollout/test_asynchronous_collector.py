@@ -170,6 +170,19 @@ def test_prompts_of_one_document_are_sent_one_after_the_other() -> None:
         await trainer.go_on(0)
         assert [request.prompt for request in trainer.engine.sent] == [(3, 0, 9), (3, 1), (7, 7, 4), (7, 7, 5)]
         assert [group.ticket for group in trainer.collector.outstanding.groups] == [0, 1, 2, 3]
+        for number in (3, 7):
+            for request in [request for request in trainer.engine.sent if request.prompt[0] == number][:1]:
+                request.give(3, 0)
+        await trainer.collect(0)
+        await trainer.collector.hold()
+        trainer.documents |= {4: (5, 5), 5: (2, 2)}
+        await trainer.go_on(1)  # the groups that were cut, and then the new ones
+        assert [request.prompt[:2] for request in trainer.engine.sent] == [(3, 1)] * 2 + [(7, 7)] * 2 + [(2, 2), (5, 5)]
+        await trainer.collector.hold()
+        await trainer.go_on(2)
+        assert [request.prompt[:2] for request in trainer.engine.sent] == [
+            prompt for prompt in ((2, 2), (3, 1), (5, 5), (7, 7)) for _ in range(2)
+        ]
 
     run(use)
 
