@@ -17,21 +17,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megarl.death_signal import end_with_parent
 from megarl.errors import CheckpointError
 from megarl.weights.mapping import WeightMap
+from megarl.weights.result_queue import start_result_queue
 
 MANIFEST = "manifest.json"
 POLICY = "policy"  # folder of the tensors
@@ -164,7 +161,7 @@ class CheckpointWriter:
         self._weight_map = weight_map
         self._keep = keep
         self._queue = AsyncCallsQueue() if asynchronous else None
-        _start_result_queue()
+        start_result_queue()
 
     def save(self, sharded_state: dict[str, Any], state: RunState, outstanding: dict[str, Any] | None = None) -> None:
         """Save one checkpoint; collective. ``outstanding``: of DataState, on rank 0.
@@ -246,14 +243,6 @@ def _write_error(what: str, folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"cannot write {what} ({free / 1e6:.1f} MB free there): {' '.join(reason.split())}; earlier checkpoints are untouched"
     )
-
-
-def _start_result_queue() -> None:
-    """Start megatron-core's queue of write results, so that the process behind it ends with this rank even when that is killed."""
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=get_context("spawn"))
-        manager.start(end_with_parent)
-        filesystem_async._results_queue = manager.Queue()
 
 
 def _async_strategy() -> dict[str, str]:
