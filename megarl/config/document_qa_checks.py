@@ -35,7 +35,7 @@ def check_judges(config: Config) -> Iterator[str]:
                 if part in names:
                     yield f"{path}.{index}.name: the scorer logs its part {part}, another scorer's name; rename one of them"
             if scorer.judge is not None:
-                yield from _check_time(f"{path}.{index}.judge", scorer.judge, config.rollout.request_timeout)
+                yield from _check_time(f"{path}.{index}.judge", scorer.judge, config.rollout.time_limit(0))
 
 
 def _check_time(path: str, judge: JudgeConfig, limit: float) -> Iterator[str]:
@@ -43,7 +43,8 @@ def _check_time(path: str, judge: JudgeConfig, limit: float) -> Iterator[str]:
     if seconds > limit:
         yield (
             f"{path}.timeout: {judge.retries + 1} requests of {judge.timeout:g} s and the waits between them take up to "
-            f"{seconds:g} s, above rollout.request_timeout {limit:g}; lower timeout or retries, or raise rollout.request_timeout"
+            f"{seconds:g} s, above the {limit:g} s of rollout.request_timeout; lower timeout or retries, or raise "
+            "rollout.request_timeout"
         )
 
 

@@ -17,18 +17,17 @@ from megarl.environments.run import Environments, open_environments
 from megarl.errors import CheckpointError
 from megarl.loop.background import BackgroundLoop
 from megarl.loop.broadcast import broadcast_batch, broadcast_metrics
-from megarl.loop.saved_groups import load_groups, save_groups
 from megarl.loop.weight_sync import MainRankEngine, WeightSync, check_transport
 from megarl.observe.metrics import accuracy_metrics, pass_at_k, rollout_metrics
 from megarl.rewards.combine import RewardScorer
 from megarl.rewards.episodes import EpisodeScorer
 from megarl.rollout.asynchronous_collector import AsynchronousCollector
 from megarl.rollout.build import build_engine
-from megarl.rollout.collector import Collector, CollectResult, Score
+from megarl.rollout.collect_result import CollectResult
+from megarl.rollout.collector import Collector, Score
 from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.outstanding import Tickets
 from megarl.rollout.partial_collector import PartialCollector
-from megarl.rollout.resumable_collector import ResumableCollector
 from megarl.train.roles import Policy, RewardModel
 from megarl.types import PackedBatch, Prompt, RolloutGroup, ScoredRollout
 from megarl.weights.checkpoint import DataState
@@ -267,20 +266,16 @@ class Rollout:
         """Go on from there.
 
         Raises:
-            CheckpointError: groups were begun that this run would lose, or the prompts differ.
+            CheckpointError: groups were begun that this run would lose, or the groups or prompts are others.
         """
         if self._main is None or self._main.prompts is None:
             return
-        self._main.prompts.restore(state.position["prompts"])
-        collector = self._main.collector
-        collector.surplus = load_groups(state.position["surplus"], self._main.prompts.prompt)
-        if isinstance(collector, ResumableCollector) and state.outstanding is not None:
-            collector.outstanding.restore(state.outstanding)
-        elif state.outstanding is not None:
+        if state.outstanding is None:
             raise CheckpointError(
-                "the checkpoint has groups that were begun and not yet trained on; resume with the rollout.asynchronous or "
-                "rollout.partial of the interrupted run"
+                "the checkpoint is of a run that sampled nothing to train on; resume with the interrupted run's kind"
             )
+        self._main.prompts.restore(state.position)
+        self._main.collector.restore(state.outstanding, self._main.prompts.prompt)
 
     def close(self) -> None:
         """End the engine and the scorers."""
@@ -290,9 +285,7 @@ class Rollout:
 
 async def _data_state(prompts: PromptSource, collector: Collector) -> DataState:
     """Both at the same moment, in which nothing is begun: without a wait in it, the event loop does nothing else meanwhile."""
-    outstanding = collector.outstanding.state() if isinstance(collector, ResumableCollector) else None
-    position = {"prompts": prompts.state(), "surplus": save_groups(collector.surplus)}
-    return DataState(position=position, outstanding=outstanding)
+    return DataState(position=prompts.state(), outstanding=collector.state())
 
 
 async def _record(main: MainRankRollout, result: CollectResult) -> None:

@@ -1,15 +1,18 @@
 """Generation beside training: groups are begun ahead of their step, and live through weight updates."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any
 
 from megarl.errors import RolloutError
-from megarl.rollout.collector import CollectResult, CollectStats, Take, _Progress
+from megarl.rollout.collect_result import CollectResult, CollectStats
+from megarl.rollout.collector import Take
 from megarl.rollout.lock_step import LockStep
 from megarl.rollout.outstanding import OutstandingGroup, next_batch
+from megarl.rollout.progress import Progress
 from megarl.rollout.resumable_collector import ResumableCollector
+from megarl.types import Prompt
 
 
 class AsynchronousCollector(ResumableCollector):
@@ -31,9 +34,10 @@ class AsynchronousCollector(ResumableCollector):
         self._num_dropped = 0  # since the last batch
         self._take: Take | None = None
         self._slots = asyncio.Semaphore(self._rollout.concurrency)
-        self._progress = _Progress(LockStep(self._rollout.concurrency))
+        self._progress = Progress(LockStep(self._rollout.concurrency))
         self._stats = CollectStats()
-        self._may_send = asyncio.Event()
+        self._may_send = False
+        self._held: list[tuple[tuple[int, ...], asyncio.Future[None]]] = []  # token ids of prompts whose requests wait
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -41,11 +45,13 @@ class AsynchronousCollector(ResumableCollector):
     async def go_on(self, take: Take, version: int) -> None:
         """Let groups grow by the weights of ``version``, which the engine has, and begin as many as the bound allows."""
         self._version, self._take, self._num_in_training = version, take, 0
-        self._may_send.set()
+        self._may_send = True
+        for _, held in sorted(self._held, key=lambda item: item[0]):  # as Collector sends them
+            if not held.done():
+                held.set_result(None)
+        self._held.clear()
         if not self._tasks:  # at the start of the run: those that a checkpoint brought
-            for group in self.outstanding.groups:
-                if group.scored is None:
-                    self._start(group)
+            self._start([group for group in self.outstanding.groups if group.scored is None])
         self._fill()
 
     async def hold(self) -> None:
@@ -54,7 +60,7 @@ class AsynchronousCollector(ResumableCollector):
         Raises:
             MegaRLError: what went wrong with a group meanwhile.
         """
-        self._may_send.clear()
+        self._may_send = False
         if self._settings.on_update == "continue":
             self._is_cutting = True
             try:
@@ -71,11 +77,8 @@ class AsynchronousCollector(ResumableCollector):
             MegaRLError: what went wrong with a group since the last call.
         """
         started = asyncio.get_running_loop().time()
-        watcher = asyncio.create_task(self._watch_for_stalls(self._progress))
-        try:
+        with self._progress.watched(self._config.observe.stall_warning, self._warn):
             await self._until(lambda: self._next_batch() is not None)
-        finally:
-            watcher.cancel()
         batch = self._next_batch()
         assert batch is not None
         stats = self._take_stats()
@@ -104,14 +107,13 @@ class AsynchronousCollector(ResumableCollector):
         assert self._take is not None
         num_steps = min(self._settings.max_staleness + 1, self._config.steps - self._version)
         num_new = num_steps * self._rollout.prompts_per_step - len(self.outstanding.groups) - self._num_in_training
-        for _ in range(num_new):
-            (prompt,) = self._take(1, {})
-            self._start(self._begin(prompt, self._version))
+        self._start([self._begin(prompt, self._version) for _ in range(num_new) for prompt in self._take(1, {})])
 
-    def _start(self, group: OutstandingGroup) -> None:
-        task = asyncio.create_task(self._complete(group))
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
+    def _start(self, groups: Iterable[OutstandingGroup]) -> None:
+        for group in sorted(groups, key=lambda group: group.prompt.token_ids):  # as Collector sends them
+            task = asyncio.create_task(self._complete(group))
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
@@ -133,10 +135,12 @@ class AsynchronousCollector(ResumableCollector):
             self._check_dropped()
             self._fill()
 
-    async def _until_requests_may_be_sent(self) -> None:
-        while not self._may_send.is_set():
+    async def _until_requests_may_be_sent(self, prompt: Prompt) -> None:
+        while not self._may_send:
             self._changed.set()  # a request that failed has left the engine
-            await self._may_send.wait()
+            held = asyncio.get_running_loop().create_future()
+            self._held.append((prompt.token_ids, held))
+            await held
 
     def _check_dropped(self) -> None:
         limit = self._config.algorithm.max_sampling_waves * self._rollout.prompts_per_step

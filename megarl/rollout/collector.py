@@ -1,148 +1,36 @@
 """Prompts to engine to scores to groups: one step's rollouts, or one evaluation."""
 
 import asyncio
-import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, fields
 from itertools import chain
-from typing import Any, TypeVar
 
 from megarl.config.schema import Config
-from megarl.errors import RolloutError, listed
+from megarl.errors import CheckpointError, RolloutError
+from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.lock_step import EpisodeKey, LockStep
-from megarl.rollout.outstanding import Tickets
+from megarl.rollout.progress import Progress
 from megarl.rollout.protocol import Generation, RolloutEngine, SamplingParams
+from megarl.rollout.requests import LIMIT_KEYS, Request, RequestFailed, RequestMaker, run_together
+from megarl.rollout.saved_groups import PromptOf, Saved, load_group, refuse_damage, save_group
 from megarl.rollout.surplus import SurplusGroup, fill_step, groups_per_task
-from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
-
-T = TypeVar("T")
-
-PROMPTS_NAMED = 5
+from megarl.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 
 Score = Callable[[Rollout], Awaitable[ScoredRollout | None]]
 Take = Callable[[int, Mapping[str, int]], Sequence[Prompt]]
-
-
-@dataclass(slots=True, kw_only=True)
-class CollectStats:
-    """What collecting took.
-
-    Attributes:
-        wall_seconds: from the first request to the last score.
-        generating_seconds: wall time with at least one request at the engine; in the rest of ``wall_seconds`` responses were only
-            scored or waited for their environments.
-        generate_seconds: time at the engine, summed over requests.
-        score_seconds: time in scorers, summed over responses.
-        waves: rounds of prompts.
-        dropped_unscored: groups dropped because a scorer or the environment failed and rewards.on_failure is drop.
-        dropped_filtered: groups dropped by dynamic sampling for equal rewards.
-        reused: groups of the step that waited from an earlier one.
-        dropped_surplus: groups dropped because they waited longer than algorithm.max_surplus_age.
-        surplus: groups that wait for the next step.
-        retries: requests sent again.
-        environment_failures: episodes whose environment failed, in dropped groups too.
-        failures: one line for each failed request, scorer or environment.
-    """
-
-    wall_seconds: float = 0.0
-    generating_seconds: float = 0.0
-    generate_seconds: float = 0.0
-    score_seconds: float = 0.0
-    waves: int = 0
-    dropped_unscored: int = 0
-    dropped_filtered: int = 0
-    reused: int = 0
-    dropped_surplus: int = 0
-    surplus: int = 0
-    retries: int = 0
-    environment_failures: int = 0
-    failures: list[str] = field(default_factory=list)
-
-    def metrics(self) -> dict[str, float]:
-        """The numbers, by name for the log."""
-        numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "failures"}
-        return {f"rollout/{name}": float(value) for name, value in numbers.items()} | {
-            "rollout/failures": float(len(self.failures))
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CollectResult:
-    """What collecting one step gave.
-
-    Attributes:
-        groups: those to train on, in the order of their prompts; of balanced tasks in turn.
-        filtered: those that dynamic sampling dropped for equal rewards.
-        sampled: all that were sampled and scored now, filtered ones and those that wait for the next step included.
-        stats: what it took.
-        tickets: names of the groups where some outlive a step; None elsewhere.
-    """
-
-    groups: tuple[RolloutGroup, ...]
-    filtered: tuple[RolloutGroup, ...]
-    sampled: tuple[RolloutGroup, ...]
-    stats: CollectStats
-    tickets: Tickets | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    """A prompt and how it is answered.
-
-    Attributes:
-        prompt: the prompt.
-        samples: of the responses of its group.
-        greedy: of the one greedy response beside them; None where none is wanted.
-    """
-
-    prompt: Prompt
-    samples: SamplingParams
-    greedy: SamplingParams | None
-
-    @property
-    def responses(self) -> list[tuple[int, SamplingParams]]:
-        """Sample index and settings of each response, the greedy one last."""
-        responses = [(index, self.samples) for index in range(self.samples.num_samples)]
-        return responses if self.greedy is None else [*responses, (GREEDY_INDEX, self.greedy)]
-
-    @property
-    def episodes(self) -> list[EpisodeKey]:
-        """What LockStep knows the responses by."""
-        return [(self.samples.seed, index) for index, _ in self.responses]
-
-
-@dataclass(slots=True)
-class _Progress:
-    """What is going on now, for the stall warning, the time spent generating, and turns taken together."""
-
-    lock_step: LockStep
-    in_flight: dict[str, None] = field(default_factory=dict)  # prompt ids, in the order they were sent
-    completed: asyncio.Event = field(default_factory=asyncio.Event)
-    at_engine: int = 0
-    generating_since: float = 0.0
-
-    def engine_enter(self) -> None:
-        if self.at_engine == 0:
-            self.generating_since = time.monotonic()
-        self.at_engine += 1
-
-    def engine_exit(self, stats: CollectStats) -> None:
-        self.at_engine -= 1
-        if self.at_engine == 0:
-            stats.generating_seconds += time.monotonic() - self.generating_since
 
 
 class Collector:
     """Samples and scores responses to prompts, many at a time.
 
     What is returned does not depend on the order in which requests complete: a prompt's samples depend on the run's seed, the step
-    and the prompt's position in the step. A prompt's place among ``rollout.concurrency`` is freed as soon as the engine
-    has answered, so that slow scorers never decide what an engine decodes together.
+    and the prompt's position in the step. Requests are sent in the order of their prompts' token ids. A prompt's place among
+    ``rollout.concurrency`` is freed as soon as the engine has answered, so that slow scorers never decide what an engine decodes
+    together.
     """
 
     def __init__(
@@ -173,11 +61,10 @@ class Collector:
         self._engine = engine
         self._config = config
         self._rollout = config.rollout
-        self._stop_token_ids = tuple(stop_token_ids)
         self._decode = decode
         self._score_rollout = score
         self._warn = warn
-        self._with_greedy = with_greedy
+        self._requests = RequestMaker(config, stop_token_ids, with_greedy=with_greedy)
         self._player = player
         self.surplus: list[SurplusGroup] = []
 
@@ -207,7 +94,7 @@ class Collector:
                 raise RolloutError(_exhausted(stats, [one.group for one in kept], filtered, num_groups))
             num_prompts = math.ceil((num_groups - len(kept)) * algorithm.over_sampling)
             prompts = take(num_prompts, Counter(one.group.prompt.task for one in kept))
-            requests = [self._training_request(prompt, step, position + offset) for offset, prompt in enumerate(prompts)]
+            requests = [self._requests.training(prompt, "train", step, number) for number, prompt in enumerate(prompts, position)]
             position += len(prompts)
             groups = await self._wave(requests, stats)
             sampled += groups
@@ -223,63 +110,71 @@ class Collector:
         return CollectResult(groups=groups_of_step, filtered=tuple(filtered), sampled=tuple(sampled), stats=stats, tickets=None)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
-        """Sample and score every prompt as ``evaluation`` says; seeds do not depend on the step, so that evaluations compare.
+        """Sample and score every prompt as ``evaluation`` says.
 
         Groups on which a scorer failed are left out, with a warning that counts them.
         """
         stats = CollectStats()
-        settings = self._config.evaluation
-        requests = []
-        for position, prompt in enumerate(prompts):
-            seed = self._seed_of("evaluate", 0, position)
-            samples = self._sampling(settings.samples_per_prompt, settings.temperature, seed)
-            requests.append(_Request(prompt=prompt, samples=samples, greedy=None))
+        requests = [self._requests.evaluation(prompt, position) for position, prompt in enumerate(prompts)]
         groups = await self._wave(requests, stats)
         if stats.dropped_unscored:
             left_out = f"{stats.dropped_unscored} of {len(prompts)} evaluation prompts are left out"
             self._warn(f"{left_out}: a scorer or the environment failed on them")
         return groups
 
-    def _training_request(self, prompt: Prompt, step: int, position: int) -> _Request:
-        seed = self._seed_of("train", step, position)
-        return _Request(
-            prompt=prompt,
-            samples=self._sampling(self._rollout.samples_per_prompt, self._rollout.temperature, seed),
-            greedy=self._sampling(1, 0.0, seed) if self._with_greedy else None,
-        )
+    def state(self) -> Saved:
+        """The groups that wait for the next step as JSON values, for a checkpoint."""
+        surplus = [{"step": one.step, "group": save_group(one.group)} for one in self.surplus]
+        return {"surplus": surplus, "outstanding": None}
 
-    async def _wave(self, requests: Sequence[_Request], stats: CollectStats) -> list[RolloutGroup]:
+    def restore(self, state: Saved, prompt_of: PromptOf) -> None:
+        """Go on from ``state()``; ``prompt_of`` gives the prompt of an id.
+
+        Raises:
+            CheckpointError: the groups are damaged, or of a run that began groups which this one would lose.
+        """
+        with refuse_damage():
+            if state["outstanding"] is not None:
+                raise CheckpointError(
+                    "the checkpoint has groups that were begun and not yet trained on; resume with the rollout.asynchronous or "
+                    "rollout.partial of the interrupted run"
+                )
+            self.surplus = [SurplusGroup(step=one["step"], group=load_group(one["group"], prompt_of)) for one in state["surplus"]]
+
+    async def _wave(self, requests: Sequence[Request], stats: CollectStats) -> list[RolloutGroup]:
         """Answer and score all prompts at the same time; the groups that were scored, in prompt order."""
         stats.waves += 1
         started = time.monotonic()
-        progress = _Progress(LockStep(self._rollout.concurrency))
+        progress = Progress(LockStep(self._rollout.concurrency))
         slots = asyncio.Semaphore(self._rollout.concurrency)
-        watcher = asyncio.create_task(self._watch_for_stalls(progress))
+        # prompts that begin with the same long document stand next to each other, so that the engine reads it once
+        order = sorted(range(len(requests)), key=lambda index: requests[index].prompt.token_ids)
         try:
-            groups = await _all(self._answer(request, slots, progress, stats) for request in requests)
+            with progress.watched(self._config.observe.stall_warning, self._warn):
+                answers = await run_together(self._answer(requests[index], slots, progress, stats) for index in order)
         finally:
-            watcher.cancel()
             stats.wall_seconds += time.monotonic() - started
-        stats.dropped_unscored += groups.count(None)
-        return [group for group in groups if group is not None]
+        stats.dropped_unscored += answers.count(None)
+        groups = dict(zip(order, answers, strict=True))
+        return [group for _, group in sorted(groups.items()) if group is not None]
 
     async def _answer(
-        self, request: _Request, slots: asyncio.Semaphore, progress: _Progress, stats: CollectStats
+        self, request: Request, slots: asyncio.Semaphore, progress: Progress, stats: CollectStats
     ) -> RolloutGroup | None:
         """One prompt from request to group, with retries; None when a response could not be scored."""
-        prompt = request.prompt
+        prompt, limit = request.prompt, self._rollout.time_limit(len(request.prompt.token_ids))
         for attempt in range(self._rollout.max_retries + 1):
             try:
                 async with self._place(request, slots, progress):
-                    deadline = asyncio.get_running_loop().time() + self._rollout.request_timeout
+                    deadline = asyncio.get_running_loop().time() + limit
                     progress.in_flight[prompt.prompt_id] = None
                     rollouts = await self._generate(request, deadline, progress, stats)
                 async with asyncio.timeout_at(deadline):
                     return await self._score(request, rollouts, progress, stats)
             except TimeoutError:
-                failure = f"prompt {prompt.prompt_id} was not answered and scored within {self._rollout.request_timeout:g} s"
+                failure = f"prompt {prompt.prompt_id} was not answered and scored within {limit:g} s"
                 cause: BaseException | None = None
-            except _RequestFailed as error:
+            except RequestFailed as error:
                 failure, cause = f"prompt {prompt.prompt_id} failed: {error.__cause__}", error.__cause__
             finally:
                 progress.in_flight.pop(prompt.prompt_id, None)
@@ -288,12 +183,10 @@ class Collector:
             if attempt < self._rollout.max_retries:
                 stats.retries += 1
                 self._warn(f"{failure}; sending it again ({attempt + 1} of {self._rollout.max_retries} retries)")
-        raise RolloutError(
-            f"{failure}, after {self._rollout.max_retries} retries (rollout.request_timeout, rollout.max_retries)"
-        ) from cause
+        raise RolloutError(f"{failure}, after {self._rollout.max_retries} retries ({LIMIT_KEYS}, rollout.max_retries)") from cause
 
     @asynccontextmanager
-    async def _place(self, request: _Request, slots: asyncio.Semaphore, progress: _Progress) -> AsyncIterator[None]:
+    async def _place(self, request: Request, slots: asyncio.Semaphore, progress: Progress) -> AsyncIterator[None]:
         """One of ``rollout.concurrency`` places at the engine."""
         progress.lock_step.enqueue()
         try:
@@ -308,17 +201,17 @@ class Collector:
             slots.release()
             progress.lock_step.leave(request.episodes)
 
-    async def _generate(self, request: _Request, deadline: float, progress: _Progress, stats: CollectStats) -> list[Rollout]:
+    async def _generate(self, request: Request, deadline: float, progress: Progress, stats: CollectStats) -> list[Rollout]:
         """The samples, and behind them the greedy response where one is wanted; asked for at the same time."""
         async with asyncio.timeout_at(deadline):
             if self._player is not None:
                 return await self._play(self._player, request, progress, stats)
             wanted = [request.samples] if request.greedy is None else [request.samples, request.greedy]
             token_ids = request.prompt.token_ids
-            answers = await _all(self._ask(token_ids, sampling, progress, stats) for sampling in wanted)
+            answers = await run_together(self._ask(token_ids, sampling, progress, stats) for sampling in wanted)
         return self._rollouts(request, list(chain.from_iterable(answers)))
 
-    def _rollouts(self, request: _Request, generations: Sequence[Generation]) -> list[Rollout]:
+    def _rollouts(self, request: Request, generations: Sequence[Generation]) -> list[Rollout]:
         """The request's responses of one turn, the greedy one last."""
         return [
             Rollout(
@@ -335,7 +228,7 @@ class Collector:
             for (index, _), generation in zip(request.responses, generations, strict=True)
         ]
 
-    async def _play(self, player: EpisodePlayer, request: _Request, progress: _Progress, stats: CollectStats) -> list[Rollout]:
+    async def _play(self, player: EpisodePlayer, request: Request, progress: Progress, stats: CollectStats) -> list[Rollout]:
         """The same as episodes, each with requests of its own."""
         # The embedded engine decodes what it is asked for together; where servers batch, waiting for the slowest only costs.
         takes_turns_together = self._rollout.engine == "embedded"
@@ -352,10 +245,10 @@ class Collector:
                 progress.lock_step.finish(episode)
 
         pairs = zip(request.episodes, request.responses, strict=True)
-        return await _all(play(episode, index, settings) for episode, (index, settings) in pairs)
+        return await run_together(play(episode, index, settings) for episode, (index, settings) in pairs)
 
     async def _ask(
-        self, token_ids: tuple[int, ...], sampling: SamplingParams, progress: _Progress, stats: CollectStats
+        self, token_ids: tuple[int, ...], sampling: SamplingParams, progress: Progress, stats: CollectStats
     ) -> list[Generation]:
         """One request to the engine."""
         started = time.monotonic()
@@ -363,17 +256,17 @@ class Collector:
         try:
             generations = await self._engine.generate(token_ids, sampling)
         except RolloutError as error:
-            raise _RequestFailed from error
+            raise RequestFailed from error
         finally:
             progress.engine_exit(stats)
             stats.generate_seconds += time.monotonic() - started
         if any(generation.finish_reason is FinishReason.ABORT for generation in generations):
-            raise _RequestFailed from RolloutError("the engine gave the request up")
+            raise RequestFailed from RolloutError("the engine gave the request up")
         progress.completed.set()
         return generations
 
     async def _score(
-        self, request: _Request, rollouts: Sequence[Rollout], progress: _Progress, stats: CollectStats
+        self, request: Request, rollouts: Sequence[Rollout], progress: Progress, stats: CollectStats
     ) -> RolloutGroup | None:
         """The group of what ``_generate`` gave; None when one of them could not be scored."""
 
@@ -390,55 +283,13 @@ class Collector:
             progress.completed.set()
             return scored
 
-        scored = await _all(score_one(rollout) for rollout in rollouts)
+        scored = await run_together(score_one(rollout) for rollout in rollouts)
         complete = tuple(one for one in scored if one is not None)
         if len(complete) < len(scored):
             return None
         num_samples = request.samples.num_samples
         greedy = None if request.greedy is None else complete[num_samples]
         return RolloutGroup(prompt=request.prompt, rollouts=complete[:num_samples], greedy=greedy)
-
-    async def _watch_for_stalls(self, progress: _Progress) -> None:
-        while True:
-            progress.completed.clear()
-            try:
-                await asyncio.wait_for(progress.completed.wait(), self._config.observe.stall_warning)
-            except TimeoutError:
-                names = listed(list(progress.in_flight), PROMPTS_NAMED)
-                self._warn(
-                    f"no response has come for {self._config.observe.stall_warning:g} s; waiting for prompts {names or '(none)'}"
-                )
-
-    def _sampling(self, num_samples: int, temperature: float, seed: int) -> SamplingParams:
-        return SamplingParams(
-            num_samples=num_samples,
-            max_new_tokens=self._rollout.max_new_tokens,
-            temperature=temperature,
-            top_p=self._rollout.top_p,
-            top_k=self._rollout.top_k,
-            stop_token_ids=self._stop_token_ids,
-            repetition_stop=self._rollout.repetition_stop,
-            seed=seed,
-        )
-
-    def _seed_of(self, purpose: str, step: int, position: int) -> int:
-        """62 bits, stable across runs, machines and Python versions; engines may add a sample index within 63."""
-        digest = hashlib.blake2b(f"{self._config.seed}/{purpose}/{step}/{position}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 2
-
-
-class _RequestFailed(Exception):
-    """A request failed with its cause; told apart from errors of scorers, which are never retried."""
-
-
-async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run all at the same time; results in order. The first error cancels the rest and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(coroutine) for coroutine in coroutines]
-    except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from failures.exceptions[0].__cause__
-    return [task.result() for task in running]
 
 
 def _exhausted(stats: CollectStats, kept: Sequence[RolloutGroup], filtered: Sequence[RolloutGroup], wanted: int) -> str:

@@ -1,14 +1,12 @@
 """The store of groups that were begun and not yet trained on: whole ones in wait, and those with responses under way."""
 
-import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from megarl.errors import CheckpointError
 from megarl.rollout.protocol import Generation
+from megarl.rollout.saved_groups import PromptOf, Saved, load_group, load_prompt, load_sample, save_group, save_prompt, save_sample
 from megarl.types import FinishReason, Prompt, RolloutGroup
 
-FORMAT = 1  # of a saved store
 NOTHING_YET = Generation(token_ids=(), logprobs=(), weight_versions=(), finish_reason=FinishReason.ABORT)
 
 
@@ -20,7 +18,8 @@ class OutstandingGroup:
         ticket: running number of the run's groups; unlike the prompt's id it never comes back in a later epoch.
         prompt: the prompt.
         begun_version: version of the policy's weights when it was begun; no token of it is older.
-        samples: what there is of each response, the greedy one last; one with FinishReason.ABORT is not whole yet.
+        samples: what there is of each response, the greedy one last; one with FinishReason.ABORT is not whole yet. Empty once the
+            group is scored.
         scored: the group as it is trained on; None until all responses are whole and scored.
     """
 
@@ -88,23 +87,35 @@ class Outstanding:
         self.groups.remove(group)
         self._dropped.append(group.name)
 
-    def state(self) -> bytes:
-        """All of it, for a checkpoint. Groups dropped since the last ``take`` are named by the next."""
-        return pickle.dumps((FORMAT, self.num_begun, self._dropped, self.groups))
+    def state(self) -> Saved:
+        """All of it as JSON values, for a checkpoint. Groups dropped since the last ``take`` are named by the next."""
+        return {"num_begun": self.num_begun, "dropped": list(self._dropped), "groups": [_save(group) for group in self.groups]}
 
-    def restore(self, state: bytes) -> None:
-        """Go on from ``state()``.
+    def restore(self, state: Saved, prompt_of: PromptOf) -> None:
+        """Go on from ``state()``; ``prompt_of`` gives the prompt of an id."""
+        self.groups = [_load(group, prompt_of) for group in state["groups"]]
+        self._dropped = [(ticket, prompt_id) for ticket, prompt_id in state["dropped"]]
+        self.num_begun = state["num_begun"]
 
-        Raises:
-            CheckpointError: another version of MegaRL wrote it.
-        """
-        version, *rest = pickle.loads(state)
-        if version != FORMAT:
-            raise CheckpointError(
-                f"the checkpoint's outstanding groups have format {version}, and this MegaRL reads {FORMAT}; "
-                "resume with the version that wrote it"
-            )
-        self.num_begun, self._dropped, self.groups = rest
+
+def _save(group: OutstandingGroup) -> Saved:
+    return {
+        **save_prompt(group.prompt),
+        "ticket": group.ticket,
+        "begun_version": group.begun_version,
+        "samples": [save_sample(sample) for sample in group.samples],
+        "scored": None if group.scored is None else save_group(group.scored),
+    }
+
+
+def _load(saved: Saved, prompt_of: PromptOf) -> OutstandingGroup:
+    return OutstandingGroup(
+        ticket=saved["ticket"],
+        prompt=load_prompt(saved, prompt_of),
+        begun_version=saved["begun_version"],
+        samples=[load_sample(sample) for sample in saved["samples"]],
+        scored=None if saved["scored"] is None else load_group(saved["scored"], prompt_of),
+    )
 
 
 def joined(first: Generation, more: Generation, max_new_tokens: int) -> Generation:

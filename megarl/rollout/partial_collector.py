@@ -3,9 +3,12 @@
 import asyncio
 
 from megarl.errors import RolloutError
-from megarl.rollout.collector import CollectResult, CollectStats, Take, _all, _Progress
+from megarl.rollout.collect_result import CollectResult, CollectStats
+from megarl.rollout.collector import Take
 from megarl.rollout.lock_step import LockStep
 from megarl.rollout.outstanding import OutstandingGroup
+from megarl.rollout.progress import Progress
+from megarl.rollout.requests import run_together
 from megarl.rollout.resumable_collector import ResumableCollector
 
 
@@ -67,15 +70,15 @@ class PartialCollector(ResumableCollector):
         """Let all these groups grow by the budget at the same time, and score those that are whole."""
         stats.waves += 1
         started = asyncio.get_running_loop().time()
-        progress, slots = _Progress(LockStep(self._rollout.concurrency)), asyncio.Semaphore(self._rollout.concurrency)
-        watcher = asyncio.create_task(self._watch_for_stalls(progress))
+        progress, slots = Progress(LockStep(self._rollout.concurrency)), asyncio.Semaphore(self._rollout.concurrency)
+        by_document = sorted(groups, key=lambda group: group.prompt.token_ids)  # as Collector sends them
         try:
-            await _all(self._grow(group, slots, progress, stats) for group in groups)
+            with progress.watched(self._config.observe.stall_warning, self._warn):
+                await run_together(self._grow(group, slots, progress, stats) for group in by_document)
         finally:
-            watcher.cancel()
             stats.wall_seconds += asyncio.get_running_loop().time() - started
 
-    async def _grow(self, group: OutstandingGroup, slots: asyncio.Semaphore, progress: _Progress, stats: CollectStats) -> None:
+    async def _grow(self, group: OutstandingGroup, slots: asyncio.Semaphore, progress: Progress, stats: CollectStats) -> None:
         async with slots:
             await self._extend(group, self._budget, progress, stats)
         if not group.unfinished:

@@ -6,17 +6,22 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from megarl.errors import RolloutError
-from megarl.rollout.collector import Collector, CollectResult, CollectStats, _all, _Progress, _Request, _RequestFailed
+from megarl.errors import CheckpointError, RolloutError
+from megarl.rollout.collect_result import CollectResult, CollectStats
+from megarl.rollout.collector import Collector
 from megarl.rollout.outstanding import Outstanding, OutstandingGroup, joined
+from megarl.rollout.progress import Progress
 from megarl.rollout.protocol import SamplingParams, resumed
+from megarl.rollout.requests import LIMIT_KEYS, Request, RequestFailed, run_together
+from megarl.rollout.saved_groups import PromptOf, Saved, refuse_damage
 from megarl.types import FinishReason, Prompt, RolloutGroup
 
 
 class ResumableCollector(Collector):
     """What asynchronous and partial rollouts have in common. A group's seeds depend on the run's seed and its ticket.
 
-    ``rollout.request_timeout`` counts for each request of a group, from its start to its end or cut, and for the scoring.
+    The time limit (``rollout.request_timeout``) counts for each request of a group, from its start to its end or cut, and for the
+    scoring.
 
     Attributes:
         outstanding: the groups begun and not yet trained on; a part of every checkpoint.
@@ -29,6 +34,27 @@ class ResumableCollector(Collector):
         self._is_cutting = False
         self._filtered: list[RolloutGroup] = []  # since the last step
 
+    def state(self) -> Saved:
+        """Those groups as JSON values, for a checkpoint; on the event loop, where nothing else happens meanwhile."""
+        return super().state() | {"outstanding": self.outstanding.state()}
+
+    def restore(self, state: Saved, prompt_of: PromptOf) -> None:
+        """Go on from ``state()``; groups that waited for a next step of other rollouts are given up.
+
+        Raises:
+            CheckpointError: the groups are damaged, or of another run.
+        """
+        with refuse_damage():
+            if state["outstanding"] is not None:
+                self.outstanding.restore(state["outstanding"], prompt_of)
+        num_samples = self._requests.num_training_responses
+        for group in self.outstanding.groups:
+            if group.scored is None and len(group.samples) != num_samples:
+                raise CheckpointError(
+                    f"the checkpoint has groups of {len(group.samples)} responses that are under way, and this run's have "
+                    f"{num_samples}; resume with the rollout.samples_per_prompt and the method of the interrupted run"
+                )
+
     def _step_result(self, taken: Iterable[OutstandingGroup], stats: CollectStats) -> CollectResult:
         """Take these groups out of the store."""
         groups, tickets = self.outstanding.take(taken)
@@ -36,37 +62,32 @@ class ResumableCollector(Collector):
         return CollectResult(groups=groups, filtered=filtered, sampled=groups + filtered, stats=stats, tickets=tickets)
 
     def _begin(self, prompt: Prompt, version: int) -> OutstandingGroup:
-        return self.outstanding.begin(prompt, version, self._rollout.samples_per_prompt + self._with_greedy)
+        return self.outstanding.begin(prompt, version, self._requests.num_training_responses)
 
-    def _request(self, group: OutstandingGroup) -> _Request:
-        seed = self._seed_of("ticket", 0, group.ticket)
-        return _Request(
-            prompt=group.prompt,
-            samples=self._sampling(self._rollout.samples_per_prompt, self._rollout.temperature, seed),
-            greedy=self._sampling(1, 0.0, seed) if self._with_greedy else None,
-        )
+    def _request(self, group: OutstandingGroup) -> Request:
+        return self._requests.training(group.prompt, "ticket", 0, group.ticket)
 
-    async def _extend(self, group: OutstandingGroup, budget: int, progress: _Progress, stats: CollectStats) -> None:
+    async def _extend(self, group: OutstandingGroup, budget: int, progress: Progress, stats: CollectStats) -> None:
         """Let every unfinished response grow by up to ``budget`` tokens, or up to a cut; with retries.
 
         Raises:
             RolloutError: the engine died, or gave no answer after all retries.
         """
-        retries = self._rollout.max_retries
+        retries, limit = self._rollout.max_retries, self._rollout.time_limit(len(group.prompt.token_ids))
         for attempt in range(retries + 1):
-            await self._until_requests_may_be_sent()
+            await self._until_requests_may_be_sent(group.prompt)
             progress.in_flight[group.prompt.prompt_id] = None
             started = time.monotonic()
             progress.engine_enter()
             try:
-                async with asyncio.timeout(self._rollout.request_timeout):
-                    await _all(self._ask_for(group, indices, sampling) for indices, sampling in self._requests(group, budget))
+                async with asyncio.timeout(limit):
+                    await run_together(self._ask_for(group, *part) for part in self._parts(group, budget))
                 progress.completed.set()
                 return
             except TimeoutError:
-                failure = f"prompt {group.prompt.prompt_id} was not answered within {self._rollout.request_timeout:g} s"
+                failure = f"prompt {group.prompt.prompt_id} was not answered within {limit:g} s"
                 cause: BaseException | None = None
-            except _RequestFailed as error:
+            except RequestFailed as error:
                 failure, cause = f"prompt {group.prompt.prompt_id} failed: {error.__cause__}", error.__cause__
             finally:
                 progress.in_flight.pop(group.prompt.prompt_id, None)
@@ -77,12 +98,12 @@ class ResumableCollector(Collector):
             if attempt < retries:
                 stats.retries += 1
                 self._warn(f"{failure}; sending it again ({attempt + 1} of {retries} retries)")
-        raise RolloutError(f"{failure}, after {retries} retries (rollout.request_timeout, rollout.max_retries)") from cause
+        raise RolloutError(f"{failure}, after {retries} retries ({LIMIT_KEYS}, rollout.max_retries)") from cause
 
-    async def _until_requests_may_be_sent(self) -> None:
+    async def _until_requests_may_be_sent(self, prompt: Prompt) -> None:
         """Nothing to wait for, where no weights change while groups are under way."""
 
-    def _requests(self, group: OutstandingGroup, budget: int) -> list[tuple[list[int], SamplingParams]]:
+    def _parts(self, group: OutstandingGroup, budget: int) -> list[tuple[list[int], SamplingParams]]:
         """The requests for a group's unfinished responses, and which responses each is for.
 
         All samples of a new group are one request, so that the engine reads their prompt once.
@@ -107,22 +128,20 @@ class ResumableCollector(Collector):
         try:
             answers = await self._engine.generate(group.prompt.token_ids + so_far, sampling)
         except RolloutError as error:
-            raise _RequestFailed from error
+            raise RequestFailed from error
         if not self._is_cutting and any(answer.finish_reason is FinishReason.ABORT for answer in answers):
-            raise _RequestFailed from RolloutError("the engine gave the request up")
+            raise RequestFailed from RolloutError("the engine gave the request up")
         for index, answer in zip(indices, answers, strict=True):
             group.samples[index] = joined(group.samples[index], answer, self._rollout.max_new_tokens)
 
-    async def _finish(self, group: OutstandingGroup, progress: _Progress, stats: CollectStats) -> None:
+    async def _finish(self, group: OutstandingGroup, progress: Progress, stats: CollectStats) -> None:
         """Score a group of whole responses; it is dropped when that fails, or when dynamic sampling has no use for it."""
-        limit, request = self._rollout.request_timeout, self._request(group)
+        limit, request = self._rollout.time_limit(len(group.prompt.token_ids)), self._request(group)
         try:
             async with asyncio.timeout(limit):
                 scored = await self._score(request, self._rollouts(request, group.samples), progress, stats)
         except TimeoutError:
-            raise RolloutError(
-                f"prompt {group.prompt.prompt_id} was not scored within {limit:g} s (rollout.request_timeout)"
-            ) from None
+            raise RolloutError(f"prompt {group.prompt.prompt_id} was not scored within {limit:g} s ({LIMIT_KEYS})") from None
         if scored is None:
             stats.dropped_unscored += 1
             self.outstanding.drop(group)
@@ -131,4 +150,4 @@ class ResumableCollector(Collector):
             self._filtered.append(scored)
             self.outstanding.drop(group)
         else:
-            group.scored = scored
+            group.scored, group.samples = scored, []

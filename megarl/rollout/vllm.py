@@ -63,7 +63,12 @@ class VllmEngine(ServerEngine):
             "HF_HUB_OFFLINE": "1",
         }
         if not torch.cuda.is_available():
-            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+            arguments |= {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
+                # after a part of a prompt vLLM takes random numbers back by an offset, which generators on CPU do not have: it dies
+                "enable_chunked_prefill": False,
+            }
             needed["TORCH_COMPILE_DISABLE"] = "1"  # compiling costs seconds at the first request and gains little on CPU
             if self.settings.tensor_parallel_size > 1:
                 needed["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(self.settings.tensor_parallel_size)

@@ -2,7 +2,7 @@
 
     checkpoints/step_00000012/
         policy/              model, optimizer, scheduler and random state (megatron dist_checkpointing), and the critic's
-        outstanding.pickle   groups begun and not yet trained on, where responses outlive a step
+        outstanding.json     groups that wait to be trained on, whole or begun
         manifest.json        step, weight version, data position, model digest, and every file with its size
 
 A folder without a manifest is an unfinished save and is never read.
@@ -17,26 +17,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megarl.death_signal import end_with_parent
 from megarl.errors import CheckpointError
 from megarl.weights.mapping import WeightMap
+from megarl.weights.result_queue import start_result_queue
 
 MANIFEST = "manifest.json"
 POLICY = "policy"  # folder of the tensors
-OUTSTANDING = "outstanding.pickle"
-FORMAT = 1
+OUTSTANDING = "outstanding.json"
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +42,12 @@ class DataState:
 
     Attributes:
         position: as the sampler gives it.
-        outstanding: what was taken from it and not yet trained on, as the store of such groups gives it; None without a store.
+        outstanding: what was taken from it and not yet trained on, as the collector gives it; None where nothing is sampled to be
+            trained on, and on ranks other than 0.
     """
 
     position: dict[str, Any]
-    outstanding: bytes | None
+    outstanding: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +86,7 @@ def read_run_state(checkpoint: Path, weight_map: WeightMap) -> RunState:
     """Read and verify a checkpoint's manifest.
 
     Raises:
-        CheckpointError: a file is missing or has another size, or it is of another model.
+        CheckpointError: a file is missing or has another size, or it is of another model or format.
     """
     path = checkpoint / MANIFEST
     try:
@@ -99,6 +97,10 @@ def read_run_state(checkpoint: Path, weight_map: WeightMap) -> RunState:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); resume from an older checkpoint") from error
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} has format {manifest['format']}, and this MegaRL reads {FORMAT}; use the version that wrote it"
+        )
     digest = model_digest(weight_map)
     if manifest["model_digest"] != digest:
         raise CheckpointError(
@@ -132,9 +134,18 @@ def read_stage(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_data_state(checkpoint: Path, state: RunState) -> DataState:
-    """Where the run that saved the checkpoint was in its data."""
+    """Where the run that saved the checkpoint was in its data.
+
+    Raises:
+        CheckpointError: the groups that wait are damaged.
+    """
     file = checkpoint / OUTSTANDING
-    return DataState(position=state.data, outstanding=file.read_bytes() if file.exists() else None)
+    if dist.get_rank() != 0 or not file.exists():
+        return DataState(position=state.data, outstanding=None)
+    try:
+        return DataState(position=state.data, outstanding=json.loads(file.read_text()))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}); resume from an older checkpoint") from error
 
 
 def load_policy(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
@@ -167,9 +178,9 @@ class CheckpointWriter:
         self._weight_map = weight_map
         self._keep = keep
         self._queue = AsyncCallsQueue() if asynchronous else None
-        _start_result_queue()
+        start_result_queue()
 
-    def save(self, sharded_state: dict[str, Any], state: RunState, outstanding: bytes | None = None) -> None:
+    def save(self, sharded_state: dict[str, Any], state: RunState, outstanding: dict[str, Any] | None = None) -> None:
         """Save one checkpoint; collective. ``outstanding``: of DataState, on rank 0.
 
         Raises:
@@ -183,7 +194,7 @@ class CheckpointWriter:
         dist.barrier()
         with _write_errors(str(checkpoint), self._folder):
             if outstanding is not None:
-                (checkpoint / OUTSTANDING).write_bytes(outstanding)
+                (checkpoint / OUTSTANDING).write_text(json.dumps(outstanding))
             request = dist_checkpointing.save(
                 sharded_state, str(checkpoint / POLICY), async_sharded_save=self._queue is not None, **_async_strategy()
             )
@@ -249,14 +260,6 @@ def _write_error(what: str, folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"cannot write {what} ({free / 1e6:.1f} MB free there): {' '.join(reason.split())}; earlier checkpoints are untouched"
     )
-
-
-def _start_result_queue() -> None:
-    """Start megatron-core's queue of write results, so that the process behind it ends with this rank even when that is killed."""
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=get_context("spawn"))
-        manager.start(end_with_parent)
-        filesystem_async._results_queue = manager.Queue()
 
 
 def _async_strategy() -> dict[str, str]:

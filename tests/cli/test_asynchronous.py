@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import pickle
 import random
 import shutil
 import time
@@ -73,8 +72,9 @@ def saved_step(run_dir: Path) -> int:
 def assert_every_prompt_is_accounted_for(path: Path, run_dir: Path) -> int:
     """Trained, dropped or outstanding in the newest checkpoint: each ticket once, each with its prompt; the number of tickets."""
     checkpoint = whole_checkpoints(run_dir / "checkpoints")[-1]
-    _, num_begun, dropped, groups = pickle.loads((checkpoint / "outstanding.pickle").read_bytes())
-    names = [(group.ticket, group.prompt.prompt_id) for group in groups] + dropped
+    store = json.loads((checkpoint / "outstanding.json").read_text())["outstanding"]
+    num_begun = store["num_begun"]
+    names = [(group["ticket"], group["prompt_id"]) for group in store["groups"]] + [tuple(name) for name in store["dropped"]]
     for line in groups_of(run_dir):
         if line["step"] <= saved_step(run_dir):
             names += [tuple(name) for name in line["trained"] + line["dropped"]]

@@ -10,10 +10,11 @@ from megarl.config.schema import Config
 from megarl.rollout.build import build_engine
 from megarl.rollout.server_engine import ServerEngine
 
-# Small caches; vLLM's default block of 128 tokens would hide a prefix cache that is not reset.
+# Small caches; vLLM's default block of 128 tokens would hide a prefix cache that is not reset. SGLang reads long
+# prompts in chunks; for vLLM, which must not do so on CPU, several prompts are too many to be read together.
 ARGUMENTS = {
-    "vllm": {"block_size": 32, "kv_cache_memory_bytes": 64 << 20},
-    "sglang": {"max_total_tokens": 4096},
+    "vllm": {"block_size": 32, "kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 160, "max_num_seqs": 64},
+    "sglang": {"max_total_tokens": 4096, "chunked_prefill_size": 64},
 }
 
 

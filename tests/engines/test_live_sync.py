@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from live_sync import live_sync, write_shuffled_model
 from megarl.parallel.launch import run_local_ranks
+from real_engines import ARGUMENTS
 from tiny_rollout import generate_all, make_tiny_model, sampling, worst_gap
 
 UPDATES = 5
@@ -17,6 +18,8 @@ TIMEOUT = 280
 # Longer than two whole cache blocks of 32 tokens: only a reset of the prefix cache makes the engine compute them anew.
 LONG_PROMPT = tuple(3 + (7 * index) % 120 for index in range(90))
 PROMPTS = [LONG_PROMPT, (*LONG_PROMPT[:70], 9, 8, 7), (1, 2, 3)]
+# on CPU SGLang has a prefix cache only without deterministic inference, which greedy answers do not need
+ARGUMENTS_OF = {"vllm": ARGUMENTS["vllm"], "sglang": ARGUMENTS["sglang"] | {"enable_deterministic_inference": False}}
 TRANSPORTS = {1: "gloo", 2: "auto"}  # by tensor parallel size
 POLICIES: dict[str, dict[str, Any]] = {
     # rank 0, which has the engine, has no part of the policy, whose weights are in host memory between updates
@@ -41,7 +44,8 @@ def write_models(folder: Path, kind: str, engine: str) -> None:
 def update_and_compare(folder: Path, name: str, kind: str, tensor_parallel_size: int) -> None:
     transport = TRANSPORTS[tensor_parallel_size]
     transfer = {"method": "slices", "transport": transport, "bucket_mib": 1, "max_restarts": 0}
-    with live_sync(folder, name, POLICIES[kind], transfer, tensor_parallel_size=tensor_parallel_size) as live:
+    section = {"tensor_parallel_size": tensor_parallel_size, "arguments": ARGUMENTS_OF[name]}
+    with live_sync(folder, name, POLICIES[kind], transfer, **section) as live:
         answers = set()
         for version in range(UPDATES):
             live.take(folder / f"update{version}")

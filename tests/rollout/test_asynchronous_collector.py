@@ -74,12 +74,13 @@ class Trainer:
     collector: AsynchronousCollector
     engine: Engine
     taken: list[int] = field(default_factory=list)
+    documents: dict[int, tuple[int, ...]] = field(default_factory=dict)  # token ids of prompts other than (number, 1)
 
     def take(self, count: int, held: Mapping[str, int]) -> list[Prompt]:
         first = len(self.taken)
         self.taken += range(first, first + count)
         return [
-            Prompt(prompt_id=f"p/{number}", token_ids=(number, 1), text="", reference={}, task="p")
+            Prompt(prompt_id=f"p/{number}", token_ids=self.documents.get(number, (number, 1)), text="", reference={}, task="p")
             for number in range(first, first + count)
         ]
 
@@ -159,6 +160,29 @@ def test_groups_begun_are_bounded_and_the_oldest_whole_ones_are_trained() -> Non
         for request in list(trainer.engine.sent):
             request.give(3, 1)
         assert (await waiting).tickets.trained == ((0, "p/0"), (3, "p/3"))
+
+    run(use)
+
+
+def test_prompts_of_one_document_are_sent_one_after_the_other() -> None:
+    async def use(trainer: Trainer) -> None:
+        trainer.documents = {0: (7, 7, 5), 1: (3, 1), 2: (7, 7, 4), 3: (3, 0, 9)}
+        await trainer.go_on(0)
+        assert [request.prompt for request in trainer.engine.sent] == [(3, 0, 9), (3, 1), (7, 7, 4), (7, 7, 5)]
+        assert [group.ticket for group in trainer.collector.outstanding.groups] == [0, 1, 2, 3]
+        for number in (3, 7):
+            for request in [request for request in trainer.engine.sent if request.prompt[0] == number][:1]:
+                request.give(3, 0)
+        await trainer.collect(0)
+        await trainer.collector.hold()
+        trainer.documents |= {4: (5, 5), 5: (2, 2)}
+        await trainer.go_on(1)  # the groups that were cut, and then the new ones
+        assert [request.prompt[:2] for request in trainer.engine.sent] == [(3, 1)] * 2 + [(7, 7)] * 2 + [(2, 2), (5, 5)]
+        await trainer.collector.hold()
+        await trainer.go_on(2)
+        assert [request.prompt[:2] for request in trainer.engine.sent] == [
+            prompt for prompt in ((2, 2), (3, 1), (5, 5), (7, 7)) for _ in range(2)
+        ]
 
     run(use)
 
@@ -273,7 +297,8 @@ def test_a_request_given_up_by_the_engine_or_late_is_sent_again() -> None:
         with pytest.raises(RolloutError, match=r"prompt p/[23] was not answered within 0\.3 s, after 1 retries"):
             await trainer.collect(0)
 
-    run(use, max_retries=1, request_timeout=0.3)
+    # and 0.2 s for the 2 tokens of a prompt and the 10 of a response
+    run(use, max_retries=1, request_timeout=0.1, request_timeout_per_kilotoken=0.2 / 0.012)
 
 
 def test_the_background_loop_serves_any_thread_and_leaves_nothing() -> None:

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from megarl.config.schema import Config, EmbeddedEngineConfig
 from megarl.data.packing import pack_groups
 from megarl.errors import RolloutError
-from megarl.loop.saved_groups import load_groups, save_groups
-from megarl.rollout.collector import Collector, CollectResult
+from megarl.rollout.collect_result import CollectResult
+from megarl.rollout.collector import Collector
 from megarl.rollout.embedded import EmbeddedEngine
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.types import GREEDY_INDEX, FinishReason, PackedBatch, Prompt, Rollout, RolloutGroup, ScoredRollout
@@ -176,6 +176,26 @@ def test_groups_come_in_prompt_order_whatever_completes_first(model_folder: Path
         assert [one.rollout.text for one in group.rollouts] == [" ".join(map(str, one.rollout.token_ids)) for one in group.rollouts]
 
 
+@pytest.mark.parametrize("concurrency", [1, 64])
+def test_prompts_of_one_document_are_sent_one_after_the_other(concurrency: int) -> None:
+    first, second = (7, 7, 7, 7), (3, 9)
+    documents = [(*first, 2), (*second, 5), (1, 1), (*first, 1), (*second, 4), (*first, 2, 6)]
+    sent: list[tuple[int, ...]] = []
+
+    class Recording(FailingEngine):
+        async def generate(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
+            sent.append(prompt_token_ids)
+            return await super().generate(prompt_token_ids, sampling)
+
+    def take(count: int, held: Mapping[str, int]) -> list[Prompt]:
+        return [replace(make_prompt(number), token_ids=ids) for number, ids in enumerate(documents)]
+
+    result = collect(Recording(), source=take, concurrency=concurrency)
+    assert sent == [(1, 1), (3, 9, 4), (3, 9, 5), (7, 7, 7, 7, 1), (7, 7, 7, 7, 2), (7, 7, 7, 7, 2, 6)]
+    assert [group.prompt.token_ids for group in result.groups] == documents
+    assert [group.rollouts[0].rollout.prompt for group in result.groups] == [group.prompt for group in result.groups]
+
+
 def test_seeds_differ_by_position_and_step_and_repeat_between_runs(model_folder: Path) -> None:
     def run(step: int) -> list[tuple[int, ...]]:
         def same_prompt(count: int, held: Mapping[str, int]) -> list[Prompt]:
@@ -253,9 +273,9 @@ def test_surplus_may_wait_longer_and_is_saved_whole(model_folder: Path) -> None:
         collector = make_collector(engine, score_first_token, **options)
         first = await collector.collect(source, step=1)
         assert 0 < len(collector.surplus) <= 6
-        saved = json.loads(json.dumps(save_groups(collector.surplus)))
+        saved = json.loads(json.dumps(collector.state()))
         resumed = make_collector(engine, score_first_token, **options)
-        resumed.surplus = load_groups(saved, lambda prompt_id: make_prompt(int(prompt_id.removeprefix("task/"))))
+        resumed.restore(saved, lambda prompt_id: make_prompt(int(prompt_id.removeprefix("task/"))))
         copy(sum(source.taken), {})
         assert first.stats.reused == 0
         return await collector.collect(source, step=3), await resumed.collect(copy, step=3)
@@ -356,6 +376,22 @@ def test_a_prompt_that_is_never_answered_is_named() -> None:
         collect(engine, request_timeout=0.05)
     assert engine.attempts[4] == 3
     assert engine.now == 0  # given-up requests were cancelled
+
+
+def test_long_prompts_have_more_time() -> None:
+    """3 and 1,494 prompt tokens and 6 of the response: 0.05 s and 30 s for a thousand."""
+    length = 0
+
+    def take(count: int, held: Mapping[str, int]) -> list[Prompt]:
+        return [replace(make_prompt(0), token_ids=(8,) * length)]
+
+    engine = FailingEngine(lambda token, attempt: asyncio.sleep(0.6))
+    limits: dict[str, float] = {"request_timeout": 0.05, "request_timeout_per_kilotoken": 30.0}
+    length = 3
+    with pytest.raises(RolloutError, match=r"not answered and scored within 0\.32 s, after 0 retries .*_per_kilotoken"):
+        collect(engine, 1, source=take, max_retries=0, **limits)
+    length = 1494
+    assert len(collect(engine, 1, source=take, max_retries=0, **limits).groups) == 1
 
 
 def test_a_scorer_that_hangs_counts_against_the_prompt() -> None:

@@ -19,7 +19,8 @@ from megarl.environments.run import EnvironmentFailure
 from megarl.errors import RewardError, RolloutError
 from megarl.observe.metrics import rollout_metrics
 from megarl.rewards.episodes import EpisodeScorer
-from megarl.rollout.collector import Collector, CollectResult
+from megarl.rollout.collect_result import CollectResult
+from megarl.rollout.collector import Collector
 from megarl.rollout.embedded import EmbeddedEngine
 from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.protocol import Generation, SamplingParams

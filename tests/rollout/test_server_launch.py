@@ -42,6 +42,27 @@ def started_with(folder: Path, engine: str, **section: Any) -> tuple[dict[str, s
     return flags, environment
 
 
+@pytest.mark.parametrize(
+    ("engine", "arguments", "expected"),
+    [
+        (
+            "vllm",
+            {"max_num_batched_tokens": 8192, "enable_prefix_caching": False, "enable_chunked_prefill": True},
+            {"--max-num-batched-tokens": "8192", "--no-enable-prefix-caching": None, "--enable-chunked-prefill": None},
+        ),
+        ("sglang", {"chunked_prefill_size": 8192}, {"--chunked-prefill-size": "8192"}),
+    ],
+)
+def test_limits_of_chunked_prefill_reach_the_engine(
+    model_folder: Path, engine: str, arguments: dict[str, Any], expected: dict[str, str | None]
+) -> None:
+    flags, _ = started_with(model_folder, engine, arguments=arguments)
+    assert expected.items() <= flags.items()
+    without = started_with(model_folder, engine)[0]
+    assert not expected.keys() & without.keys()  # none where none is given
+    assert "--no-enable-chunked-prefill" not in flags and ("--no-enable-chunked-prefill" in without) == (engine == "vllm")
+
+
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
 def test_arguments_override_and_keep_their_kinds(model_folder: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")

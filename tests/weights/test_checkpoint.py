@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +18,15 @@ from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.types import TokenScores
 from megarl.weights import checkpoint as checkpoint_module
-from megarl.weights.checkpoint import CheckpointWriter, RunState, load_policy, read_run_state, whole_checkpoints
+from megarl.weights.checkpoint import (
+    CheckpointWriter,
+    DataState,
+    RunState,
+    load_policy,
+    read_data_state,
+    read_run_state,
+    whole_checkpoints,
+)
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
 UPDATES = 6
@@ -42,7 +51,8 @@ def train(config: Config, folder: Path, resume: bool, asynchronous: bool, output
         result = policy.update(algorithm.prepare(packed, scores, step=0).batches[0], algorithm.objective)
         records.append(dict(result.metrics) | {"norm": result.gradient_norm, "lr": result.learning_rate})
         if step + 1 == SAVE_AFTER:
-            writer.save(policy.sharded_state(), RunState(step=step + 1, weight_version=step + 1, data={"position": 7}))
+            state = RunState(step=step + 1, weight_version=step + 1, data={"position": 7})
+            writer.save(policy.sharded_state(), state, {"groups": ["ü"]} if is_main_rank() else None)
     writer.close()
     tensors = dict(policy.hugging_face_tensors())
     if is_main_rank():
@@ -108,7 +118,8 @@ def test_bfloat16_resumed_equals_uninterrupted(tmp_path: Path, layout: str) -> N
 def resume_only(config: Config, folder: Path) -> None:
     policy = Policy(config, total_updates=UPDATES)
     checkpoint = whole_checkpoints(folder)[-1]
-    read_run_state(checkpoint, policy.weight_map)
+    data = read_data_state(checkpoint, read_run_state(checkpoint, policy.weight_map))
+    assert data == DataState(position={"position": 7}, outstanding={"groups": ["ü"]} if is_main_rank() else None)
     load_policy(checkpoint, policy.sharded_state(is_loading=True))
 
 
@@ -120,7 +131,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("damage", ["missing file", "truncated file", "broken manifest", "another model"])
+def test_data_comes_back_on_rank_0(saved: Path) -> None:
+    config, num_ranks = config_for(saved, "dp=2")
+    run_local_ranks(resume_only, (config, saved / "checkpoints"), num_ranks, 60)
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing file", "truncated file", "broken manifest", "another format", "broken groups", "another model"]
+)
 def test_damaged_checkpoint_is_refused_in_one_line(saved: Path, tmp_path: Path, damage: str) -> None:
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     checkpoint = whole_checkpoints(tmp_path / "checkpoints")[-1]
@@ -135,6 +153,14 @@ def test_damaged_checkpoint_is_refused_in_one_line(saved: Path, tmp_path: Path, 
         case "broken manifest":
             (checkpoint / "manifest.json").write_text("{")
             expected = "is not valid JSON"
+        case "another format":
+            manifest = json.loads((checkpoint / "manifest.json").read_text())
+            (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+            expected = "has format 1, and this MegaRL reads 2"
+        case "broken groups":
+            file = checkpoint / "outstanding.json"
+            file.write_text("{" * file.stat().st_size)
+            expected = f"{file} is not valid JSON"
         case _:
             write_tiny_model(tmp_path / "model", "llama", num_hidden_layers=2)
             expected = "is a checkpoint of another model"
@@ -157,6 +183,8 @@ def save_many(config: Config, folder: Path, keep: int) -> None:
     for step in range(1, 5):
         writer.save(policy.sharded_state(), RunState(step=step, weight_version=step, data={}))
         dist.barrier()
+    helpers = psutil.Process().children()  # the queue of write results: with torch it would cost each rank seconds and memory
+    assert helpers and not [one for one in helpers if "libtorch" in Path(f"/proc/{one.pid}/maps").read_text()]
 
 
 def test_only_the_newest_are_kept(saved: Path, tmp_path: Path) -> None:

@@ -139,6 +139,9 @@ class RolloutConfig(Section):
     request_timeout: float = key(
         600.0, "seconds", "Time one prompt has to be answered and scored; the error names the prompt.", gt=0
     )
+    request_timeout_per_kilotoken: float = key(
+        0.0, "seconds", "Added to request_timeout for every 1,000 tokens of the prompt and its longest response.", ge=0
+    )
     max_retries: int = key(2, "retries", "How often a failed or timed-out request is sent again.", ge=0)
     concurrency: int = key(256, "prompts", "Most prompts in flight at the same time.", ge=1)
     environment: EnvironmentConfig | None = key(None, "-", "What answers the policy's turns; one turn when not given.")
@@ -148,3 +151,7 @@ class RolloutConfig(Section):
     embedded: EmbeddedEngineConfig = key(EmbeddedEngineConfig, "-", "Settings of engine: embedded.")
     sglang: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: sglang.")
     vllm: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: vllm.")
+
+    def time_limit(self, num_prompt_tokens: int) -> float:
+        """Seconds that a prompt of so many tokens has to be answered and scored."""
+        return self.request_timeout + self.request_timeout_per_kilotoken * (num_prompt_tokens + self.max_new_tokens) / 1000
