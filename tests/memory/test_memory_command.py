@@ -45,7 +45,11 @@ def config(tmp_path: Path) -> Path:
 
 
 def as_json(capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    return json.loads(capfd.readouterr().out)
+    """Of a run with one stage: that stage, and what the whole says of it."""
+    found = json.loads(capfd.readouterr().out)
+    (stage,) = found["stages"]
+    assert (found["peak_bytes"], found["worst_stage"]) == (stage["peak_bytes"], None)
+    return stage
 
 
 def test_prints_parts_and_moments(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
