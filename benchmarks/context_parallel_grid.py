@@ -2,9 +2,9 @@
 
     python benchmarks/context_parallel_grid.py [--kind ppo|sft|both]
 
-The model has sixteen query heads to two key-value heads. The batch has sequences of one token, of odd lengths and of fewer tokens than
-there are context parallel ranks, packed into micro-batches of unequal fill. With ppo, policy and critic learn, both in the
-layout. Exits 1 when any parameter's gradient, a loss, a norm or a score is above the bound.
+The model has sixteen query heads to two key-value heads. The batch has sequences of one token, of odd lengths and of fewer
+tokens than there are context parallel ranks, packed into micro-batches of unequal fill. With ppo, policy and critic learn, both in
+the layout. Exits 1 when any parameter's gradient, a loss, a norm or a score is above the bound.
 """
 
 import argparse
@@ -67,9 +67,8 @@ def run_grid(folder: Path, kind: str) -> int:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
     run = ParityRun(config_of(folder, kind), prompts, folder)
-    print(
-        f"\n{kind}\n\n| layout | method | ranks | worst gradient gap | loss gap | norm gap | score gap |\n|---|---|---|---|---|---|---|"
-    )
+    print(f"\n{kind}\n\n| layout | method | ranks | worst gradient gap | loss gap | norm gap | score gap |")
+    print("|---|---|---|---|---|---|---|")
     num_rows, num_above = 0, 0
     for axes in (*AXES, *AXES_OF_TWO):
         for method, settings in METHODS.items():

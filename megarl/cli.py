@@ -13,6 +13,7 @@ from megarl.config.checks import check
 from megarl.config.explain import explain
 from megarl.config.load import load_config
 from megarl.config.schema import Config
+from megarl.config.stages import configs_of
 from megarl.loop import memory_command  # noqa: F401  (adds plan memory)
 from megarl.loop.plan_command import plan_app
 
@@ -82,8 +83,10 @@ def parity(
     bound: Annotated[float, typer.Option(help="Largest accepted gap of any parameter's gradient, relative to its norm.")] = 1e-5,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of the batch.")] = 4,
 ) -> None:
-    """Compare loss, gradients and every model's scores of one batch between layouts and one rank; exit 1 where they differ."""
-    config = _load(config_path, overrides)
+    """Compare loss, gradients and every model's scores of one batch (with a curriculum of its last stage) between layouts and one
+    rank; exit 1 where they differ."""
+    whole = _load(config_path, overrides)
+    config = configs_of(whole)[-1]
 
     from megarl.loop.parity import ParityRun, parse_layout, with_layout
     from megarl.loop.prompts import first_prompts
@@ -96,7 +99,7 @@ def parity(
     failed = False
     with tempfile.TemporaryDirectory(prefix="megarl-parity-") as folder:
         scaled = with_scaled_model(config, Path(folder), writes=True)
-        run = ParityRun(scaled, first_prompts(scaled, num_prompts), Path(folder))
+        run = ParityRun(scaled, first_prompts(whole, num_prompts), Path(folder))
         for text, layout in parsed.items():
             row = run.compare_layout(text, layout)
             accepted = max(row.loss_gap, row.norm_gap, row.worst_gap, row.score_gap) <= bound

@@ -52,6 +52,8 @@ def build_models(config: Config, previous: dict[str, Learner] | None = None) -> 
             of here once it is moved, so that its memory is free before the next is built.
     """
     previous = {} if previous is None else previous
+    if previous:
+        free_memory()  # the frozen models of the stage before
     updates_per_step = config.algorithm.updates_per_step
     critic_warmup = config.critic.warmup_steps if config.critic else 0
     policy = Policy(config, total_updates=(config.steps - critic_warmup) * updates_per_step, with_weights="policy" not in previous)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from megarl.config.load import load_config
 from megarl.config.schema import ParallelConfig
+from megarl.config.stages import configs_of
 from megarl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,13 +44,14 @@ def sync(
     num_copies: Annotated[int, typer.Option("--copies", min=0, help="Show so many of the first copies.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with the bytes of every rank.")] = False,
 ) -> None:
-    """Print how the weights of CONFIG's policy get to engines or to another Megatron layout, or why they cannot."""
+    """Print how the weights of CONFIG's policy (with a curriculum in its last stage) get to engines or to another Megatron layout,
+    or why they cannot."""
     from megarl.reshard.balance import Machines
     from megarl.reshard.build import plan_transfer
     from megarl.reshard.engines import EngineLayout
     from megarl.reshard.report import LinkSpeeds, report
 
-    config = load_config(config_path, overrides)
+    config = configs_of(load_config(config_path, overrides))[-1]
     if (engine is None) == (to is None):
         raise ConfigError("plan sync: give either --engine vllm or sglang, or --to with a Megatron layout")
     if engine is not None and optimizer:

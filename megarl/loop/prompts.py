@@ -1,13 +1,18 @@
 """The first prompts of a run, without the run."""
 
 from megarl.config.schema import Config
+from megarl.config.stages import stages_of
+from megarl.data.curriculum import StagedPrompts
 from megarl.data.sampler import build_prompt_source, build_sft_source
 from megarl.data.template import load_tokenizer
 
 
 def first_prompts(config: Config, count: int) -> list[tuple[int, ...]]:
-    """Token ids of the first ``count`` training prompts."""
+    """Token ids of the first ``count`` training prompts, with a curriculum of its last stage."""
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     if config.kind == "sft":
         return [example.token_ids[: example.num_prompt_tokens] for example in build_sft_source(config, tokenizer).take(count)]
+    if config.curriculum is not None:
+        stages = stages_of(config)
+        return [prompt.token_ids for prompt in StagedPrompts(config, stages, tokenizer).source(stages[-1]).take(count)]
     return [prompt.token_ids for prompt in build_prompt_source(config, tokenizer).take(count)]

@@ -6,6 +6,7 @@ what communication libraries and the allocator keep for themselves, server engin
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -259,6 +260,64 @@ def _rank(
         added=moments[worst],
         moments=peaks,
     )
+
+
+def state_relayout(before: Config, after: Config, world_size: int, device: Device) -> list[RankMemory]:
+    """The peak of every kind of rank while what learns goes from one stage's layout to the next, the worst first.
+
+    One learner after the other is built again, takes weights and optimizer state over from what it was, and that is then freed
+    (``loop/relayout.py``). Frozen models and engines are not there. Owners of what is still in the layout before are ``old policy``
+    and ``old critic``.
+
+    Args:
+        before, after: configs of two stages, one after the other.
+        world_size: ranks of the run.
+        device: that the ranks compute on.
+
+    Raises:
+        ConfigError: a layout does not divide the model or the world.
+    """
+    roles = [(_role(before, name, world_size), _role(after, name, world_size)) for name in roles_of(after)]
+    learners = [pair for pair in roles if pair[1].learns]
+    kinds: dict[tuple[int | None, ...], list[int]] = {}
+    for rank in range(world_size):
+        kinds.setdefault(tuple(role.stage_of(rank) for pair in learners for role in pair), []).append(rank)
+    staging = Part("run", "staging of the move", 2.0 * (after.rollout.weight_transfer.bucket_mib << 20), {})
+    result = []
+    for ranks in kinds.values():
+        rank = ranks[0]
+        moments = {
+            f"{pair[1].name} changes layout": (*_while_one_moves(learners, moving, rank, device), staging)
+            for moving, pair in enumerate(learners)
+        }
+        peaks = {moment: sum(part.num_bytes for part in parts) for moment, parts in moments.items()}
+        worst = max(peaks, key=lambda moment: peaks[moment])
+        stages = {name: role.stage_of(rank) for old, new in learners for name, role in ((f"old {old.name}", old), (new.name, new))}
+        result.append(
+            RankMemory(
+                first_rank=rank,
+                num_ranks=len(ranks),
+                stages={name: stage for name, stage in stages.items() if stage is not None},
+                moment=worst,
+                held=(),
+                added=moments[worst],
+                moments=peaks,
+            )
+        )
+    return sorted(result, key=lambda kind: -kind.peak)
+
+
+def _while_one_moves(learners: list[tuple[_Role, _Role]], moving: int, rank: int, device: Device) -> Iterator[Part]:
+    """The learners before it in their new layouts, those behind it in their old ones, and itself in both."""
+    for number, (old, new) in enumerate(learners):
+        present = [(old, f"old {old.name}")] if number >= moving else []
+        present += [(new, new.name)] if number <= moving else []
+        for role, owner in present:
+            stage = role.stage_of(rank)
+            for part in () if stage is None else role.held_parts(stage):
+                # of what is offloaded there is a copy in host memory, which on a CPU is the rank's own
+                copies = 1 if not role.offloaded(part) else (number == moving) + (device == "cpu")
+                yield replace(part, owner=owner, num_bytes=copies * part.num_bytes)
 
 
 def longest_sequence(config: Config) -> int:

@@ -15,6 +15,7 @@ from megarl.config.load import load_config
 from megarl.errors import CheckpointError, DataError
 from megarl.loop import relayout
 from megarl.loop.launch import launch_training
+from megarl.loop.prompts import first_prompts
 from runs import logged, megarl_here, write_config
 
 RANKS = 4
@@ -160,6 +161,17 @@ def test_responses_under_way_go_on_in_the_next_stage(workspace: Path, tmp_path: 
     assert len(set(tickets)) == 16 and set(tickets) <= set(range(20)), "one step's groups more were begun at most"
     written = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000003.jsonl").read_text().splitlines()]
     assert min(line["prompt_tokens"] for line in written) <= 74, "the first groups of the second stage were begun in the first"
+
+
+def test_parity_is_of_the_last_stage(workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_staged_config(tmp_path / "parity", workspace / "model")
+    lengths = [len(tokens) for tokens in first_prompts(load_config(path), 4)]
+    assert len(lengths) == 4 and all(82 < length <= 90 for length in lengths)
+    assert megarl_here("parity", path, "--layouts", "tp=2", "--num-prompts", 2) == 0
+    assert "ok" in capfd.readouterr().out
+    # the last stage's responses, of up to 8 tokens, do not fit beside its prompts
+    assert megarl_here("parity", path, "--layouts", "tp=2,max_tokens_per_micro_batch=97") == 2
+    assert "rollout.max_prompt_tokens 90 + rollout.max_new_tokens 8 = 98 tokens" in capfd.readouterr().err
 
 
 def test_refusals_once_the_prompts_or_a_checkpoint_are_known(

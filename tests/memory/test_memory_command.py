@@ -45,7 +45,11 @@ def config(tmp_path: Path) -> Path:
 
 
 def as_json(capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    return json.loads(capfd.readouterr().out)
+    """Of a run with one stage: that stage, and what the whole says of it."""
+    found = json.loads(capfd.readouterr().out)
+    (stage,) = found["stages"]
+    assert (found["peak_bytes"], found["worst_stage"]) == (stage["peak_bytes"], None)
+    return stage
 
 
 def test_prints_parts_and_moments(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +110,88 @@ def test_above_the_limit_names_the_largest_parts(config: Path, capfd: pytest.Cap
     assert "above the limit of 0.01 GiB" in text
     assert "policy activations: " in text.split("the largest parts are")[1]
     assert "no combination of these is under the limit" in text
+
+
+STAGES = [
+    {"name": "short", "steps": 1, "max_prompt_tokens": 512},
+    {
+        "name": "long",
+        "steps": 1,
+        "max_prompt_tokens": 7000,
+        "changes": {"policy": {"parallel": {"tp": 1, "cp": 2}, "max_tokens_per_micro_batch": 8000}},
+    },
+]
+
+
+@pytest.fixture
+def staged(config: Path) -> Path:
+    values = yaml.safe_load(config.read_text()) | {"steps": 2, "curriculum": {"stages": STAGES}}
+    values["rollout"] |= {"engine": "vllm"}  # in a process of its own
+    values["policy"]["max_tokens_per_micro_batch"] = 1024
+    config.write_text(yaml.safe_dump(values))
+    return config
+
+
+def alone(config: Path, capfd: pytest.CaptureFixture[str], stage: int) -> dict[str, Any]:
+    """What is stated of a run that is this stage from its beginning to its end."""
+    values = yaml.safe_load(config.read_text())
+    chosen = values.pop("curriculum")["stages"][stage]
+    values["rollout"]["max_prompt_tokens"] = chosen["max_prompt_tokens"]
+    values["policy"] |= chosen.get("changes", {}).get("policy", {})
+    config.with_name("alone.yaml").write_text(yaml.safe_dump(values))
+    assert plan_memory(config.with_name("alone.yaml"), "--world-size", 4, "--json") == 0
+    return as_json(capfd)
+
+
+def test_every_stage_and_what_is_between_them(staged: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A stage is stated as a run of its own is; between two both layouts are there, with buckets of 64 MiB to send and receive."""
+    assert plan_memory(staged, "--world-size", 4, "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    short, move, long = found["stages"]
+    assert [stage["name"] for stage in found["stages"]] == ["short", "short → long", "long"]
+    assert [stage["is_move"] for stage in found["stages"]] == [False, True, False]
+    alones = [alone(staged, capfd, stage) for stage in (0, 1)]
+    assert [short["ranks"], long["ranks"]] == [single["ranks"] for single in alones]
+    learners = [
+        sum(part["bytes"] for part in single["ranks"][0]["held"] if part["owner"] == "policy") for single in alones
+    ]  # without the batch
+    assert move["peak_bytes"] == pytest.approx(sum(learners) + 2 * (64 << 20))
+    assert found["peak_bytes"] == max(stage["peak_bytes"] for stage in found["stages"])
+    assert found["worst_stage"] == "long"
+    assert plan_memory(staged, "--world-size", 4) == 0
+    text = capfd.readouterr().out
+    assert "short → long" in text and "policy changes layout" in text
+    assert f"peak of 4 ranks on cpu: {found['peak_bytes'] / 2**30:.3f} GiB, in long, on rank 0" in text
+
+
+def test_advice_for_a_stage_holds(staged: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A limit that only the long stage passes: its settings are keys of that stage, and bring it under the limit."""
+    assert plan_memory(staged, "--world-size", 4, "--json") == 0
+    before = json.loads(capfd.readouterr().out)
+    limit = 0.9 * before["peak_bytes"]
+    assert max(stage["peak_bytes"] for stage in before["stages"][:2]) < limit
+    arguments = ("--world-size", 4, "--limit-gib", limit / 2**30, "--json")
+    assert plan_memory(staged, *arguments) == 1
+    short, move, long = json.loads(capfd.readouterr().out)["stages"]
+    assert not short["changes"] and not move["changes"]
+    enough = [change for change in long["changes"] if change["peak_bytes"] <= limit]
+    assert "curriculum.stages.1.changes.policy.recompute=full" in [change["settings"][0] for change in enough]
+    for change in enough:
+        (setting,) = change["settings"]
+        if setting.startswith("--"):
+            continue
+        assert plan_memory(staged, "--set", setting, *arguments) == 0
+        short_now, _, long_now = json.loads(capfd.readouterr().out)["stages"]
+        assert long_now["peak_bytes"] == change["peak_bytes"]
+        assert short_now["peak_bytes"] == short["peak_bytes"] or not setting.startswith("curriculum.")
+    assert plan_memory(staged, "--world-size", 4, "--limit-gib", 0.01) == 1
+    text = capfd.readouterr().out
+    assert "short → long is above the limit of 0.01 GiB" in text and "both layouts are there at the same time" in text
+
+
+def test_ranks_of_the_stage_that_needs_most(staged: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert plan_memory(staged, "--set", "policy.parallel.tp=1", "--set", "curriculum.stages.1.changes.policy.parallel.cp=4") == 2
+    assert "policy.parallel needs a multiple of 4 ranks" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+# shellcheck shell=bash
+# What the scripts of this folder have in common. They are submitted from the repository's folder, with megarl in PATH and, where
+# they start servers, VLLM_PYTHON set to the Python of an environment with vLLM (make engine-vllm).
+set -euo pipefail
+
+mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+LAST_NODE=${NODES[-1]}
+
+# serve NAME GPUS PORT MODEL [FLAG...]: a vLLM server on some GPUs of the last node; returns when it is healthy
+serve() {
+    local name=$1 gpus=$2 port=$3 model=$4 log="$SLURM_JOB_NAME-$SLURM_JOB_ID-$1.log"
+    : "${VLLM_PYTHON:?is not set: give the Python of an environment with vLLM}"
+    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$LAST_NODE" --exact --mem=0 --gpus-per-node="$gpus" \
+        --cpus-per-task="$((gpus * SLURM_CPUS_PER_TASK))" --output="$log" --open-mode=append \
+        "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server --host 0.0.0.0 --port "$port" --model "$model" "${@:5}" &
+    until curl --silent --fail --output /dev/null "http://$LAST_NODE:$port/health"; do
+        kill -0 $! 2>/dev/null || { echo "the $name server ended before it was healthy, see $log" >&2; exit 1; }
+        sleep 5
+    done
+}
+
+# serve_policy MODEL MAX_MODEL_LEN: the engine of a run, at port 8000, with the flags by which MegaRL itself starts one
+serve_policy() {
+    VLLM_SERVER_DEV_MODE=1 PYTHONPATH="$PWD/megarl/rollout/engine_plugin" \
+        serve policy 4 8000 "$1" --max-model-len "$2" --tensor-parallel-size 4 --dtype bfloat16 --load-format dummy \
+        --skip-tokenizer-init --generation-config vllm --logprobs-mode processed_logprobs --enable-scale-out \
+        --worker-extension-cls megarl_vllm_worker.MegaRLWorkerExtension
+}
+
+# serve_judge MODEL: at port 8001
+serve_judge() {
+    serve judge 1 8001 "$1"
+}
+
+# train CONFIG NUM_NODES [--set KEY=VALUE...]: on the job's first nodes, one rank for each GPU. MegaRL finds rank 0 in SLURM's
+# variables. Where the run folder has a checkpoint the run goes on from it; one that ended before its first is put aside.
+train() {
+    local config=$1 nodes=$2 run resume=()
+    run=runs/$(basename "$config" .yaml)
+    if compgen -G "$run/checkpoints/step_*/manifest.json" >/dev/null; then
+        resume=(--resume)
+    elif [[ -e $run/metrics.jsonl ]]; then
+        mv "$run" "$run-before-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+    fi
+    trap 'scontrol requeue "$SLURM_JOB_ID"' USR1  # before the time limit, see --signal; bash runs it while it waits
+    srun --nodes="$nodes" --ntasks="$((nodes * SLURM_NTASKS_PER_NODE))" --ntasks-per-node="$SLURM_NTASKS_PER_NODE" \
+        --nodelist="$(IFS=,; echo "${NODES[*]:0:nodes}")" --gpus-per-node="$SLURM_NTASKS_PER_NODE" \
+        --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
+        megarl train "$config" --run-dir "$run" "${resume[@]}" "${@:3}" &
+    wait $!
+}
