@@ -171,7 +171,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt in tokens.")],
     size: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 1000,
     hops: Annotated[list[int], typer.Option(min=1, max=50, help="Facts to combine, 1 for a needle; several take turns.")] = (1,),
-    distractors: Annotated[int, typer.Option(min=1, max=50, help="Chains of facts on other people.")] = 2,
+    distractors: Annotated[int, typer.Option(min=0, max=50, help="Chains of facts on other people.")] = 2,
     digits: Annotated[int, typer.Option(min=2, max=9, help="Digits of a code; 4 or more where there are many people.")] = 4,
     seed: Annotated[int, typer.Option(help="Other seeds give other rows, for example for a held-out set.")] = 0,
     prompt: Annotated[str, typer.Option(help="Text with {documents} and {question}.")] = PROMPT,

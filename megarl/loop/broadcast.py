@@ -1,4 +1,4 @@
-"""Batches from rank 0 to every rank."""
+"""Batches and small values from rank 0 to every rank."""
 
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 Batch = TypeVar("Batch")
+Value = TypeVar("Value")
 
 
 def broadcast_batch(batch: Batch | None, kind: type[Batch]) -> Batch:
@@ -29,9 +30,9 @@ def broadcast_batch(batch: Batch | None, kind: type[Batch]) -> Batch:
     return kind(**tensors)
 
 
-def broadcast_metrics(metrics: dict[str, float] | None) -> dict[str, float]:
-    """Give every rank rank 0's numbers."""
-    box = [metrics]
+def broadcast_value(value: Value | None) -> Value:
+    """Give every rank rank 0's value; None on the others."""
+    box = [value]
     dist.broadcast_object_list(box, src=0)
     assert box[0] is not None
     return box[0]

@@ -16,7 +16,7 @@ from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_pr
 from megarl.environments.run import Environments, open_environments
 from megarl.errors import CheckpointError
 from megarl.loop.background import BackgroundLoop
-from megarl.loop.broadcast import broadcast_batch, broadcast_metrics
+from megarl.loop.broadcast import broadcast_batch, broadcast_value
 from megarl.loop.weight_sync import MainRankEngine, WeightSync, check_transport
 from megarl.observe.metrics import accuracy_metrics, pass_at_k, rollout_metrics
 from megarl.rewards.combine import RewardScorer
@@ -213,7 +213,7 @@ class Rollout:
                 score_seconds=0.0,
                 outlived_updates=self._outlives_updates,
                 tickets=None,
-                reward_mean=broadcast_metrics(None)["reward_mean"],
+                reward_mean=broadcast_value(None),
             )
         assert main.prompts is not None
         result = main.runner.run(main.collector.collect(main.prompts.take, step))
@@ -226,7 +226,7 @@ class Rollout:
             score_seconds=max(0.0, result.stats.wall_seconds - result.stats.generating_seconds),
             outlived_updates=self._outlives_updates,
             tickets=result.tickets,
-            reward_mean=broadcast_metrics({"reward_mean": sum(rewards) / max(1, len(rewards))})["reward_mean"],
+            reward_mean=broadcast_value(sum(rewards) / max(1, len(rewards))),
         )
 
     def hold(self) -> None:
@@ -246,7 +246,7 @@ class Rollout:
     def evaluate(self) -> tuple[dict[str, float], tuple[RolloutGroup, ...]]:
         """Accuracy on the held-out prompts: metrics on every rank, groups on rank 0."""
         if self._main is None:
-            return broadcast_metrics(None), ()
+            return broadcast_value(None), ()
         main, evaluation = self._main, self._main.config.evaluation
         groups = main.runner.run(main.collector.evaluate(main.evaluation_prompts))
         metrics = accuracy_metrics(groups, evaluation.pass_threshold, evaluation.samples_per_prompt)
@@ -254,7 +254,7 @@ class Rollout:
             own = [group for group in groups if stage.above < len(group.prompt.token_ids) <= stage.max_prompt_tokens]
             if own:
                 metrics[accuracy_name(stage)] = pass_at_k(own, 1, evaluation.pass_threshold)
-        return broadcast_metrics(metrics), tuple(groups)
+        return broadcast_value(metrics), tuple(groups)
 
     def data_state(self) -> DataState:
         """Position in the training prompts, what is known of them, and the groups that wait or were begun; on rank 0."""

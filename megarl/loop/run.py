@@ -16,7 +16,7 @@ from megarl.data.packing import pack_examples
 from megarl.data.sampler import build_sft_source
 from megarl.data.template import load_tokenizer
 from megarl.errors import CheckpointError
-from megarl.loop.broadcast import broadcast_batch
+from megarl.loop.broadcast import broadcast_batch, broadcast_value
 from megarl.loop.promotion import StageProgress
 from megarl.loop.rollout import Collected, Prompts, Rollout, accuracy_name, prompts_of_stage, read_prompts
 from megarl.observe.progress import RunProgress
@@ -110,7 +110,8 @@ class Run:
         folder = config.run_dir / "checkpoints"
         self._checkpoints = CheckpointWriter(folder, policy.weight_map, config.checkpoint.keep, config.checkpoint.asynchronous)
         goes_on = resume or (stage is not None and stage.is_carried)
-        checkpoint = whole_checkpoints(folder)[-1] if goes_on else None
+        # rank 0 has perhaps just written it, and another machine may not see it yet
+        checkpoint = broadcast_value(whole_checkpoints(folder)[-1] if is_main_rank() else None) if goes_on else None
         state = self._restore(checkpoint) if checkpoint else None
         self.step = state.step if state else 0
         self.weight_version = state.weight_version if state else 0
@@ -167,7 +168,7 @@ class Run:
         return prompts_of_stage(self._stage.prompts, self._stage.stages, self._stage.progress.stage)
 
     def _restore(self, checkpoint: Path) -> RunState:
-        state = read_run_state(checkpoint, self._policy.weight_map)
+        state = broadcast_value(read_run_state(checkpoint, self._policy.weight_map) if is_main_rank() else None)
         if self._stage is None or not self._stage.is_carried:
             self._restore_models(checkpoint, state)
         if self._algorithm is not None:
