@@ -48,10 +48,10 @@ def make_model(
     intermediate: int = 512,
     max_positions: int = 2048,
     seed: int = 0,
-    task: str | None = None,
+    corpus: Sequence[str] = (),
 ) -> int:
-    """Write the model folder ``out``, its tokenizer fitted to a reasoning-gym task, and return its number of parameters."""
-    tokenizer = make_tokenizer(questions(task) if task else ())
+    """Write the model folder ``out``, its tokenizer fitted to ``corpus``, and return its number of parameters."""
+    tokenizer = make_tokenizer(corpus)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -84,9 +84,10 @@ def main() -> None:
     parser.add_argument("--max-positions", type=int, default=2048, help="longest sequence")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     parser.add_argument("--task", help="reasoning-gym task whose words become single tokens")
-    arguments = parser.parse_args()
-    num_parameters = make_model(**vars(arguments))
-    print(f"{arguments.out}: Qwen2, {num_parameters / 1e6:.2f} million parameters")
+    arguments = vars(parser.parse_args())
+    task = arguments.pop("task")
+    num_parameters = make_model(**arguments, corpus=questions(task) if task else ())
+    print(f"{arguments['out']}: Qwen2, {num_parameters / 1e6:.2f} million parameters")
 
 
 if __name__ == "__main__":

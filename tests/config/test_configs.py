@@ -32,9 +32,9 @@ QUICKSTART_MODEL = """{
 
 
 def world_sizes(path: Path) -> list[int]:
-    """A cluster file says its own; the others run on one core or two."""
+    """A cluster file says its own; the others run on one core or two, those with context parallelism on four ranks."""
     if path not in CLUSTER:
-        return [1, 2] if path in LAPTOP else [2]
+        return [1, 2] if path in LAPTOP else [4] if path.parent.name == "long_context_laptop" else [2]
     match = TRAINING_GPUS.match(path.read_text(encoding="utf-8"))
     assert match, f"{path.name} does not begin with its number of GPUs"
     return [int(match[1])]

@@ -14,7 +14,7 @@ from megarl.algorithms.objectives import supervised_objective
 from megarl.config.schema import Config
 from megarl.data.packing import no_routing
 from megarl.data.template import load_tokenizer
-from megarl.loop.rollout import Rollout
+from megarl.loop.rollout import Rollout, read_prompts
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.types import NO_EXPERT
@@ -54,7 +54,9 @@ def write_run(folder: Path) -> Config:
 def sample_and_score(config: Config, output: Path) -> None:
     """One rank: rollouts of the engine, the trainer's log-probabilities with replay and without, and an update."""
     policy = Policy(config, total_updates=1)
-    rollout = Rollout(config, load_tokenizer(config.model.path), policy, print, with_greedy=False)
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = read_prompts(config, tokenizer) if is_main_rank() else None
+    rollout = Rollout(config, tokenizer, policy, print, prompts, with_greedy=False)
     try:
         rollout.push_weights(0)
         packed = rollout.collect(0).packed
