@@ -24,7 +24,7 @@ from tiny_rollout import make_tiny_model
 
 STEPS = 3
 TIMEOUT = 280  # seconds a run may take; most of it is the server's start
-SCALING = {"rope_type": "yarn", "factor": 8, "original_max_position_embeddings": 16}  # the prompts are longer than 16 tokens
+SCALING = {"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 16}  # the prompts are longer than 16 tokens
 
 pytestmark = pytest.mark.timeout(2 * TIMEOUT)
 
@@ -122,7 +122,7 @@ def read_embeddings(checkpoints: list[Path], output: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "name", "rollout"), [("sglang", "SGLang", {}), ("vllm", "vLLM", {"asynchronous": {}, "max_new_tokens": 100})]
+    ("engine", "name", "rollout"), [("sglang", "SGLang", {}), ("vllm", "vLLM", {"asynchronous": {}, "max_new_tokens": 56})]
 )
 def test_a_server_killed_during_a_step_ends_the_run_with_one_line(
     tmp_path: Path, engine: str, name: str, rollout: dict[str, Any]
