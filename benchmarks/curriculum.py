@@ -2,9 +2,9 @@
 
     python benchmarks/curriculum.py [--seeds 0 1 2] [--folder runs/long_context_laptop] [--plot docs/curriculum.svg]
 
-The model and the documents are those of examples/long_context_laptop; the warm-up is shared. All kinds of runs read about as many
-tokens: "final length only" has so many steps on the longest documents. Prints a table, and plots held-out accuracy on the
-longest documents, and of the first seed on all lengths, over the tokens read.
+The model and the documents are those of examples/long_context_laptop; the warm-up is shared. "final length only" has as many steps
+on the longest documents as read the tokens of the progressive run. Prints a table, and plots held-out accuracy on the longest
+documents, and of the first seed on all lengths, over the tokens read.
 """
 
 import argparse
