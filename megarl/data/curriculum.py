@@ -9,8 +9,8 @@ import numpy
 from megarl.config.schema import Config, CurriculumConfig
 from megarl.config.stages import Stage
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
-from megarl.data.order import RowSampler, SuccessRates, TaskChooser, seeded_random
-from megarl.data.sampler import PromptSource, TaskRows, place_of, training_rows
+from megarl.data.order import RowSampler, SuccessRates, TaskChooser, draw_by_weight, seeded_random
+from megarl.data.sampler import PromptSource, TaskRows, excluded_texts, place_of, training_rows
 from megarl.data.sources import Row, read_rows
 from megarl.data.template import PromptTemplate
 from megarl.errors import CheckpointError, DataError
@@ -61,8 +61,9 @@ class StagedPrompts:
         self._template = PromptTemplate(tokenizer, config.data.template)
         self._tasks: dict[str, MeasuredTask] = {}
         self.too_long: list[tuple[str, int]] = []
+        excluded = excluded_texts(config)
         for task in tasks_of(config.data.train, TRAIN):
-            rows, kept, difficulties = training_rows(config, task)
+            rows, kept, difficulties = training_rows(config, task, excluded)
             num_tokens = numpy.array([self._measure(rows[int(index)]) for index in kept])
             self._tasks[task.name] = MeasuredTask(
                 rows=rows, kept=kept, num_tokens=num_tokens, difficulties=difficulties, weight=task.weight
@@ -290,19 +291,14 @@ class StageSource(PromptSource):
         return at < len(kept) and int(kept[at]) == row
 
     def _draw(self, count: int, place: int) -> list[Prompt]:
-        """Up to ``count`` different prompts of earlier stages that were answered, in proportion to 1 / mean reward.
-
-        Taking the smallest Exponential(1) / weight is drawing one after the other without replacement (Efraimidis and Spirakis
-        2006, with logarithms of their keys).
-        """
+        """Up to ``count`` different prompts of earlier stages that were answered, in proportion to 1 / mean reward."""
         if not count:
             return []
         means = numpy.array([self._rewards[name].rates[row] for name, row in self._earlier], dtype=numpy.float64)
-        keys = seeded_random(self._seed, place, self._stage, EARLIER).exponential(size=len(means))
-        keys *= numpy.maximum(means, self._curriculum.retrospective_floor)
-        keys[[index for index, key in enumerate(self._earlier) if key in self._pending]] = numpy.nan
-        order = numpy.argsort(keys, kind="stable")[: min(count, int((~numpy.isnan(keys)).sum()))]
-        drawn = [self._earlier[index] for index in order]
+        weights = 1.0 / numpy.maximum(means, self._curriculum.retrospective_floor)
+        pending = [index for index, key in enumerate(self._earlier) if key in self._pending]
+        random = seeded_random(self._seed, place, self._stage, EARLIER)
+        drawn = [self._earlier[index] for index in draw_by_weight(random, weights, pending, count)]
         self._pending.update(drawn)
         return [self.prompt(f"{name}/{row}") for name, row in drawn]
 

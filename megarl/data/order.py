@@ -17,6 +17,18 @@ def seeded_random(*numbers: int) -> numpy.random.RandomState:
     return numpy.random.RandomState(numpy.random.MT19937(numpy.random.SeedSequence(list(numbers))))
 
 
+def draw_by_weight(random: numpy.random.RandomState, weights: numpy.ndarray, left_out: Sequence[int], count: int) -> list[int]:
+    """Up to ``count`` different indices in proportion to their weights, which are above 0 or NaN for those never drawn.
+
+    Taking the smallest Exponential(1) / weight is drawing one after the other without replacement (Efraimidis and Spirakis 2006,
+    with logarithms of their keys).
+    """
+    keys = random.exponential(size=len(weights)) / weights
+    keys[list(left_out)] = numpy.nan
+    num_left = int((~numpy.isnan(keys)).sum())
+    return [int(index) for index in numpy.argsort(keys, kind="stable")[: min(count, num_left)]]
+
+
 class SuccessRates:
     """How well the policy solves each row: an exponential average over its groups, the newest weighing ``update``.
 
@@ -147,19 +159,11 @@ class RowSampler:
         return [int(row) for row in permutation]
 
     def _draw(self, count: int) -> list[int]:
-        """Up to ``count`` different rows in proportion to their priorities.
-
-        Taking the smallest Exponential(1) / priority is drawing one after the other without replacement (Efraimidis and Spirakis
-        2006, with logarithms of their keys).
-        """
-        num_rows = len(self._order)
-        if len(self._pending) >= num_rows:
+        """Up to ``count`` different rows in proportion to their priorities."""
+        if len(self._pending) >= len(self._order):
             self._pending.clear()
         priorities = numpy.maximum(1.0 - numpy.nan_to_num(self.success.rates, nan=0.0), self._settings.priority_floor)
-        keys = self._random(self._epoch, self._position).exponential(size=num_rows) / priorities
-        keys[self._pending] = numpy.inf
-        num_left = num_rows - len(set(self._pending))
-        return [int(row) for row in numpy.argsort(keys, kind="stable")[: min(count, num_left)]]
+        return draw_by_weight(self._random(self._epoch, self._position), priorities, self._pending, count)
 
     def _random(self, *place: int) -> numpy.random.RandomState:
         # zeros at the end of a seed's numbers change nothing, so that a single source has the order of a first task

@@ -166,14 +166,20 @@ def _task_chooser(config: Config) -> TaskChooser:
     return TaskChooser(weights, config.seed, balanced=config.data.sampling.mixture == "balanced")
 
 
-def training_rows(config: Config, task: TaskConfig) -> tuple[Sequence[Row], numpy.ndarray, numpy.ndarray | None]:
-    """The rows of a task, the indices (int64, ascending) of those that ``data.exclude`` does not name, and their difficulties.
+def excluded_texts(config: Config) -> set[str]:
+    """The prompts that ``data.exclude`` names."""
+    return {row.prompt_text for source in config.data.exclude for row in read_rows(source, "exclude")}
+
+
+def training_rows(
+    config: Config, task: TaskConfig, excluded: set[str]
+) -> tuple[Sequence[Row], numpy.ndarray, numpy.ndarray | None]:
+    """The rows of a task, the indices (int64, ascending) of those that are not excluded, and their difficulties.
 
     Raises:
         DataError: a row is malformed, none remains, or one lacks its difficulty.
     """
-    data, field = config.data, config.data.sampling.difficulty_field
-    excluded = {row.prompt_text for source in data.exclude for row in read_rows(source, "exclude")}
+    field = config.data.sampling.difficulty_field
     rows = read_rows(task.source, task.name)
     kept = [index for index, row in enumerate(rows) if row.prompt_text not in excluded]
     if not kept:
@@ -186,9 +192,9 @@ def training_rows(config: Config, task: TaskConfig) -> tuple[Sequence[Row], nump
 
 def _checked_training_rows(config: Config, encode: Callable[[Row], object]) -> dict[str, TaskRows]:
     """Rows of ``data.train`` by task that ``data.exclude`` does not name, each of which ``encode`` accepts."""
-    tasks = {}
+    tasks, excluded = {}, excluded_texts(config)
     for number, task in enumerate(tasks_of(config.data.train, TRAIN)):
-        rows, kept, difficulties = training_rows(config, task)
+        rows, kept, difficulties = training_rows(config, task, excluded)
         for index in kept:
             encode(rows[int(index)])
         sampler = RowSampler(len(kept), config.seed, config.data.sampling, task=number, difficulties=difficulties)

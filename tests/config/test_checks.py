@@ -11,18 +11,8 @@ from megarl.config.checks import check
 from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import Config
 from megarl.errors import ConfigError
+from small_model import MODEL
 
-MODEL: dict[str, Any] = {
-    "model_type": "qwen2",
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "vocab_size": 100,
-    "max_position_embeddings": 2048,
-    "hidden_act": "silu",
-}
 RL: dict[str, Any] = {
     "kind": "rl",
     "steps": 10,

@@ -12,18 +12,8 @@ from megarl.config.schema import Config
 from megarl.config.stages import stages_of
 from megarl.config.yaml_text import parse
 from megarl.errors import ConfigError
+from small_model import MODEL
 
-MODEL = {
-    "model_type": "qwen2",
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "vocab_size": 100,
-    "max_position_embeddings": 2048,
-    "hidden_act": "silu",
-}
 STAGES: list[dict[str, Any]] = [
     {"name": "short", "steps": 4, "max_prompt_tokens": 256},
     {

@@ -9,17 +9,8 @@ import pytest
 from megarl.config.checks import check
 from megarl.config.schema import Config
 from megarl.errors import ConfigError
+from small_model import MODEL
 
-MODEL: dict[str, Any] = {
-    "model_type": "qwen2",
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "vocab_size": 100,
-    "max_position_embeddings": 2048,
-}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = {"rope_type": "linear", "factor": 4}
