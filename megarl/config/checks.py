@@ -64,11 +64,26 @@ def _check_models(config: Config, own: ModelFacts, world_size: int) -> Iterator[
         yield from lines
         return
     facts = own if scaling is None else read_model_facts(config.model.path, scaling)
+    yield from _check_attention(config, facts)
     yield from _check_policy(config, facts, world_size)
     yield from _check_reference(config, facts, world_size)
     yield from _check_critic(config, facts, world_size)
     yield from _check_reward_model(config, facts, world_size)
     yield from _check_idle_ranks(config, world_size)
+
+
+def _check_attention(config: Config, facts: ModelFacts) -> Iterator[str]:
+    """Transformer Engine's attention takes 16 bits, and heads of one width under context parallelism."""
+    model = config.model
+    if model.attention_impl == "megarl":
+        return
+    if model.transformer_impl == "local" or model.dtype == "float32":
+        yield (
+            f"model.attention_impl: transformer_engine takes bfloat16 and Transformer Engine's layers, not dtype {model.dtype} "
+            f"with transformer_impl {model.transformer_impl}; change them, or use megarl"
+        )
+    if facts.has_latent_attention:
+        yield f"model.attention_impl: transformer_engine is not supported for latent attention ({facts.model_type}); use megarl"
 
 
 def _check_policy(config: Config, facts: ModelFacts, world_size: int) -> Iterator[str]:

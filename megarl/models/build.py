@@ -18,6 +18,7 @@ from megarl.models.latent_attention import ScaledRotaryEmbedding
 from megarl.models.layer_specs import stage_spec
 from megarl.models.rope import rotary_frequencies
 from megarl.models.transformer_config import transformer_config
+from megarl.parallel.attention import PackedAttention
 from megarl.parallel.layout import Layout
 
 
@@ -88,6 +89,10 @@ def build_model_chunks(
     )
     frequencies, attention_factor = rotary_frequencies(architecture)
     with_transformer_engine = use_transformer_engine(model.transformer_impl)
+    if model.attention_impl == "transformer_engine" and not with_transformer_engine:
+        raise ConfigError(
+            "model.attention_impl transformer_engine: Transformer Engine is not installed or there is no CUDA; use megarl"
+        )
     config = transformer_config(architecture, model, role, attention_factor, with_transformer_engine)
     chunks = []
     for stage in range(role.parallel.vpp):
@@ -121,7 +126,9 @@ def _build_chunk(
     vp_stage = stage if vpp > 1 else None
     chunk = model_class(
         config=config,
-        transformer_layer_spec=stage_spec(architecture, config, with_transformer_engine, layout.pp_rank, vp_stage),
+        transformer_layer_spec=stage_spec(
+            architecture, config, with_transformer_engine, _core_attention(model), layout.pp_rank, vp_stage
+        ),
         vocab_size=padded_vocabulary_size(architecture, model.vocabulary_pad_multiple, role.parallel.tp),
         max_sequence_length=architecture.max_positions,
         pre_process=layout.pp_rank == 0 and stage == 0,
@@ -135,6 +142,14 @@ def _build_chunk(
     for parameter in chunk.parameters():
         parameter.data = parameter.data.to(config.params_dtype)
     return chunk
+
+
+def _core_attention(model: ModelConfig) -> type:
+    if model.attention_impl == "megarl":
+        return PackedAttention
+    from megarl.parallel.transformer_engine_attention import TransformerEngineAttention  # fails without Transformer Engine
+
+    return TransformerEngineAttention
 
 
 def _set_rotary_frequencies(chunk: CausalLM, frequencies: Tensor, attention_factor: float) -> None:

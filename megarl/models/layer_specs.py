@@ -12,17 +12,25 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megarl.models.architecture import Architecture
 from megarl.models.latent_attention import LatentAttention
 from megarl.models.router import ConstantBiasRouter
-from megarl.parallel.attention import PackedAttention
 
 
 def stage_spec(
-    architecture: Architecture, config: TransformerConfig, with_transformer_engine: bool, pp_rank: int, vp_stage: int | None
+    architecture: Architecture,
+    config: TransformerConfig,
+    with_transformer_engine: bool,
+    core_attention: type,
+    pp_rank: int,
+    vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk, each dense or with experts as the model says, and the norm behind the last layer."""
+    """The layers of one model chunk, each dense or with experts as the model says, and the norm behind the last layer.
+
+    Args:
+        core_attention: class of the layers' attention between projections, e.g. PackedAttention.
+    """
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
     specs = {
-        is_moe: _layer_spec(architecture, with_transformer_engine, is_moe)
+        is_moe: _layer_spec(architecture, with_transformer_engine, core_attention, is_moe)
         for is_moe in {architecture.is_moe_layer(layer) for layer in layers}
     }
     return TransformerBlockSubmodules(
@@ -38,7 +46,7 @@ def _norm(with_transformer_engine: bool) -> type:
     return TENorm
 
 
-def _layer_spec(architecture: Architecture, with_transformer_engine: bool, is_moe: bool) -> ModuleSpec:
+def _layer_spec(architecture: Architecture, with_transformer_engine: bool, core_attention: type, is_moe: bool) -> ModuleSpec:
     options: dict[str, Any] = {
         "num_experts": architecture.num_experts if is_moe else None,
         "qk_layernorm": architecture.qk_norm,
@@ -49,7 +57,7 @@ def _layer_spec(architecture: Architecture, with_transformer_engine: bool, is_mo
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
     attention = spec.submodules.self_attention
-    attention.submodules.core_attention = PackedAttention
+    attention.submodules.core_attention = core_attention
     if architecture.mla is not None:
         attention.module = LatentAttention
         attention.submodules.q_layernorm = attention.submodules.kv_layernorm = _norm(with_transformer_engine)

@@ -84,6 +84,7 @@ def model(tmp_path: Path) -> Path:
         (['rollout.engine="vllm"', "rollout.top_p=0.7"], 1),
         (['rollout.engine="sglang"', "rollout.temperature=0.7", "rollout.top_p=0.7"], 1),
         (["rollout.stop_token_ids=[0, 99]"], 1),
+        (['model.dtype="bfloat16"', 'model.attention_impl="transformer_engine"'], 1),
         (['algorithm.preset="ppo"'], 1),
         (['algorithm.preset="ppo"', 'critic={"parallel": {"tp": 2}, "warmup_steps": 9}'], 2),
         (['algorithm.preset="ppo"', "policy.num_ranks=4", "policy.parallel.tp=4", 'critic={"first_rank": 4}'], 6),
@@ -636,6 +637,17 @@ def test_experts_and_latent_attention(
 ) -> None:
     model = write_model(tmp_path / "model", **changes)
     assert_lines(failures(build(model, f"policy.parallel={json.dumps(parallel)}"), world_size), [expected])
+
+
+def test_attention_of_transformer_engine(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", **DEEPSEEK)
+    settings = ['model.attention_impl="transformer_engine"', 'model.transformer_impl="local"']
+    expected = [
+        "model.attention_impl: transformer_engine takes bfloat16 and Transformer Engine's layers, not dtype float32 with "
+        "transformer_impl local; change them, or use megarl",
+        "model.attention_impl: transformer_engine is not supported for latent attention (deepseek_v3)",
+    ]
+    assert_lines(failures(build(model, *settings)), expected)
 
 
 def test_experts_divide_into_other_sizes_than_dense_layers(tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ class ModelConfig(Section):
     transformer_impl: Literal["auto", "local", "transformer_engine"] = key(
         "auto", "-", "Megatron layer implementation; auto takes Transformer Engine where it is installed and CUDA is present."
     )
+    attention_impl: Literal["megarl", "transformer_engine"] = key(
+        "megarl", "-", "Attention and its context parallelism: MegaRL's own, or on GPUs Transformer Engine's."
+    )
     vocabulary_pad_multiple: int = key(1, "rows", "The vocabulary is padded to a multiple of this times tp.", ge=1)
 
 
