@@ -41,6 +41,53 @@ class MeasuredTask:
     weight: float
 
 
+class LengthLimit:
+    """What becomes of prompts that are longer than the last stage's: ``curriculum.too_long``.
+
+    Args:
+        config: the run, with a curriculum.
+        stages: of the run.
+        tokenizer: of the policy.
+
+    Attributes:
+        longest: tokens that the last stage's prompts have at most.
+        too_long: id and tokens of each row above that was measured.
+    """
+
+    def __init__(self, config: Config, stages: Sequence[Stage], tokenizer: "PreTrainedTokenizerBase") -> None:
+        assert config.curriculum is not None
+        self.longest = stages[-1].max_prompt_tokens
+        self.too_long: list[tuple[str, int]] = []
+        self._cuts = config.curriculum.too_long == "cut_middle"
+        self._tokenizer = tokenizer
+        self._template = PromptTemplate(tokenizer, config.data.template)
+
+    def measure(self, row: Row) -> int:
+        """Tokens of the row's prompt, after the cut where it is cut."""
+        size = len(self._template.encode_prompt(row).token_ids)
+        if size > self.longest:
+            self.too_long.append((row.row_id, size))
+            if self._cuts:
+                return self.longest
+        return size
+
+    def encode(self, row: Row) -> Prompt:
+        """The prompt, without its middle where it is too long."""
+        prompt = self._template.encode_prompt(row)
+        if len(prompt.token_ids) <= self.longest:
+            return prompt
+        token_ids = without_middle(prompt.token_ids, self.longest)
+        text = str(self._tokenizer.decode(token_ids))
+        return Prompt(prompt_id=prompt.prompt_id, token_ids=token_ids, text=text, reference=prompt.reference, task=prompt.task)
+
+    def held_out_prompts(self, config: Config) -> list[Prompt]:
+        """Those of ``evaluation.data`` in their order, without what is left out; none when it is not given."""
+        if config.evaluation.data is None:
+            return []
+        rows = [row for task in tasks_of(config.evaluation.data, EVALUATION) for row in read_rows(task.source, task.name)]
+        return [self.encode(row) for row in rows if self.measure(row) <= self.longest]
+
+
 class StagedPrompts:
     """All prompts of a run, measured once; each stage takes its own from here.
 
@@ -56,19 +103,16 @@ class StagedPrompts:
     def __init__(self, config: Config, stages: Sequence[Stage], tokenizer: "PreTrainedTokenizerBase") -> None:
         assert config.curriculum is not None
         self._config, self._curriculum, self._stages = config, config.curriculum, stages
-        self._longest = stages[-1].max_prompt_tokens
-        self._tokenizer = tokenizer
-        self._template = PromptTemplate(tokenizer, config.data.template)
+        self._limit = LengthLimit(config, stages, tokenizer)
         self._tasks: dict[str, MeasuredTask] = {}
-        self.too_long: list[tuple[str, int]] = []
         excluded = excluded_texts(config)
         for task in tasks_of(config.data.train, TRAIN):
             rows, kept, difficulties = training_rows(config, task, excluded)
-            num_tokens = numpy.array([self._measure(rows[int(index)]) for index in kept])
+            num_tokens = numpy.array([self._limit.measure(rows[int(index)]) for index in kept])
             self._tasks[task.name] = MeasuredTask(
                 rows=rows, kept=kept, num_tokens=num_tokens, difficulties=difficulties, weight=task.weight
             )
-        self._evaluation = self._evaluation_prompts()
+        self._evaluation = self._limit.held_out_prompts(config)
         for stage in stages:
             self._check_filled(stage)
 
@@ -91,7 +135,7 @@ class StagedPrompts:
         chooser = TaskChooser([self._tasks[name].weight for name in tasks], config.seed, balanced=settings.mixture == "balanced")
         return StageSource(
             tasks,
-            self._encode,
+            self._limit.encode,
             chooser,
             stage=stage.number,
             rows={name: task.rows for name, task in self._tasks.items()},
@@ -109,7 +153,7 @@ class StagedPrompts:
         """How many prompts fell where, as JSON values; those that no stage has by their ids."""
         return {
             "stages": [self._statistics(stage) for stage in self._stages],
-            self._curriculum.too_long: [{"prompt_id": name, "num_tokens": size} for name, size in self.too_long],
+            self._curriculum.too_long: [{"prompt_id": name, "num_tokens": size} for name, size in self._limit.too_long],
         }
 
     def lines(self) -> list[str]:
@@ -118,12 +162,12 @@ class StagedPrompts:
         for one in self.report()["stages"]:
             tokens = f"{one['min_tokens']} to {one['max_tokens']} tokens (median {one['median_tokens']})"
             lines.append(f"stage {one['name']}: {one['num_prompts']} prompts of {tokens}, {one['num_held_out']} held out")
-        if self.too_long:
+        if too_long := self._limit.too_long:
             verb = "left out" if self._curriculum.too_long == "leave_out" else "cut in their middle"
-            longest = max(size for _, size in self.too_long)
+            longest = max(size for _, size in too_long)
             lines.append(
-                f"{len(self.too_long)} prompts are longer than the last stage's {self._longest} tokens (the longest {longest}) and "
-                f"{verb}; curriculum.json lists them"
+                f"{len(too_long)} prompts are longer than the last stage's {self._limit.longest} tokens (the longest {longest}) "
+                f"and {verb}; curriculum.json lists them"
             )
         return lines
 
@@ -154,31 +198,6 @@ class StagedPrompts:
             f"so stage {stage.name!r} is empty (the prompts have {sizes.min()} to {sizes.max()}); choose other lengths, or leave "
             "the stage out"
         )
-
-    def _measure(self, row: Row) -> int:
-        """Tokens of the row's prompt; one that is too long is noted."""
-        size = len(self._template.encode_prompt(row).token_ids)
-        if size > self._longest:
-            self.too_long.append((row.row_id, size))
-            if self._curriculum.too_long == "cut_middle":
-                return self._longest
-        return size
-
-    def _encode(self, row: Row) -> Prompt:
-        prompt = self._template.encode_prompt(row)
-        if len(prompt.token_ids) <= self._longest:
-            return prompt
-        token_ids = without_middle(prompt.token_ids, self._longest)
-        text = str(self._tokenizer.decode(token_ids))
-        return Prompt(prompt_id=prompt.prompt_id, token_ids=token_ids, text=text, reference=prompt.reference, task=prompt.task)
-
-    def _evaluation_prompts(self) -> list[Prompt]:
-        held_out = self._config.evaluation.data
-        if held_out is None:
-            return []
-        rows = [row for task in tasks_of(held_out, EVALUATION) for row in read_rows(task.source, task.name)]
-        leaves_out = self._curriculum.too_long == "leave_out"
-        return [self._encode(row) for row in rows if self._measure(row) <= self._longest or not leaves_out]
 
 
 class StageSource(PromptSource):

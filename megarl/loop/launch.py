@@ -64,7 +64,7 @@ def _prepare_run_folder(config: Config, *, resume: bool) -> None:
 def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[str, float]:
     """Accuracy of a checkpoint on the config's held-out prompts, with a curriculum as in its last stage; empty on the ranks above
     0 that a launcher placed."""
-    config = configs_of(config)[-1]
+    whole, config = config, configs_of(config)[-1]
     if config.evaluation.data is None:
         raise ConfigError("evaluation.data is not given; name the held-out prompts, e.g. --set evaluation.data.type=jsonl")
     place = launched_rank()
@@ -73,5 +73,5 @@ def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[
         result = Path(folder) / "metrics.json"
         evaluated = with_scaled_model(with_checkpoint_model(config, checkpoint), Path(folder), writes=True)
         changed = evaluated.model_copy(update={"run_dir": Path(folder)})
-        run_ranks(evaluate_checkpoint, (changed, checkpoint, result), place, num_ranks, config.distributed_timeout)
+        run_ranks(evaluate_checkpoint, (changed, checkpoint, result, whole), place, num_ranks, config.distributed_timeout)
         return json.loads(result.read_text()) if result.exists() else {}

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config.schema import Config
-from megarl.config.stages import Stage
+from megarl.config.stages import Stage, stages_of
 from megarl.config.tasks import task_scorers
-from megarl.data.curriculum import StagedPrompts
+from megarl.data.curriculum import LengthLimit, StagedPrompts
 from megarl.data.observations import ObservationTemplate
 from megarl.data.packing import pack_groups
 from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_prompt_source
@@ -80,6 +80,14 @@ def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
 def prompts_of_stage(prompts: StagedPrompts, stages: Sequence[Stage], stage: Stage) -> Prompts:
     """The prompts of a stage."""
     return Prompts(training=prompts.source(stage), held_out=prompts.evaluation_prompts(stage), stages=stages[: stage.number + 1])
+
+
+def read_held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """The held-out prompts alone, with a curriculum those of all its stages."""
+    if config.curriculum is None:
+        return Prompts(training=None, held_out=build_evaluation_prompts(config, tokenizer))
+    stages = stages_of(config)
+    return Prompts(training=None, held_out=LengthLimit(config, stages, tokenizer).held_out_prompts(config), stages=stages)
 
 
 def accuracy_name(stage: Stage) -> str:

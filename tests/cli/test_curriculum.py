@@ -14,7 +14,7 @@ from torch.multiprocessing import ProcessExitedException
 from megarl.config.load import load_config
 from megarl.errors import CheckpointError, DataError
 from megarl.loop import relayout
-from megarl.loop.launch import launch_training
+from megarl.loop.launch import launch_evaluation, launch_training
 from megarl.loop.prompts import first_prompts
 from runs import logged, megarl_here, write_config
 
@@ -140,6 +140,16 @@ def test_killed_while_models_change_layout_equals_uninterrupted(
     assert logged(tmp_path / "run")[-1][0] == ENDS[1]
     launch_training(config, num_ranks=RANKS, resume=True)
     assert_same_run(tmp_path / "run", staged)
+
+
+def test_evaluation_of_the_last_checkpoint_is_the_runs_own(staged: Path) -> None:
+    """Of all stages' held-out prompts, those that are too long for the last stage left out as the run leaves them out."""
+    checkpoint = staged / "checkpoints" / "step_00000006"
+    evaluated = launch_evaluation(load_config(staged.parent / "config.yaml"), checkpoint, num_ranks=RANKS)
+    names = ("accuracy", "accuracy@short", "accuracy@middle", "accuracy@long")
+    assert {name: evaluated[name] for name in names} == {name: dict(logged(staged))[6][name] for name in names}
+    shorter = load_config(staged.parent / "config.yaml", ["curriculum.stages.2.max_prompt_tokens=84"])
+    assert launch_evaluation(shorter, checkpoint, num_ranks=RANKS)["accuracy@short"] == evaluated["accuracy@short"]
 
 
 def test_responses_under_way_go_on_in_the_next_stage(workspace: Path, tmp_path: Path) -> None:
