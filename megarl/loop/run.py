@@ -149,12 +149,17 @@ class Run:
             state["critic"] = self._critic.sharded_state(is_loading=is_loading)
         return state
 
+    def _learners(self) -> dict[str, Learner]:
+        return {"policy": self._policy} | ({} if self._critic is None else {"critic": self._critic})
+
+    def _distributed_optimizer(self) -> dict[str, bool]:
+        return {role: learner.engine.role.parallel.distributed_optimizer for role, learner in self._learners().items()}
+
     @contextmanager
     def _learners_on_device(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for learner in (self._policy, self._critic):
-                if learner is not None:
-                    stack.enter_context(learner.on_device())
+            for learner in self._learners().values():
+                stack.enter_context(learner.on_device())
             yield
 
     @property
@@ -178,6 +183,12 @@ class Run:
     def _restore_models(self, checkpoint: Path, state: RunState) -> None:
         if self._critic is not None and not state.has_critic:
             raise CheckpointError(f"{checkpoint} has no critic; resume from a checkpoint of a run with one, or start a new run")
+        for role, kind in self._distributed_optimizer().items():
+            if (saved := state.distributed_optimizer.get(role, kind)) != kind:
+                raise CheckpointError(
+                    f"{role}.parallel.distributed_optimizer: is {kind}, and the optimizer state in {checkpoint}, saved with "
+                    f"{saved}, can be read with {saved} only; set it to {saved}"
+                )
         with self._learners_on_device():
             tensors = load_policy(checkpoint, self._sharded_state(is_loading=True))
             self._policy.load_state(tensors)
@@ -295,6 +306,7 @@ class Run:
             algorithm={} if self._algorithm is None else self._algorithm.state(),
             has_critic=self._critic is not None,
             stage={} if self._stage is None else self._stage.progress.state(),
+            distributed_optimizer=self._distributed_optimizer(),
         )
         with self._learners_on_device():
             self._checkpoints.save(self._sharded_state(), state, data.outstanding)

@@ -1,6 +1,7 @@
 """What the engines behind a server have in common: start, health, and weight updates that never leave a half-updated server."""
 
 import asyncio
+import itertools
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -75,18 +76,18 @@ class ServerEngine(ABC):
     hint: ClassVar[str]  # what a server that the trainer did not start must be started with
 
     def __init__(self, config: Config, run_dir: Path, weight_shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """The server's output goes to ``run_dir``/engine.log; ``weight_shapes`` says what updates bring."""
+        """The server's output goes to ``run_dir``/engine.log, the next one's to engine.2.log; ``weight_shapes`` says what updates
+        bring."""
         self.config = config
         self._weight_shapes = weight_shapes
         self.settings: EngineServerConfig = getattr(config.rollout, self.section)
-        self._log_path = run_dir / "engine.log"
+        self._run_dir = run_dir
         self._server: ServerConnection | None = None
         self._experts = read_model_facts(config.model.path).experts if config.rollout.routing_replay else None
         model = AutoConfig.from_pretrained(config.model.path)
         self._vocabulary_size: int = model.vocab_size
         self._rope_parameters: dict[str, Any] = model.rope_parameters
         self._sender: WeightSender | None = None
-        self._starts = 0
         self._in_flight: set[asyncio.Future[list[Generation]]] = set()
         self._version: int | None = None
         self._unusable = "it has no weights yet; call update_weights first"
@@ -159,9 +160,7 @@ class ServerEngine(ABC):
                 logger.warning("%s; starting another", error)
 
     async def _start_once(self) -> None:
-        self._starts += 1
-        # the log of a server that died is kept
-        log_path = self._log_path if self._starts == 1 else self._log_path.with_suffix(f".{self._starts}.log")
+        log_path = _new_log(self._run_dir)
         process = None
         url = (self.settings.url or "").rstrip("/")
         if not url:
@@ -377,6 +376,12 @@ class ServerEngine(ABC):
 
         threading.Thread(target=run, daemon=True, name="weight-transfer").start()
         return await future
+
+
+def _new_log(run_dir: Path) -> Path:
+    """Every server of a run, of its stages and of the run resumed has a log of its own."""
+    names = itertools.chain(["engine.log"], (f"engine.{number}.log" for number in itertools.count(2)))
+    return next(run_dir / name for name in names if not (run_dir / name).exists())
 
 
 def _comparable_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:

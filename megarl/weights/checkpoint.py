@@ -61,6 +61,7 @@ class RunState:
         algorithm: what the RL method carries from step to step.
         has_critic: a critic's tensors are there beside the policy's.
         stage: position in the curriculum; empty without one.
+        distributed_optimizer: by role, whether the optimizer state was sharded; megatron-core reads it into the same kind only.
     """
 
     step: int
@@ -69,6 +70,7 @@ class RunState:
     algorithm: dict[str, Any] = field(default_factory=dict)
     has_critic: bool = False
     stage: dict[str, Any] = field(default_factory=dict)
+    distributed_optimizer: dict[str, bool] = field(default_factory=dict)
 
 
 def model_digest(weight_map: WeightMap) -> str:

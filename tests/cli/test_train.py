@@ -136,6 +136,14 @@ def test_rl_goes_on_in_another_layout(finished: Path, tmp_path: Path, overrides:
         assert exported == last
 
 
+def test_optimizer_state_of_the_other_kind_is_refused(finished: Path, tmp_path: Path) -> None:
+    copy_of_interrupted(finished, tmp_path / "run", 3)
+    overrides = ["policy.parallel.distributed_optimizer=false", f"run_dir={tmp_path / 'run'}"]
+    expected = r"^policy\.parallel\.distributed_optimizer: is False, .* saved with True, can be read with True only; set it to"
+    with pytest.raises(CheckpointError, match=expected):
+        launch_training(load_config(finished.parent / "config.yaml", overrides), num_ranks=2, resume=True)
+
+
 def test_what_a_method_carries_from_step_to_step_is_resumed(workspace: Path, tmp_path: Path) -> None:
     """The adapted KL coefficient, with mini-batches, KL in the reward and whitening."""
     (tmp_path / "model").symlink_to(workspace / "model")
