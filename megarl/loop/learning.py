@@ -53,6 +53,8 @@ def build_models(config: Config, previous: dict[str, Learner] | None = None) -> 
     """
     previous = {} if previous is None else previous
     if previous:
+        for learner in previous.values():
+            learner.retire()
         free_memory()  # the frozen models of the stage before
     updates_per_step = config.algorithm.updates_per_step
     critic_warmup = config.critic.warmup_steps if config.critic else 0

@@ -16,7 +16,7 @@ def move_learner(source: Learner, destination: Learner, config: Config) -> None:
     bit for bit as a checkpoint that is saved in one layout and loaded in the other.
 
     Args:
-        source: must not be used afterwards.
+        source: may be retired; must not be used afterwards.
         destination: of the same model, in any layout over any ranks.
         config: its rollout.weight_transfer.bucket_mib bounds the memory of the transfer.
 
@@ -28,7 +28,7 @@ def move_learner(source: Learner, destination: Learner, config: Config) -> None:
         gpus_per_node=torch.cuda.device_count() or torch.distributed.get_world_size(),
         timeout_seconds=config.distributed_timeout,
     )
-    with source.on_device(), destination.on_device():
+    with source.state_on_device(), destination.state_on_device():
         models = [(learner.engine.chunks, learner.engine.layout) for learner in (source, destination)]
         WeightTransfer(source.weight_map, models[0], models[1], settings).move()
         states = [(*model, one.megatron_optimizer) for model, one in zip(models, (source, destination), strict=True)]

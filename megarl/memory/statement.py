@@ -308,13 +308,15 @@ def state_relayout(before: Config, after: Config, world_size: int, device: Devic
 
 
 def _while_one_moves(learners: list[tuple[_Role, _Role]], moving: int, rank: int, device: Device) -> Iterator[Part]:
-    """The learners before it in their new layouts, those behind it in their old ones, and itself in both."""
+    """The learners before it in their new layouts, those behind it in their old ones, and itself in both; without old gradients."""
     for number, (old, new) in enumerate(learners):
         present = [(old, f"old {old.name}")] if number >= moving else []
         present += [(new, new.name)] if number <= moving else []
         for role, owner in present:
             stage = role.stage_of(rank)
             for part in () if stage is None else role.held_parts(stage):
+                if role is old and part.name == "gradients":
+                    continue
                 # of what is offloaded there is a copy in host memory, which on a CPU is the rank's own
                 copies = 1 if not role.offloaded(part) else (number == moving) + (device == "cpu")
                 yield replace(part, owner=owner, num_bytes=copies * part.num_bytes)

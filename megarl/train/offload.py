@@ -48,6 +48,11 @@ class Offloaded:
         finally:
             self.release()
 
+    def empty(self) -> None:
+        """Drop the tensors' memory for good, whether they are offloaded or not."""
+        for storage in storages(self._tensors()).values():
+            storage.resize_(0)
+
     @torch.no_grad()
     def _move_out(self) -> None:
         current = storages(self._tensors())

@@ -150,8 +150,18 @@ class Learner:
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Within it weights, gradients and optimizer state can be used."""
-        with self.engine.weights.on_device(), self._gradients.on_device(), self._optimizer_state.on_device():
+        with self.state_on_device(), self._gradients.on_device():
             yield
+
+    @contextmanager
+    def state_on_device(self) -> Iterator[None]:
+        """Within it weights and optimizer state can be used: what a learner takes along into another layout."""
+        with self.engine.weights.on_device(), self._optimizer_state.on_device():
+            yield
+
+    def retire(self) -> None:
+        """Give up the gradients' memory: nothing is learned any more, weights and optimizer state only wait to be moved."""
+        self._gradients.empty()
 
     def update_each(self, batches: Sequence[TrainBatch], objective: ObjectiveFunction) -> list[UpdateResult | None]:
         """``update`` on one batch after another."""

@@ -100,20 +100,20 @@ def test_every_stage_is_stated_and_the_worst_is_first(tmp_path: Path) -> None:
 
 
 def test_one_learner_after_the_other_changes_layout(tmp_path: Path) -> None:
-    """18 bytes for each published parameter: weights, gradients, and state, which data parallel ranks share out. A critic is as
-    large as the policy but for its output layer; offloaded, it is there only while it moves."""
+    """18 bytes for each published parameter: weights, gradients, and state, which data parallel ranks share out. What is left has
+    no gradients. A critic is as large as the policy but for its output layer; offloaded, it is there only while it moves."""
     values = {"algorithm": {"preset": "ppo", "kl": {"place": "none", "coefficient": 0.0}}, "critic": {"offload": "all"}}
     before = config_of(tmp_path, "Qwen2.5-7B", **values)
     after = Config.model_validate(before.model_dump() | {"policy": {"parallel": {"tp": 2}}})
     kinds = state_relayout(before, after, 2, "cuda")
     assert [kind.num_ranks for kind in kinds] == [2]
     critic = QWEN_7B - 152064 * 3584 + 3584
-    own = {"critic": 6 * critic + 12 * critic / 2, "policy before": 6 * QWEN_7B + 12 * QWEN_7B / 2}
+    left = {"critic": (2 + 12 / 2) * critic, "policy": (2 + 12 / 2) * QWEN_7B}
     buckets = 2 * (64 << 20)
     assert kinds[0].moments == pytest.approx(
         {
-            "policy changes layout": own["policy before"] + 18 * QWEN_7B / 2 + buckets,
-            "critic changes layout": 18 * QWEN_7B / 2 + 2 * own["critic"] + buckets,
+            "policy changes layout": left["policy"] + 18 * QWEN_7B / 2 + buckets,
+            "critic changes layout": 18 * QWEN_7B / 2 + left["critic"] + (6 + 12 / 2) * critic + buckets,
         },
         rel=1e-3,
     )

@@ -87,6 +87,9 @@ def move_and_compare(first: Config, second: Config, output: Path) -> None:
     results["gaps"] = [
         gap(tensors(learner), tensors(to), before) for learner, to, before in zip(learners, moved, start, strict=True)
     ]
+    for learner in learners:
+        learner.retire()
+        results["bit for bit"] &= not any(buffer.untyped_storage().nbytes() for buffer in learner.engine.gradient_buffers())
     if dist.get_rank() == 0:
         output.write_text(json.dumps(results))
 
