@@ -9,38 +9,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification, Qwen2Tokenizer
 
-from megarl.config.schema import EngineServerConfig, RewardsConfig
-from megarl.errors import RewardError
+from megarl.config.schema import RewardsConfig
 from megarl.rewards.combine import RewardScorer
-from megarl.rollout.server_launch import HOST, flags, inherited_environment, server_python
-from megarl.rollout.server_process import ServerProcess, free_port
-from megarl.rollout.sglang import CPU_FOLDER
 from megarl.types import FinishReason, Prompt, Rollout
+from served_models import START_TIMEOUT, served_model, until_ready
 
-START_TIMEOUT = 150
 VOCABULARY = 131
 
-COMMANDS = {
-    "vllm": (
-        ["-m", "vllm.entrypoints.openai.api_server"],
-        {"runner": "pooling", "max_model_len": 160, "enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": 64 << 20},
-        {"VLLM_NO_USAGE_STATS": "1"},
-    ),
-    "sglang": (
-        ["-m", "sglang.launch_server"],
-        {
-            "is_embedding": True,
-            "skip_tokenizer_init": True,
-            "device": "cpu",
-            "attention_backend": "torch_native",
-            "disable_overlap_schedule": True,
-            "disable_cuda_graph": True,
-            "max_total_tokens": 4096,
-            "grammar_backend": "none",
-        },
-        {"PYTHONPATH": str(CPU_FOLDER)},
-    ),
-}
+ARGUMENTS = {"vllm": {"runner": "pooling"}, "sglang": {"is_embedding": True, "skip_tokenizer_init": True}}
 
 
 def write_reward_model(folder: Path) -> LlamaForSequenceClassification:
@@ -91,35 +67,19 @@ def random_rollouts() -> list[Rollout]:
 
 async def scores_of(name: str, folder: Path, rollouts: list[Rollout]) -> list[float]:
     """Start the server, wait until it scores, score all rollouts at the same time."""
-    module, arguments, environment = COMMANDS[name]
-    port = free_port(HOST, 0, "")
-    common = {"host": HOST, "port": port, "dtype": "float32"}
-    model = {"vllm": "model", "sglang": "model_path"}[name]
-    command = [server_python(name, EngineServerConfig()), *module]
-    command += flags({model: str(folder / "model"), **common, **arguments}, negated=False)
-    needed = {"HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1", **environment}
-    process = ServerProcess(name, command, inherited_environment() | needed, folder / "engine.log")
-    scorer = {"type": "reward_server", "url": f"http://{HOST}:{port}", "engine": name}
-    reward_scorer = RewardScorer(RewardsConfig.model_validate({"scorers": [scorer], "timeout": 30}), {}, str)
-    await process.start()
-    try:
-        async with asyncio.timeout(START_TIMEOUT):
-            while True:
-                assert process.exited is not None and not process.exited.done(), process.last_words()
-                try:
-                    await reward_scorer.check_servers()
-                    break
-                except RewardError:
-                    await asyncio.sleep(0.25)
-        scored = await asyncio.gather(*(reward_scorer.score(rollout) for rollout in rollouts))
-    finally:
-        await reward_scorer.close()
-        await process.close()
+    async with served_model(name, folder, **ARGUMENTS[name]) as (url, process):
+        scorer = {"type": "reward_server", "url": url, "engine": name}
+        reward_scorer = RewardScorer(RewardsConfig.model_validate({"scorers": [scorer], "timeout": 30}), {}, str)
+        try:
+            await until_ready(reward_scorer, process)
+            scored = await asyncio.gather(*(reward_scorer.score(rollout) for rollout in rollouts))
+        finally:
+            await reward_scorer.close()
     return [one.reward for one in scored if one is not None]
 
 
 @pytest.mark.timeout(2 * START_TIMEOUT)
-@pytest.mark.parametrize("name", list(COMMANDS))
+@pytest.mark.parametrize("name", list(ARGUMENTS))
 def test_scores_are_transformers(tmp_path: Path, name: str) -> None:
     model = write_reward_model(tmp_path / "model")
     rollouts = random_rollouts()
