@@ -172,7 +172,7 @@ def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ra
     port = listener.getsockname()[1]
     user_errors: SimpleQueue[MegaRLError] = mp.get_context("fork").SimpleQueue()
     # A rank must never collect this process's garbage: destructors of stores would wait for threads that a fork does not copy.
-    gc.collect()
+    # What is frozen is not collected; to collect it first would take longer than all the rest of the start.
     gc.freeze()
     _end_openmp_threads()
     try:
