@@ -104,6 +104,8 @@ CASES = [
     Case(name="tied embeddings", family="qwen2"),
     Case(name="full recompute", role={"recompute": "full"}),
     Case(name="selective recompute", role={"recompute": "selective"}),
+    Case(name="offloaded activations", role={"offload_activations": True}),
+    Case(name="offloaded activations, full recompute", role={"offload_activations": True, "recompute": "full"}),
     Case(name="tp 2", ranks=2, layout={"tp": 2}),
     Case(name="tp 2, sequence parallel", ranks=2, family="qwen3", layout=SP),
     Case(name="tp 2, sequence parallel, bfloat16", ranks=2, layout=SP, model={"dtype": "bfloat16"}),

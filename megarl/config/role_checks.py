@@ -36,6 +36,8 @@ def check_role(role: Role, config: Config, world_size: int) -> Iterator[str]:
     yield from check_lengths(role, config)
     if role.name in ("reference", "reward_model") and role.config.offload == "optimizer":
         yield f"{role.name}.offload: is optimizer, and a frozen model has none; choose all, or none"
+    if role.name in ("reference", "reward_model") and role.config.offload_activations:
+        yield f"{role.name}.offload_activations: is true, and a frozen model keeps none; remove it"
 
 
 def check_architecture(role: Role) -> Iterator[str]:

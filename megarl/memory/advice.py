@@ -123,6 +123,8 @@ def _kinds_of_role(run: _Run, name: str, role: RoleConfig) -> Iterator[Iterator[
     if learns:
         stronger = {"none": ["selective", "full"], "selective": ["full"], "full": []}
         yield _edits(f"{name}.recompute", list(stronger[role.recompute]))
+        if not role.offload_activations:
+            yield _edits(f"{name}.offload_activations", [True])
     yield _edits(f"{name}.max_tokens_per_micro_batch", _halvings(role.max_tokens_per_micro_batch, longest_sequence(run.config)))
     yield _edits(f"{name}.logprob_chunk_tokens", _halvings(role.logprob_chunk_tokens, SMALLEST_CHUNK))
     if learns and not parallel.distributed_optimizer:

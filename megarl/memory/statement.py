@@ -136,12 +136,17 @@ class _Role:
         head = heads.kept(self.head) + heads.forward(self.head) + 2 * self.layer.hidden if self._is_last(stage) else 0.0
         return self._largest(activations_bytes=widest, head_bytes=head, before=())
 
-    def update(self, stage: int) -> tuple[Part, ...]:
-        """Activations of the micro-batches in flight, and the working set of a layer's or of the head's backward pass."""
+    def update(self, stage: int, device: Device) -> tuple[Part, ...]:
+        """Activations of the micro-batches in flight, and the working set of a layer's or of the head's backward pass.
+
+        Of activations in host memory, which on a CPU is the rank's own, a GPU has one layer's.
+        """
         layers, recompute = self.layers(stage), self.config.recompute
         kinds = [activations.saved(self.layer, is_moe=is_moe, recompute=recompute) for is_moe in layers]
         flight = self._in_flight(stage)
         tensors = activations.scaled(activations.added(*kinds), flight)
+        if self.config.offload_activations and device == "cuda":
+            tensors = max([{}, *kinds], key=activations.total)
         parallel = self.config.parallel
         if parallel.pp > 1:
             ends = (not self._is_last(stage)) + (stage > 0 and self.element != FLOAT)
@@ -231,7 +236,7 @@ def _rank(
         if config.kind == "rl":
             moments[f"{role.name} scoring"] = (*weights, *role.scoring(stage))
         if role.learns:
-            moments[f"{role.name} update"] = (*brought, *role.update(stage))
+            moments[f"{role.name} update"] = (*brought, *role.update(stage, device))
             moments[f"{role.name} optimizer step"] = (*brought, *role.step(stage))
             if device == "cpu" and role.config.parallel.distributed_optimizer:
                 moments[f"{role.name} gradient reduction"] = (*brought, *role.reduction(stage))

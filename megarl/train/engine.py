@@ -1,6 +1,7 @@
 """The training engine: forward, forward-backward and optimizer step of one model in one layout."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from megarl.models.flops import sequence_flops
 from megarl.parallel.differentiable import sum_over_group
 from megarl.parallel.layout import Layout
 from megarl.parallel.pipeline import PipelineCommunicator
+from megarl.train.activation_offload import ActivationOffload
 from megarl.train.heads import Head
 from megarl.train.micro_batch import MicroBatch, build_micro_batch
 from megarl.train.offload import Offloaded
@@ -47,6 +49,9 @@ class TrainingEngine:
         self._head = head
         self.ddp_chunks: list[DistributedDataParallel] = self._wrap() if trainable and layout.is_member else []
         self.weights = Offloaded(self._parameters, "changing" if trainable else "constant", enabled=role.offload == "all")
+        self._saving: Callable[[], AbstractContextManager[None]] = nullcontext
+        if trainable and role.offload_activations:
+            self._saving = ActivationOffload(self._parameters).saving
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter.data for chunk in self.chunks for parameter in chunk.parameters())
@@ -174,7 +179,8 @@ class TrainingEngine:
         self, collect: Callable[..., tuple[Tensor, Any]], batches: Iterator[MicroBatch], model: Any
     ) -> tuple[Tensor, Any]:
         micro_batch = next(batches)
-        hidden = model(micro_batch.input_ids, micro_batch.position_ids, None, packed_seq_params=micro_batch.packed_seq_params)
+        with self._saving():
+            hidden = model(micro_batch.input_ids, micro_batch.position_ids, None, packed_seq_params=micro_batch.packed_seq_params)
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
             chunk = model.module if isinstance(model, DistributedDataParallel) else model

@@ -342,8 +342,9 @@ RUN = [
         "reward_model.path: absent",
     ),
     (
-        ['algorithm.preset="grpo"', 'reference={"offload": "optimizer"}'],
+        ['algorithm.preset="grpo"', 'reference={"offload": "optimizer", "offload_activations": true}'],
         "reference.offload: is optimizer, and a frozen model has none; choose all, or none",
+        "reference.offload_activations: is true, and a frozen model keeps none; remove it",
     ),
     (["rollout.routing_replay=true"], "rollout.routing_replay: is true and "),
     (

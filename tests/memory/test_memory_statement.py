@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megarl.config.schema import Config, RolloutConfig
-from megarl.memory.statement import RankMemory, state_memory, state_relayout
+from megarl.memory.statement import Device, RankMemory, state_memory, state_relayout
 from megarl.models.architecture import read_architecture
 from megarl.rollout.embedded import EmbeddedEngine
 from megarl.rollout.protocol import SamplingParams
@@ -29,6 +29,7 @@ LAYOUTS = (
     "pp 2, vpp 2",
     "cp 2, all-gather",
     "cp 4, ring, full recompute",
+    "offloaded activations",
     "ep 2",
     "latent attention, ep 2, etp 1, tp 2",
     "with critic, tp 2",
@@ -97,6 +98,21 @@ def test_every_stage_is_stated_and_the_worst_is_first(tmp_path: Path) -> None:
     assert sum(held(kind)["policy weights"] for kind in kinds) == pytest.approx(2 * QWEN_7B, rel=1e-5)
     activations = {kind.stages["policy"]: part.num_bytes for kind in kinds for part in kind.added if part.name == "activations"}
     assert activations[0] == pytest.approx(4 / 3 * activations[1], rel=0.01) == pytest.approx(2 * activations[2], rel=0.01)
+
+
+def test_a_gpu_has_one_layer_of_offloaded_activations(tmp_path: Path) -> None:
+    """28 layers, four micro-batches in flight in the first of four stages; a CPU's host memory is its own."""
+    policy = {"parallel": {"pp": 4}, "max_tokens_per_micro_batch": 8192, "recompute": "full"}
+    values = [config_of(tmp_path, "Qwen2.5-7B", policy=policy)]
+    values.append(Config.model_validate(values[0].model_dump() | {"policy": policy | {"offload_activations": True}}))
+
+    def update(config: Config, device: Device) -> float:
+        return next(kind for kind in state_memory(config, 4, device) if kind.stages["policy"] == 0).moments["policy update"]
+
+    one = 8192 * 3584 * 2
+    without, with_offload = values
+    assert update(without, "cuda") - update(with_offload, "cuda") == pytest.approx((4 * 7 - 1) * one)
+    assert update(without, "cpu") == update(with_offload, "cpu")
 
 
 def test_one_learner_after_the_other_changes_layout(tmp_path: Path) -> None:

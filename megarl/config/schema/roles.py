@@ -87,6 +87,10 @@ class RoleConfig(Section):
         "weights too.",
     )
 
+    offload_activations: bool = key(
+        False, "-", "What layers keep for their backward pass (with recompute: full their inputs) waits in host memory until then."
+    )
+
     def ranks(self, world_size: int) -> range:
         """Its ranks in a world of ``world_size``; they may reach beyond it in a config that was not checked."""
         num_ranks = world_size - self.first_rank if self.num_ranks is None else self.num_ranks
