@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megarl.config.model_facts import ExpertFacts, ModelFacts
+from megarl.config.models_of import samples_responses
 from megarl.config.rope_scaling import NAMES
 from megarl.config.schema import Config, RoleConfig
 
@@ -233,8 +234,11 @@ def check_lengths(role: Role, config: Config) -> Iterator[str]:
         f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + rollout.max_new_tokens {rollout.max_new_tokens} = "
         f"{rollout_tokens} tokens"
     )
-    sft_tokens, sft_words = config.sft.max_tokens, f"sft.max_tokens {config.sft.max_tokens}"
-    trained, trained_words = (rollout_tokens, rollout_words) if config.kind == "rl" else (sft_tokens, sft_words)
+    if config.kind == "rl":
+        trained, trained_words = rollout_tokens, rollout_words
+    else:
+        trained = config.sft.max_tokens if config.kind == "sft" else config.preference.max_tokens
+        trained_words = f"{config.kind}.max_tokens {trained}"
     end = int(role.name == "reward_model")  # it reads one token behind the sequence
     if trained + end > role.config.max_tokens_per_micro_batch:
         yield (
@@ -242,7 +246,7 @@ def check_lengths(role: Role, config: Config) -> Iterator[str]:
             f"sequence ({trained_words}); raise it or shorten the sequences"
         )
     used = [(trained, trained_words)]
-    if config.kind == "sft" and config.evaluation.data is not None:
+    if config.kind == "sft" and samples_responses(config):
         used.append((rollout_tokens, rollout_words))
     for tokens, words in used:
         window = role.facts.sliding_window

@@ -9,6 +9,7 @@ gradient, put together under its Hugging Face name, and each model's scores are 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megarl.algorithms.algorithm import Algorithm
-from megarl.algorithms.batches import build_supervised_batch
+from megarl.algorithms.batches import build_preference_batch, build_supervised_batch
 from megarl.algorithms.objectives import ObjectiveFunction, supervised_objective
+from megarl.algorithms.preferences import preference_objective
+from megarl.config.models_of import has_reference, models_of
 from megarl.config.schema import Config, CriticConfig, ParallelConfig, ReferenceConfig, RewardModelConfig, RoleConfig
 from megarl.data.packing import no_routing
 from megarl.errors import ConfigError
@@ -83,7 +86,7 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
     """Groups of random responses, lengths 1 to max_new_tokens (one empty), rewards in [0, 1]; a function of the seed.
 
     Each group has the reward and the length of a greedy response, two tasks take turns, and steps end at about every fourth token,
-    whether the method uses them or not.
+    whether the method uses them or not. For kind preference two responses, chosen and rejected, none empty.
 
     Args:
         prompts: token ids; each is answered samples_per_prompt times.
@@ -91,10 +94,12 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
     generator = torch.Generator().manual_seed(config.seed)
     vocabulary_size = read_architecture(config.model.path).vocabulary_size
     limit = config.rollout.max_new_tokens
+    in_pairs = config.kind == "preference"
     tokens, masks, lengths, groups, truncated = [], [], [], [], []
     for group, prompt in enumerate(prompts):
-        for sample in range(config.rollout.samples_per_prompt):
-            length = 0 if group == 0 and sample == 0 else int(torch.randint(1, limit + 1, (), generator=generator))
+        for sample in range(2 if in_pairs else config.rollout.samples_per_prompt):
+            is_empty = group == 0 and sample == 0 and not in_pairs
+            length = 0 if is_empty else int(torch.randint(1, limit + 1, (), generator=generator))
             response = torch.randint(0, vocabulary_size, (length,), generator=generator)
             tokens.append(torch.cat([torch.tensor(prompt), response]))
             masks.append(torch.arange(len(tokens[-1])) >= len(prompt))
@@ -164,6 +169,9 @@ def compute_gradients(
     objective: ObjectiveFunction
     if config.kind == "sft":
         batch, objective = build_supervised_batch(packed), supervised_objective
+    elif config.kind == "preference":
+        batch = build_preference_batch(packed, scores.reference if has_reference(config) else None)
+        objective = partial(preference_objective, config=config.preference)
     else:
         algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
         (batch,), objective = algorithm.prepare(packed, scores, step=0).batches, algorithm.objective
@@ -203,8 +211,8 @@ def _gradient_norm(model: Learner) -> float:
 def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> None:
     """One rank of one layout."""
     packed, scores = torch.load(batch_file, weights_only=False)
-    policy, critic, names = Policy(config, total_updates=1), build_critic(config), _models(config)
-    reference = Reference(config) if "reference" in names else None
+    policy, critic = Policy(config, total_updates=1), build_critic(config)
+    reference = Reference(config) if has_reference(config) else None
     reward_model = RewardModel(config, config.reward_model) if config.reward_model is not None else None
     own = score(policy, reference, critic, packed)
     said = {"policy": own.old, "reference": own.reference, "critic": own.values}
@@ -264,7 +272,7 @@ def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]
     for name, value in layout.items():
         model, _, key = name.rpartition(".")
         keys.setdefault(model or "policy", {})[key] = value
-    unused = sorted(keys.keys() - {"policy", *_models(config)})
+    unused = sorted(keys.keys() - {*models_of(config)})
     if unused:
         raise ConfigError(f"layout {layout}: the run has no {unused[0]}; leave out the keys that start with {unused[0]}.")
     policy = _in_layout(config.policy, keys.get("policy", {}), layout)
@@ -297,15 +305,6 @@ def _in_layout(role: RoleConfig, keys: dict[str, object], layout: dict[str, obje
     except ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(f"layout {layout}: {problem['loc'][-1]} = {problem['input']!r}: {problem['msg']}") from error
-
-
-def _models(config: Config) -> tuple[str, ...]:
-    """The models of the run beside the policy."""
-    if config.kind != "rl":
-        return ()
-    algorithm = config.algorithm
-    used = (algorithm.kl.place != "none", algorithm.advantage == "gae", config.reward_model is not None)
-    return tuple(name for name, is_used in zip(FOLLOWERS, used, strict=True) if is_used)
 
 
 def compare(reference: LayoutResult, result: LayoutResult) -> ParityRow:

@@ -1,0 +1,110 @@
+"""What training on preferences minimises: the loss of each pair of a chosen and a rejected response to the same prompt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megarl.algorithms.objectives import PER_TOKEN, Objective, TokenData
+from megarl.config.schema import PreferenceConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceLoss:
+    """One choice.
+
+    Attributes:
+        function: called with what is compared of the chosen and the rejected responses, each float64 [pairs], differentiable, and
+            the settings; gives float64 [pairs]. Compared is log π of the response's tokens, or log π - log π_ref where the loss has
+            a reference.
+        per_token: the mean over the response's tokens is compared, not the sum.
+        formula: with x that comparison's difference, chosen less rejected, and its source.
+    """
+
+    function: Callable[[Tensor, Tensor, PreferenceConfig], Tensor]
+    per_token: bool
+    formula: str
+
+
+def dpo(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
+    """DPO (arXiv 2305.18290, equation 7), with label smoothing ε conservative DPO (its authors' note "A note on DPO with noisy
+    preferences & relationship to IPO", 2023): cross-entropy against labels that are wrong with probability ε."""
+    logits, wrong = config.beta * (chosen - rejected), config.label_smoothing
+    return -(1 - wrong) * F.logsigmoid(logits) - wrong * F.logsigmoid(-logits)
+
+
+def robust(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
+    """Robust DPO (arXiv 2403.00409): over labels wrong with probability ε its mean is the loss of the right ones."""
+    logits, wrong = config.beta * (chosen - rejected), config.label_smoothing
+    return (-(1 - wrong) * F.logsigmoid(logits) + wrong * F.logsigmoid(-logits)) / (1 - 2 * wrong)
+
+
+def ipo(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
+    """IPO (arXiv 2310.12036, equation 17), on means over tokens as TRL's DPOTrainer takes them."""
+    return (chosen - rejected - 1 / (2 * config.beta)).square()
+
+
+def simpo(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
+    """SimPO (arXiv 2405.14734): no reference, means over tokens, and a margin γ."""
+    assert config.simpo_margin is not None
+    return -F.logsigmoid(config.beta * (chosen - rejected) - config.simpo_margin)
+
+
+def orpo(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
+    """ORPO (arXiv 2403.07691): the chosen response's mean negative log-likelihood, and λ times the log-sigmoid
+    of the log of the odds ratio, with odds p / (1 - p) of p the geometric mean of the tokens' probabilities."""
+
+    def log_odds(mean_logprob: Tensor) -> Tensor:
+        return mean_logprob - torch.log(-torch.expm1(mean_logprob))
+
+    return -chosen - config.beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+PREFERENCE_LOSSES = {
+    "dpo": PreferenceLoss(function=dpo, per_token=False, formula="-(1-ε) log σ(βx) - ε log σ(-βx) (2305.18290)"),
+    "ipo": PreferenceLoss(function=ipo, per_token=True, formula="(x - 1/(2β))² (2310.12036)"),
+    "robust": PreferenceLoss(function=robust, per_token=False, formula="(-(1-ε) log σ(βx) + ε log σ(-βx)) / (1-2ε) (2403.00409)"),
+    "simpo": PreferenceLoss(function=simpo, per_token=True, formula="-log σ(βx - γ) (2405.14734)"),
+    "orpo": PreferenceLoss(function=orpo, per_token=True, formula="-log π_chosen - β log σ(log odds ratio) (2403.07691)"),
+}
+
+
+def preference_objective(logprobs: Tensor, entropies: Tensor, data: TokenData, *, config: PreferenceConfig) -> Objective:
+    """The weighted sum of the losses of pairs; sequences 2i and 2i + 1 of the batch are the chosen and rejected response of pair i.
+
+    A pair's weight is the sum of its tokens' weights, so each context parallel rank's loss has the share of the pair of which it
+    holds the tokens, and the shares add up to the pair.
+
+    Args:
+        logprobs, entropies: float [tokens], differentiable.
+        data: of the same tokens, with both sequences of every pair.
+        config: the settings.
+    """
+    loss = PREFERENCE_LOSSES[config.loss]
+    sequences = data.sequences
+    log_ratios = logprobs.double()
+    if data.reference_logprobs is not None:
+        log_ratios = log_ratios - data.reference_logprobs.double()
+    compared = sequences.totals(log_ratios)
+    policy = sequences.totals(logprobs.detach())
+    if loss.per_token:
+        compared = compared / sequences.lengths
+    pairs, of_tokens = (sequences.numbers // 2).unique(return_inverse=True)
+    weights = torch.zeros(pairs.numel(), dtype=torch.float64, device=logprobs.device)
+    weights.index_add_(0, of_tokens, data.weights.double())
+    chosen, rejected = compared[2 * pairs], compared[2 * pairs + 1]
+    total = (loss.function(chosen, rejected, config) * weights).sum()
+    rewards = config.beta * chosen.detach(), config.beta * rejected.detach()
+    means = {
+        "accuracy": (rewards[0] > rewards[1]).double(),
+        "margin": rewards[0] - rewards[1],
+        "chosen_reward": rewards[0],
+        "rejected_reward": rewards[1],
+        "chosen_logprob": policy[2 * pairs],
+        "rejected_logprob": policy[2 * pairs + 1],
+    }
+    sums = {name: (values * weights).sum() for name, values in means.items()}
+    sums |= {"loss": total.detach(), PER_TOKEN + "entropy": entropies.detach().sum()}
+    return Objective(total, sums, {})
