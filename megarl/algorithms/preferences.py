@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarl.algorithms.objectives import PER_TOKEN, Objective, TokenData
-from megarl.config.schema import PreferenceConfig
+from megarl.algorithms.objectives import PER_TOKEN, Objective, ObjectiveFunction, TokenData
+from megarl.config.schema import Config, PreferenceConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,11 @@ PREFERENCE_LOSSES = {
 }
 
 
+def build_pair_objective(config: Config) -> ObjectiveFunction:
+    """What a run on pairs minimises: of kind preference a policy's loss, of kind reward_model a reward model's."""
+    return partial(reward_objective if config.kind == "reward_model" else preference_objective, config=config.preference)
+
+
 def preference_objective(logprobs: Tensor, entropies: Tensor, data: TokenData, *, config: PreferenceConfig) -> Objective:
     """The weighted sum of the losses of pairs; sequences 2i and 2i + 1 of the batch are the chosen and rejected response of pair i.
 
@@ -91,20 +97,46 @@ def preference_objective(logprobs: Tensor, entropies: Tensor, data: TokenData, *
     policy = sequences.totals(logprobs.detach())
     if loss.per_token:
         compared = compared / sequences.lengths
-    pairs, of_tokens = (sequences.numbers // 2).unique(return_inverse=True)
-    weights = torch.zeros(pairs.numel(), dtype=torch.float64, device=logprobs.device)
-    weights.index_add_(0, of_tokens, data.weights.double())
+    pairs, weights = _pairs_here(data)
     chosen, rejected = compared[2 * pairs], compared[2 * pairs + 1]
     total = (loss.function(chosen, rejected, config) * weights).sum()
-    rewards = config.beta * chosen.detach(), config.beta * rejected.detach()
+    sums = _sums(total, config.beta * chosen, config.beta * rejected, weights)
+    sums["chosen_logprob"] = (policy[2 * pairs] * weights).sum()
+    sums["rejected_logprob"] = (policy[2 * pairs + 1] * weights).sum()
+    return Objective(total, sums | {PER_TOKEN + "entropy": entropies.detach().sum()}, {})
+
+
+def reward_objective(values: Tensor, data: TokenData, *, config: PreferenceConfig) -> Objective:
+    """The weighted sum of Bradley-Terry's negative log-likelihood, -log σ(r_chosen - r_rejected - margin) (InstructGPT, arXiv
+    2203.02155, equation 1; the margin is Llama 2's, 2307.09288), plus centering · (r_chosen + r_rejected)² (2312.09244).
+
+    Args:
+        values: float [tokens], differentiable: the score of each response at the one token of it that counts.
+        data: of the same tokens, with both sequences of every pair.
+        config: the settings.
+    """
+    scores = data.sequences.totals(values)
+    pairs, weights = _pairs_here(data)
+    chosen, rejected = scores[2 * pairs], scores[2 * pairs + 1]
+    terms = -F.logsigmoid(chosen - rejected - config.reward_margin) + config.reward_centering * (chosen + rejected).square()
+    total = (terms * weights).sum()
+    return Objective(total, _sums(total, chosen, rejected, weights), {})
+
+
+def _pairs_here(data: TokenData) -> tuple[Tensor, Tensor]:
+    """Numbers of the pairs of this rank's tokens, int64 [pairs], and the sums of these tokens' weights, float64 [pairs]."""
+    pairs, of_tokens = (data.sequences.numbers // 2).unique(return_inverse=True)
+    weights = torch.zeros(pairs.numel(), dtype=torch.float64, device=pairs.device)
+    return pairs, weights.index_add_(0, of_tokens, data.weights.double())
+
+
+def _sums(loss: Tensor, chosen: Tensor, rejected: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """The loss, and weighted sums over pairs of what their rewards, float64 [pairs], say."""
+    chosen, rejected = chosen.detach(), rejected.detach()
     means = {
-        "accuracy": (rewards[0] > rewards[1]).double(),
-        "margin": rewards[0] - rewards[1],
-        "chosen_reward": rewards[0],
-        "rejected_reward": rewards[1],
-        "chosen_logprob": policy[2 * pairs],
-        "rejected_logprob": policy[2 * pairs + 1],
+        "accuracy": (chosen > rejected).double(),
+        "margin": chosen - rejected,
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
     }
-    sums = {name: (values * weights).sum() for name, values in means.items()}
-    sums |= {"loss": total.detach(), PER_TOKEN + "entropy": entropies.detach().sum()}
-    return Objective(total, sums, {})
+    return {"loss": loss.detach()} | {name: (values * weights).sum() for name, values in means.items()}

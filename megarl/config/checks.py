@@ -74,7 +74,13 @@ def _check_models(config: Config, own: ModelFacts, world_size: int) -> Iterator[
 
 def _check_policy(config: Config, facts: ModelFacts, world_size: int) -> Iterator[str]:
     yield from check_role(Role(name="policy", path_key="model.path", config=config.policy, facts=facts), config, world_size)
-    if config.model.init == "pretrained" and not _has_weights(facts.path):
+    if config.model.init == "pretrained" and config.kind == "reward_model":
+        if not any(facts.path.glob("*.safetensors")):
+            yield (
+                f"model.path: {facts.path} has no *.safetensors file, and a reward model starts from those; give a Hugging Face "
+                "folder (tools/convert/megatron_to_hf.py makes one)"
+            )
+    elif config.model.init == "pretrained" and not _has_weights(facts.path):
         yield f"model.path: {facts.path} has no *.safetensors file; give a folder with weights or set model.init to random"
     yield from check_engine(config, facts)
     for token_id in config.rollout.stop_token_ids:

@@ -24,6 +24,11 @@ def has_reference(config: Config) -> bool:
     return False
 
 
+def trains_on_pairs(config: Config) -> bool:
+    """Whether rows of the data have a chosen and a rejected response."""
+    return config.kind in ("preference", "reward_model")
+
+
 def samples_responses(config: Config) -> bool:
     """Whether the policy answers prompts: to train on the answers, or only when SFT is evaluated."""
     return config.kind == "rl" or (config.kind == "sft" and config.evaluation.data is not None)

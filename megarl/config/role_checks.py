@@ -237,9 +237,10 @@ def check_lengths(role: Role, config: Config) -> Iterator[str]:
     if config.kind == "rl":
         trained, trained_words = rollout_tokens, rollout_words
     else:
+        section = "sft" if config.kind == "sft" else "preference"
         trained = config.sft.max_tokens if config.kind == "sft" else config.preference.max_tokens
-        trained_words = f"{config.kind}.max_tokens {trained}"
-    end = int(role.name == "reward_model")  # it reads one token behind the sequence
+        trained_words = f"{section}.max_tokens {trained}"
+    end = int("reward_model" in (role.name, config.kind))  # it reads one token behind the sequence
     if trained + end > role.config.max_tokens_per_micro_batch:
         yield (
             f"{role.name}.max_tokens_per_micro_batch: {role.config.max_tokens_per_micro_batch} tokens cannot hold the longest "

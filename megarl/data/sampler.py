@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy
 
+from megarl.config.models_of import trains_on_pairs
 from megarl.config.schema import Config, TaskConfig
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, TaskChooser
@@ -162,11 +163,11 @@ def build_pair_source(config: Config, tokenizer: "PreTrainedTokenizerBase") -> P
             ``data.exclude``.
     """
     template = PromptTemplate(tokenizer, config.data.template)
-    policy = config.policy
+    policy, end = config.policy, int(config.kind == "reward_model")  # which reads one token behind each response
 
     def encode(row: Row) -> PreferencePair:
         pair = template.encode_pair(row, config.data.response_suffix, config.preference.max_tokens)
-        lengths = [len(response.token_ids) for response in (pair.chosen, pair.rejected)]
+        lengths = [len(response.token_ids) + end for response in (pair.chosen, pair.rejected)]
         multiple = 2 * policy.parallel.cp if policy.parallel.cp > 1 else 1  # as Layout.sequence_multiple
         if sum(-(-length // multiple) * multiple for length in lengths) > policy.max_tokens_per_micro_batch:
             padded = f", each padded to a multiple of {multiple} for cp {policy.parallel.cp}" if multiple > 1 else ""
@@ -207,13 +208,11 @@ def _task_chooser(config: Config) -> TaskChooser:
     return TaskChooser(weights, config.seed, balanced=config.data.sampling.mixture == "balanced")
 
 
-def _in_pairs(config: Config) -> bool:
-    return config.kind == "preference"
-
-
 def excluded_texts(config: Config) -> set[str]:
     """The prompts that ``data.exclude`` names."""
-    return {row.prompt_text for source in config.data.exclude for row in read_rows(source, "exclude", in_pairs=_in_pairs(config))}
+    return {
+        row.prompt_text for source in config.data.exclude for row in read_rows(source, "exclude", in_pairs=trains_on_pairs(config))
+    }
 
 
 def training_rows(
@@ -225,7 +224,7 @@ def training_rows(
         DataError: a row is malformed, none remains, or one lacks its difficulty.
     """
     field = config.data.sampling.difficulty_field
-    rows = read_rows(task.source, task.name, in_pairs=_in_pairs(config))
+    rows = read_rows(task.source, task.name, in_pairs=trains_on_pairs(config))
     kept = [index for index, row in enumerate(rows) if row.prompt_text not in excluded]
     if not kept:
         raise DataError(f"data.exclude leaves none of the {len(rows)} rows of task {task.name}; take other rows for one of them")

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from megarl.config.models_of import has_reference
+from megarl.config.models_of import has_reference, trains_on_pairs
 from megarl.config.schema import Config, ReferenceConfig
 from megarl.data.template import load_tokenizer
-from megarl.loop.held_out_pairs import HeldOutPairs
+from megarl.loop.pairs import HeldOutPairs
 from megarl.loop.rollout import Rollout, read_prompts
 from megarl.models.scaled_folder import with_scaled_model
-from megarl.train.roles import Policy, Reference, is_main_rank
+from megarl.train.roles import Learner, Reference, build_learner, is_main_rank
 from megarl.weights.checkpoint import MANIFEST, load_policy, read_run_state
 
 
@@ -35,7 +35,7 @@ def with_start_as_reference(evaluated: Config, config: Config, folder: Path) -> 
         folder: temporary, for a model with the run's RoPE scaling.
     """
     given = config.reference.path if config.reference is not None else None
-    if config.kind != "preference" or not has_reference(config) or given is not None:
+    if not trains_on_pairs(config) or not has_reference(config) or given is not None:
         return evaluated
     start = with_scaled_model(config, folder, writes=True).model.path
     role = config.reference or ReferenceConfig.model_validate(config.policy.model_dump())
@@ -50,23 +50,22 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path) -> None:
         checkpoint: what a run saved, or the folder of the config's model.
         result: the file to write.
     """
-    policy = Policy(config, total_updates=1)
+    learner = build_learner(config, total_updates=1)
     version = 0
     if is_checkpoint(checkpoint):
-        version = read_run_state(checkpoint, policy.weight_map).weight_version
-        with policy.engine.weights.on_device():
-            policy.load_weights(load_policy(checkpoint, policy.sharded_weights()))
-    metrics = _evaluate_on_pairs(config, policy) if config.kind == "preference" else _evaluate_on_prompts(config, policy, version)
+        version = read_run_state(checkpoint, learner.weight_map).weight_version
+        with learner.engine.weights.on_device():
+            learner.load_weights(load_policy(checkpoint, learner.sharded_weights()))
+    if trains_on_pairs(config):
+        reference = Reference(config) if has_reference(config) else None
+        metrics = HeldOutPairs(config, learner, reference).evaluate()
+    else:
+        metrics = _evaluate_on_prompts(config, learner, version)
     if is_main_rank():
         result.write_text(json.dumps(metrics))
 
 
-def _evaluate_on_pairs(config: Config, policy: Policy) -> dict[str, float]:
-    reference = Reference(config) if has_reference(config) else None
-    return HeldOutPairs(config, policy, reference).evaluate()
-
-
-def _evaluate_on_prompts(config: Config, policy: Policy, version: int) -> dict[str, float]:
+def _evaluate_on_prompts(config: Config, policy: Learner, version: int) -> dict[str, float]:
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     prompts = read_prompts(config, tokenizer) if is_main_rank() else None
     rollout = Rollout(config, tokenizer, policy, print, prompts, with_greedy=False)

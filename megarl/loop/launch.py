@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megarl.config.checks import check
 from megarl.config.load import save_config
+from megarl.config.models_of import trains_on_pairs
 from megarl.config.schema import Config
 from megarl.config.stages import configs_of
 from megarl.errors import CheckpointError, ConfigError
@@ -43,7 +44,7 @@ def _loop_of(config: Config) -> Callable[[Config, bool], None]:
         return run_curriculum
     if config.kind == "sft":
         return run_sft
-    if config.kind == "preference":
+    if trains_on_pairs(config):
         return run_preference
     return run_rl if config.rollout.asynchronous is None else run_asynchronous_rl
 

@@ -9,23 +9,23 @@ from typing import Any, Self
 
 from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.objectives import masked_mean_gap
-from megarl.config.models_of import samples_responses
+from megarl.config.models_of import samples_responses, trains_on_pairs
 from megarl.config.schema import Config
 from megarl.config.stages import Stage
 from megarl.data.curriculum import StagedPrompts
-from megarl.data.packing import pack_examples, pack_pairs
+from megarl.data.packing import pack_examples
 from megarl.data.sampler import build_pair_source, build_sft_source
 from megarl.data.template import load_tokenizer
 from megarl.errors import CheckpointError
 from megarl.loop.broadcast import broadcast_batch, broadcast_value
-from megarl.loop.held_out_pairs import HeldOutPairs
+from megarl.loop.pairs import HeldOutPairs, pack_for
 from megarl.loop.promotion import StageProgress
 from megarl.loop.rollout import Collected, Prompts, Rollout, accuracy_name, prompts_of_stage, read_prompts
 from megarl.observe.progress import RunProgress
 from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
 from megarl.observe.sinks import MetricsWriter, RolloutWriter, TicketsWriter
 from megarl.observe.timers import PhaseTimer
-from megarl.train.roles import Critic, Learner, Policy, is_main_rank
+from megarl.train.roles import Critic, Learner, is_main_rank
 from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
 from megarl.weights.checkpoint import (
     CheckpointWriter,
@@ -43,8 +43,9 @@ class Examples:
     """Supervised examples, or preference pairs: rank 0 reads them, every rank gets them."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
+        self._config = config
         self._examples = build_sft_source(config, tokenizer) if config.kind == "sft" and is_main_rank() else None
-        self._pairs = build_pair_source(config, tokenizer) if config.kind == "preference" and is_main_rank() else None
+        self._pairs = build_pair_source(config, tokenizer) if trains_on_pairs(config) and is_main_rank() else None
 
     def take(self, count: int) -> PackedBatch:
         """The next ``count`` examples or pairs."""
@@ -52,7 +53,7 @@ class Examples:
         if self._examples is not None:
             packed = pack_examples(self._examples.take(count))
         elif self._pairs is not None:
-            packed = pack_pairs(self._pairs.take(count))
+            packed = pack_for(self._config, self._pairs.take(count))
         return broadcast_batch(packed, PackedBatch)
 
     def data_state(self) -> DataState:
@@ -89,12 +90,12 @@ class Run:
 
     Args:
         config: the run.
-        policy: its model; restored here when the run resumes.
+        policy: its model, which may be a reward model; restored here when the run resumes.
         algorithm: its RL method, restored likewise; None for the other kinds.
         critic: restored likewise; None for methods without.
         resume: go on from the newest checkpoint.
         stage: which of a curriculum this is.
-        held_out: what a preference run is evaluated on; the other kinds are by sampled responses.
+        held_out: what a run on pairs is evaluated on; the other kinds are by sampled responses.
 
     Attributes:
         step: steps done.
@@ -105,7 +106,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        policy: Policy,
+        policy: Learner,
         algorithm: Algorithm | None = None,
         critic: Critic | None = None,
         *,
@@ -142,13 +143,13 @@ class Run:
 
     @property
     def rollout(self) -> Rollout:
-        """Sampling and scoring; an SFT run has it only for evaluation, a preference run not at all."""
+        """Sampling and scoring; an SFT run has it only for evaluation, one on pairs not at all."""
         assert self._rollout is not None
         return self._rollout
 
     @property
     def examples(self) -> Examples:
-        """Examples of an SFT run, pairs of a preference run."""
+        """Examples of an SFT run, or pairs."""
         assert self._examples is not None
         return self._examples
 
@@ -331,7 +332,7 @@ class Run:
         tensors, folder = learner.hugging_face_tensors(), self._config.run_dir / name
         if is_main_rank():
             tokenizer = self._config.model.tokenizer or self._config.model.path
-            write_hugging_face_folder(tensors, source, tokenizer, folder, with_value_head=learner is self._critic)
+            write_hugging_face_folder(tensors, source, tokenizer, folder, with_value_head=learner.has_value_head)
         else:
             for _ in tensors:
                 pass

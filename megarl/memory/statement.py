@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from megarl.config.models_of import models_of
+from megarl.config.models_of import models_of, trains_on_pairs
 from megarl.config.schema import Config, CriticConfig, RoleConfig
 from megarl.memory import activations, heads, held
 from megarl.memory.activations import FLOAT, LayerShape
@@ -337,8 +337,8 @@ def _is_embedded(config: Config) -> bool:
 
 def _batch_sizes(config: Config) -> tuple[int, int]:
     """Tokens of a step and of what one micro-batch has to hold of it, all prompts and responses as long as they may be."""
-    if config.kind == "preference":
-        of_pair = 2 * config.preference.max_tokens
+    if trains_on_pairs(config):
+        of_pair = 2 * (config.preference.max_tokens + int(config.kind == "reward_model"))
         return config.preference.pairs_per_step * of_pair, of_pair
     if config.kind == "sft":
         return config.sft.examples_per_step * config.sft.max_tokens, config.sft.max_tokens
@@ -365,7 +365,8 @@ def _weight_map(path: Path, pad_multiple: int, *, gives_values: bool) -> WeightM
 
 def _role(config: Config, name: str, world_size: int) -> _Role:
     role, path = _settings(config, name)
-    gives_values, learns = name in ("critic", "reward_model"), name in ("policy", "critic")
+    gives_values = name in ("critic", "reward_model") or config.kind == "reward_model"
+    learns = name in ("policy", "critic")
     weight_map = _weight_map(path.resolve(), config.model.vocabulary_pad_multiple, gives_values=gives_values)
     architecture = weight_map.architecture
     ranks = role.ranks(world_size)

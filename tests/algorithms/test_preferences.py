@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megarl.algorithms.batches import build_preference_batch
 from megarl.algorithms.objectives import Objective, select_tokens
-from megarl.algorithms.preferences import PREFERENCE_LOSSES, preference_objective
+from megarl.algorithms.preferences import PREFERENCE_LOSSES, preference_objective, reward_objective
 from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
 from megarl.config.schema import REFERENCE_FREE, PreferenceConfig
-from megarl.data.packing import pack_pairs
+from megarl.data.packing import pack_pairs, with_scored_ends
 from megarl.data.template import PreferencePair, SFTExample
 
 LENGTHS = (((2, 3), (2, 1)), ((1, 1), (1, 5)), ((4, 1), (4, 1)), ((3, 6), (3, 2)))  # prompt and response of chosen and rejected
@@ -138,6 +138,35 @@ def test_value_gradient_and_metrics(name: str, micro_batches: list[list[int]]) -
         assert sums["margin"] == pytest.approx(margin, rel=1e-5)
         assert sums["chosen_reward"] - sums["rejected_reward"] == pytest.approx(margin, rel=1e-5)
         assert sums["chosen_logprob"] == pytest.approx(chosen_logprob, rel=1e-6)
+
+
+@pytest.mark.parametrize("pairs", [[0, 1, 2, 3], [1, 3]])
+def test_loss_of_a_reward_model(pairs: list[int]) -> None:
+    """Bradley-Terry with margin and centering, of a batch in which one token of each response counts."""
+    config = PreferenceConfig(reward_margin=0.3, reward_centering=0.05)
+    packed = with_scored_ends(PACKED)
+    values = torch.linspace(-2, 3, packed.token_ids.numel(), dtype=torch.float64).sin().requires_grad_()
+    numbers = sequence_numbers(packed.cu_seqlens)
+    index = (torch.isin(numbers // 2, torch.tensor(pairs)) & packed.loss_mask).nonzero()[:, 0]
+    lengths = trained_lengths(packed.loss_mask, packed.cu_seqlens)
+    sequences = SequenceTokens(numbers=numbers[index], lengths=lengths, sum_over_ranks=lambda sums: sums)
+    data = select_tokens(build_preference_batch(packed, None), index, torch.device("cpu"), sequences)
+    objective = reward_objective(values[index], data, config=config)
+    objective.loss.backward()
+    ends = [end - 1 for end in packed.cu_seqlens[1:].tolist()]
+    scores, gradient = values.tolist(), [0.0] * packed.token_ids.numel()
+    loss = accuracy = 0.0
+    for pair in pairs:
+        chosen, rejected = scores[ends[2 * pair]], scores[ends[2 * pair + 1]]
+        p = sigmoid(chosen - rejected - 0.3)
+        loss += (-math.log(p) + 0.05 * (chosen + rejected) ** 2) / 4
+        gradient[ends[2 * pair]] = (-(1 - p) + 0.1 * (chosen + rejected)) / 4
+        gradient[ends[2 * pair + 1]] = ((1 - p) + 0.1 * (chosen + rejected)) / 4
+        accuracy += (chosen > rejected) / 4
+    assert float(objective.loss) == pytest.approx(loss, rel=1e-6)
+    assert float(objective.sums["accuracy"]) == pytest.approx(accuracy, abs=1e-6)
+    assert values.grad is not None
+    torch.testing.assert_close(values.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
 
 def test_special_cases() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from megarl.config.load import load_config
 from megarl.data.sampler import build_evaluation_pairs
 from megarl.loop.launch import launch_evaluation, launch_training
 from megarl.weights.checkpoint import whole_checkpoints
-from runs import assert_same_run, logged, megarl_here, start_and_kill, write_config
+from runs import assert_same_run, copy_of_interrupted, logged, megarl_here, start_and_kill, write_config
 
 Capture = pytest.CaptureFixture[str]
 
@@ -85,6 +85,30 @@ def by_transformers(path: Path, exported: Path) -> float:
             )
         losses.append(math.log(1 + math.exp(-0.1 * (ratios[0] - ratios[1]))))
     return sum(losses) / len(losses)
+
+
+@pytest.mark.timeout(120)
+def test_reward_model_resumed_evaluated_and_read_by_transformers(workspace: Path, tmp_path: Path) -> None:
+    path = write_preference_config(tmp_path, workspace, kind="reward_model", checkpoint={"every": 1, "keep": 4})
+    launch_training(load_config(path), num_ranks=2, resume=False)
+    copy_of_interrupted(tmp_path / "run", tmp_path / "resumed", 2)
+    launch_training(load_config(path, [f"run_dir={tmp_path / 'resumed'}"]), num_ranks=2, resume=True)
+    assert_same_run(tmp_path / "resumed", tmp_path / "run")
+    (start, *steps) = [metrics for _, metrics in logged(tmp_path / "run")]
+    assert steps[-1]["held_out/accuracy"] == 1 and steps[-1]["held_out/loss"] < 0.6 < start["held_out/loss"]
+
+    held_out = {name: value for name, value in steps[-1].items() if name.startswith("held_out/")}
+    checkpoint = whole_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    for saved in (checkpoint, tmp_path / "run" / "hf"):
+        assert launch_evaluation(load_config(path), saved, num_ranks=2) == held_out
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "hf", dtype=torch.float32).eval()
+    scores = []
+    for pair in build_evaluation_pairs(load_config(path), AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")):
+        ids = [torch.tensor([response.token_ids]) for response in (pair.chosen, pair.rejected)]
+        scores.append([float(model(one, attention_mask=torch.ones_like(one)).logits) for one in ids])
+    assert sum(chosen for chosen, _ in scores) / len(scores) == pytest.approx(held_out["held_out/chosen_reward"], abs=1e-5)
+    losses = [math.log(1 + math.exp(rejected - chosen)) for chosen, rejected in scores]
+    assert sum(losses) / len(losses) == pytest.approx(held_out["held_out/loss"], abs=1e-5)
 
 
 @pytest.mark.timeout(120)

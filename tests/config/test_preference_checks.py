@@ -1,4 +1,4 @@
-"""Refusals of kind preference: one line that names the key, the values and the fix."""
+"""Refusals of kinds preference and reward_model: one line that names the key, the values and the fix."""
 
 import copy
 import json
@@ -42,6 +42,7 @@ GYM = {"type": "reasoning_gym", "task": "chain_sum"}
         ({}, 1),
         ({"preference.loss": "robust", "preference.label_smoothing": 0.1}, 1),
         ({"preference.loss": "simpo", "preference.simpo_margin": 0.0, "rollout.max_new_tokens": 50000}, 1),
+        ({"kind": "reward_model", "preference.reward_margin": 1.0, "preference.reward_centering": 0.01}, 1),
         ({"policy.num_ranks": 1, "reference": {"first_rank": 1}, "reference.parallel.tp": 2}, 3),
         ({"policy.parallel.cp": 2, "evaluation.every": 2, "evaluation.data": {"type": "jsonl", "path": __file__}}, 2),
     ],
@@ -82,6 +83,22 @@ def test_good_configs_pass(values: dict[str, Any], settings: dict[str, Any], wor
         ),
         ({"reference": {"max_tokens_per_micro_batch": 99}}, "reference.max_tokens_per_micro_batch: 99 tokens cannot hold"),
         ({"reference": {"path": "absent"}}, "reference.path: absent"),
+        ({"preference.reward_margin": 1.0}, "preference.reward_margin: is 1 and has no use for kind preference; remove it"),
+        (
+            {"kind": "reward_model", "preference.loss": "ipo"},
+            "preference.loss: is ipo and has no use for kind reward_model; remove it",
+        ),
+        ({"kind": "reward_model", "reference": {}}, "reference: is given and kind reward_model compares with no reference"),
+        (
+            {"kind": "reward_model", "reward_model": {"path": "absent"}},
+            "reward_model: is given and kind reward_model has no rewards",
+        ),
+        ({"kind": "reward_model", "data.train": GYM}, "data.train.type: reasoning_gym has no rejected responses"),
+        ({"kind": "reward_model", "model.init": "pretrained"}, "model.path: "),
+        (
+            {"kind": "reward_model", "preference.max_tokens": 100, "policy.max_tokens_per_micro_batch": 100},
+            "policy.max_tokens_per_micro_batch: 100 tokens cannot hold the longest sequence (preference.max_tokens 100)",
+        ),
         ({"optimizer.warmup_steps": 11}, "optimizer.warmup_steps: 11 optimizer steps exceed the run's steps 10"),
     ],
 )

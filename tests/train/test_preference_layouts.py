@@ -1,4 +1,4 @@
-"""Losses of preference pairs: against transformers on one rank, and every layout against one rank."""
+"""Losses of preference pairs, of policies and reward models: one rank against transformers, every layout against one rank."""
 
 import itertools
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from megarl.errors import DataError
 from megarl.loop.parity import ParityRun, parse_layout
@@ -17,9 +17,9 @@ BOUND = 1e-5
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11, 12, 13], [14, 15], [16]]
 LOSSES: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 0.5, "label_smoothing": 0.1},
-    "ipo": {"loss": "ipo", "beta": 0.5},
     "simpo": {"loss": "simpo", "beta": 2.0, "simpo_margin": 0.5},
     "orpo": {"loss": "orpo", "beta": 0.5},
+    "reward": {"reward_margin": 0.2, "reward_centering": 0.1},
 }
 ALL_TO_ALL = "context_parallel_method=all_to_all"
 RING = "context_parallel_method=ring"
@@ -35,18 +35,21 @@ LAYOUTS = [
     ("dpo", f"cp=4,{ALL_TO_ALL}"),
     ("dpo", f"cp=8,{RING}"),
     ("dpo", f"cp=4,{HYBRID}"),
-    ("ipo", f"tp=2,cp=2,pp=2,{SEQUENCE}"),
-    ("simpo", "cp=4,dp=2"),
+    ("dpo", f"tp=2,cp=2,pp=2,{SEQUENCE}"),
     ("simpo", f"cp=2,pp=2,vpp=2,{RING},max_tokens_per_micro_batch=40"),
     ("orpo", f"cp=8,{RING}"),
-    ("orpo", "dp=2,max_tokens_per_micro_batch=24"),
     ("dpo", "dp=2,reference.first_rank=1,reference.tp=2"),
+    ("reward", "dp=3,max_tokens_per_micro_batch=30"),
+    ("reward", f"tp=2,pp=2,cp=2,{SEQUENCE}"),
+    ("reward", f"cp=4,{HYBRID}"),
+    ("reward", "pp=2,vpp=2,dp=2,distributed_optimizer=false,max_tokens_per_micro_batch=26"),
     ("dpo", f"cp=2,reference.first_rank=2,reference.cp=4,reference.{RING}"),
 ]
 
 
 def preference_run(folder: Path, loss: str) -> ParityRun:
-    config = tiny_config(folder, kind="preference", preference=LOSSES[loss], rollout={"max_new_tokens": 6})
+    kind = "reward_model" if loss == "reward" else "preference"
+    config = tiny_config(folder, kind=kind, preference=LOSSES[loss], rollout={"max_new_tokens": 6})
     return ParityRun(config, PROMPTS, folder)
 
 
@@ -71,7 +74,7 @@ def test_gradients_equal_one_rank(runs: dict[str, ParityRun], loss: str, layout:
 def test_with_experts(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, "qwen3_moe")
     run = preference_run(tmp_path, "dpo")
-    layout = f"tp=2,cp=2,ep=2,{SEQUENCE}"
+    layout = "cp=2,ep=2,max_tokens_per_micro_batch=40"
     row = run.compare_layout(layout, parse_layout(layout))
     assert max(row.worst_gap, row.loss_gap, row.norm_gap, row.score_gap) <= BOUND, row
 
@@ -111,6 +114,31 @@ def test_gradient_equals_a_loop_over_transformers(tmp_path: Path, loss: str) -> 
     model = write_tiny_model(tmp_path, "llama").double()
     run = preference_run(tmp_path, loss)
     expected = loop_written(loss, model, tmp_path)
+    expected.backward()
+    assert run.reference.loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        gap = (run.reference.gradients[name].double() - parameter.grad).norm() / parameter.grad.norm()
+        assert gap <= BOUND, (name, gap)
+
+
+def test_gradient_of_a_reward_model_equals_a_loop_over_transformers(tmp_path: Path) -> None:
+    """Started from a folder of transformers with one label."""
+    write_tiny_model(tmp_path, "llama")
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1, dtype=torch.float32).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    run = preference_run(tmp_path, "reward")
+    packed, _ = torch.load(tmp_path / "batch.pt", weights_only=False)
+    scores = []
+    for start, stop in itertools.pairwise(packed.cu_seqlens.tolist()):
+        tokens = packed.token_ids[start : stop - 1]  # but the one behind the end
+        scores.append(model(tokens[None], attention_mask=torch.ones_like(tokens[None])).logits[0, 0])
+    terms = [
+        -torch.sigmoid(chosen - rejected - 0.2).log() + 0.1 * (chosen + rejected) ** 2
+        for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)
+    ]
+    expected = torch.stack(terms).mean()
     expected.backward()
     assert run.reference.loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in model.named_parameters():

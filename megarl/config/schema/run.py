@@ -37,8 +37,8 @@ class ObserveConfig(Section):
 class Config(Section):
     """One run."""
 
-    kind: Literal["rl", "sft", "preference"] = key(
-        ..., "-", "Reinforcement learning, supervised fine-tuning, or training on preference pairs."
+    kind: Literal["rl", "sft", "preference", "reward_model"] = key(
+        ..., "-", "Reinforcement learning, supervised fine-tuning, or training of a policy or a reward model on preference pairs."
     )
     steps: int = key(..., "steps", "Length of the run: rollout-and-update steps for rl, optimizer steps for the others.", ge=0)
     seed: int = key(0, "-", "Seed of everything random in the run.", ge=0)
@@ -52,7 +52,7 @@ class Config(Section):
     optimizer: OptimizerConfig = key(OptimizerConfig, "-", "The policy's optimizer.")
     algorithm: AlgorithmConfig = key(AlgorithmConfig, "-", "The RL method.")
     sft: SFTConfig = key(SFTConfig, "-", "Settings of kind: sft.")
-    preference: PreferenceConfig = key(PreferenceConfig, "-", "Settings of kind: preference.")
+    preference: PreferenceConfig = key(PreferenceConfig, "-", "Settings of kind: preference and kind: reward_model.")
     rollout: RolloutConfig = key(RolloutConfig, "-", "Sampling.")
     data: DataConfig = key(..., "-", "Training data.")
     rewards: RewardsConfig = key(RewardsConfig, "-", "Rewards.")
