@@ -26,7 +26,7 @@ RING = "context_parallel_method=ring"
 HYBRID = "context_parallel_method=hybrid,ulysses_size=2"
 SEQUENCE = "sequence_parallel=true"
 LAYOUTS = [
-    ("dpo", "dp=4,distributed_optimizer=false"),
+    ("dpo", "dp=7,distributed_optimizer=false"),  # one replica has no pair
     ("dpo", "dp=3,max_tokens_per_micro_batch=30"),
     ("dpo", f"tp=2,dp=2,{SEQUENCE},max_tokens_per_micro_batch=24"),
     ("dpo", "pp=4,max_tokens_per_micro_batch=24"),
