@@ -54,11 +54,12 @@ def simpo(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
 
 
 def orpo(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
-    """ORPO (arXiv 2403.07691): the chosen response's mean negative log-likelihood, and λ times the log-sigmoid
-    of the log of the odds ratio, with odds p / (1 - p) of p the geometric mean of the tokens' probabilities."""
+    """ORPO (arXiv 2403.07691): the chosen response's mean negative log-likelihood, less λ times the log-sigmoid of the log of the
+    odds ratio, with odds p / (1 - p) of p the geometric mean of the tokens' probabilities."""
 
     def log_odds(mean_logprob: Tensor) -> Tensor:
-        return mean_logprob - torch.log(-torch.expm1(mean_logprob))
+        # float32 rounds log-probabilities of nearly certain tokens to 0, where the odds would be infinite
+        return mean_logprob - torch.log(-torch.expm1(mean_logprob.clamp(max=-1e-7)))
 
     return -chosen - config.beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
 

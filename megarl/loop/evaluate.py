@@ -6,6 +6,7 @@ from pathlib import Path
 from megarl.config.models_of import has_reference, trains_on_pairs
 from megarl.config.schema import Config, ReferenceConfig
 from megarl.data.template import load_tokenizer
+from megarl.errors import ConfigError
 from megarl.loop.pairs import HeldOutPairs
 from megarl.loop.rollout import Rollout, read_prompts
 from megarl.models.scaled_folder import with_scaled_model
@@ -33,10 +34,18 @@ def with_start_as_reference(evaluated: Config, config: Config, folder: Path) -> 
         evaluated: the config with the checkpoint as its model.
         config: the run.
         folder: temporary, for a model with the run's RoPE scaling.
+
+    Raises:
+        ConfigError: what it starts from is in no folder.
     """
     given = config.reference.path if config.reference is not None else None
     if not trains_on_pairs(config) or not has_reference(config) or given is not None:
         return evaluated
+    if config.model.init == "random":
+        raise ConfigError(
+            "model.init: random weights, which the loss compares with, cannot be drawn again beside another model; evaluate a "
+            "checkpoint of the run, or set reference.path"
+        )
     start = with_scaled_model(config, folder, writes=True).model.path
     role = config.reference or ReferenceConfig.model_validate(config.policy.model_dump())
     return evaluated.model_copy(update={"reference": role.model_copy(update={"path": start})})

@@ -182,6 +182,15 @@ def test_special_cases() -> None:
     torch.testing.assert_close(0.8 * right + 0.2 * wrong, expected)
 
 
+def test_orpo_of_certain_responses_is_finite() -> None:
+    chosen, rejected = (torch.tensor([value, 0.0], dtype=torch.float64, requires_grad=True) for value in (0.0, -0.5))
+    loss = PREFERENCE_LOSSES["orpo"].function(chosen, rejected, CASES["orpo"])
+    loss.sum().backward()
+    assert chosen.grad is not None and rejected.grad is not None
+    assert all(values.isfinite().all() for values in (loss, chosen.grad, rejected.grad))
+    assert (chosen.grad < 0).all()
+
+
 def test_the_schema_offers_what_the_registry_has() -> None:
     assert set(get_args(PreferenceConfig.model_fields["loss"].annotation)) == set(PREFERENCE_LOSSES)
     assert set(REFERENCE_FREE) <= set(PREFERENCE_LOSSES)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from megarl.config.load import load_config
 from megarl.data.sampler import build_evaluation_pairs
+from megarl.errors import ConfigError
 from megarl.loop.launch import launch_evaluation, launch_training
 from megarl.weights.checkpoint import whole_checkpoints
 from runs import assert_same_run, copy_of_interrupted, logged, megarl_here, start_and_kill, write_config
@@ -64,6 +65,8 @@ def test_killed_and_resumed_evaluated_and_exported(workspace: Path, tmp_path: Pa
     assert launch_evaluation(load_config(path), tmp_path / "run" / "hf", num_ranks=2) == held_out
     one_rank = load_config(path, ["policy.parallel.tp=1", "reference=null", "policy.parallel.distributed_optimizer=false"])
     assert launch_evaluation(one_rank, tmp_path / "run" / "hf", num_ranks=1) == pytest.approx(held_out, rel=1e-3)
+    with pytest.raises(ConfigError, match=r"model\.init: random weights, which the loss compares with, cannot be drawn again"):
+        launch_evaluation(load_config(path, ["model.init=random"]), tmp_path / "run" / "hf", num_ranks=2)
     assert by_transformers(path, tmp_path / "run" / "hf") == pytest.approx(held_out["held_out/loss"], abs=1e-5)
 
 

@@ -103,10 +103,10 @@ class JsonlSource(Section):
     path: Path = key(..., "file", "JSON-lines file, one object a line.")
     prompt_field: str = key("prompt", "-", "Field with the question, a string or a list of chat messages.")
     answer_field: str = key("answer", "-", "Field with the expected answer; SFT trains on it as the response.")
-    chosen_field: str = key("chosen", "-", "For kind preference, in place of answer_field: field with the preferred response.")
-    rejected_field: str = key(
-        "rejected", "-", "For kind preference: field with the response to the same prompt that is not preferred."
+    chosen_field: str = key(
+        "chosen", "-", "For kinds preference and reward_model, in place of answer_field: field with the preferred response."
     )
+    rejected_field: str = key("rejected", "-", "For these kinds: field with the response to the same prompt that is not preferred.")
 
 
 class DatasetsSource(Section):
@@ -117,10 +117,10 @@ class DatasetsSource(Section):
     split: str = key("train", "-", "Split of the dataset.")
     prompt_field: str = key("prompt", "-", "Field with the question, a string or a list of chat messages.")
     answer_field: str = key("answer", "-", "Field with the expected answer; SFT trains on it as the response.")
-    chosen_field: str = key("chosen", "-", "For kind preference, in place of answer_field: field with the preferred response.")
-    rejected_field: str = key(
-        "rejected", "-", "For kind preference: field with the response to the same prompt that is not preferred."
+    chosen_field: str = key(
+        "chosen", "-", "For kinds preference and reward_model, in place of answer_field: field with the preferred response."
     )
+    rejected_field: str = key("rejected", "-", "For these kinds: field with the response to the same prompt that is not preferred.")
 
 
 class ReasoningGymSource(Section):
@@ -193,7 +193,9 @@ class DataConfig(Section):
     exclude: list[RowSource] = key(list, "-", "Rows whose prompt text appears here are left out of training.")
     sampling: SamplingConfig = key(SamplingConfig, "-", "Order of the training rows.")
     template: str = key("chat", "-", "'chat' for the tokenizer's chat template, or a text with {prompt} in it.")
-    response_suffix: str = key("", "-", "Text put after each response of SFT and preference, before the end-of-sequence token.")
+    response_suffix: str = key(
+        "", "-", "Text put after each response that data.train gives (all kinds but rl), before the end-of-sequence token."
+    )
 
 
 class SFTConfig(Section):
@@ -217,7 +219,7 @@ class RewardsConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Accuracy on held-out prompts, or pairs for kind preference, during training."""
+    """Accuracy during training, on held-out prompts or, for kinds preference and reward_model, pairs."""
 
     data: DataSource | None = key(None, "-", "Held-out prompts or pairs; no evaluation when not given.")
     every: int = key(
