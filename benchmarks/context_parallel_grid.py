@@ -1,10 +1,10 @@
 """Loss and gradients under context parallelism against one rank: every method with every other axis, on awkward lengths.
 
-    python benchmarks/context_parallel_grid.py [--kind ppo|sft|both]
+    python benchmarks/context_parallel_grid.py [--kind ppo|sft|dpo|all]
 
 The model has sixteen query heads to two key-value heads. The batch has sequences of one token, of odd lengths and of fewer
 tokens than there are context parallel ranks, packed into micro-batches of unequal fill. With ppo, policy and critic learn, both in
-the layout. Exits 1 when any parameter's gradient, a loss, a norm or a score is above the bound.
+the layout, as is dpo's reference. Exits 1 when any parameter's gradient, a loss, a norm or a score is above the bound.
 """
 
 import argparse
@@ -19,9 +19,10 @@ from megarl.config.schema import Config
 from megarl.loop.parity import ParityRun, parse_layout
 
 BOUND = 1e-5
+KINDS = ("ppo", "sft", "dpo")
 VOCABULARY = 131
 HEADS, KEY_HEADS = 16, 2
-LENGTHS = (1, 2, 3, 5, 17, 31)  # of prompts; one response is empty, the others have 1 to 12 tokens
+LENGTHS = (1, 2, 3, 5, 17, 31)  # of prompts; one response is empty (but with dpo), the others have 1 to 12 tokens
 METHODS = {
     "all-gather": "context_parallel_method=all_gather",
     "all-to-all": "context_parallel_method=all_to_all",
@@ -44,7 +45,7 @@ def is_possible(axes: str, method: str) -> bool:
 def config_of(folder: Path, kind: str) -> Config:
     """The run whose gradients are compared."""
     values = {
-        "kind": "sft" if kind == "sft" else "rl",
+        "kind": {"ppo": "rl", "sft": "sft", "dpo": "preference"}[kind],
         "steps": 1,
         "model": {"path": folder},
         "policy": {"max_tokens_per_micro_batch": 96, "logprob_chunk_tokens": 7},
@@ -85,11 +86,11 @@ def run_grid(folder: Path, kind: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=("ppo", "sft", "both"), default="both")
+    parser.add_argument("--kind", choices=(*KINDS, "all"), default="all")
     kind = parser.parse_args().kind
     with tempfile.TemporaryDirectory() as name:
         write_model(Path(name))
-        kinds = ("ppo", "sft") if kind == "both" else (kind,)
+        kinds = KINDS if kind == "all" else (kind,)
         sys.exit(int(sum(run_grid(Path(name), one) for one in kinds) > 0))
 
 

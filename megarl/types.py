@@ -246,21 +246,27 @@ class TrainBatch:
 
     Attributes:
         packed: the sequences.
-        scores: log-probabilities under frozen models; None for supervised training.
-        advantages: float32 [num_tokens]; None for supervised training.
+        old_logprobs: float32 [num_tokens], before the step's updates; None for training on given responses.
+        reference_logprobs: float32 [num_tokens], under the reference model; None without one.
+        old_values: float32 [num_tokens], the critic's before the step's updates; None without a critic.
+        advantages: float32 [num_tokens]; None for training on given responses.
         token_weights: float32 [num_tokens], weight of each token's loss term with the global normaliser already in it: the
             loss is a plain sum over tokens, micro-batches and ranks of ``token_weights * term``.
         sampler_weights: float32 [num_tokens], importance weights of the policy loss for sampling by another policy than the
             trainer's; None without such a correction.
         returns: float32 [num_tokens], what the critic's values are to become; None without a critic.
+        keeps_groups: the objective needs adjacent sequences of the same group in the same micro-batch.
     """
 
     packed: PackedBatch
-    scores: TokenScores | None
+    old_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+    old_values: Tensor | None
     advantages: Tensor | None
     token_weights: Tensor
     sampler_weights: Tensor | None
     returns: Tensor | None
+    keeps_groups: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

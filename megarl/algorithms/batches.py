@@ -5,13 +5,45 @@ from dataclasses import fields, replace
 from torch import Tensor
 
 from megarl.algorithms.aggregation import token_weights
+from megarl.algorithms.sequences import spread_over_tokens, trained_lengths
 from megarl.types import PackedBatch, TokenScores, TrainBatch
 
 
 def build_supervised_batch(packed: PackedBatch) -> TrainBatch:
     """Token-mean cross-entropy over the batch."""
     weights = token_weights(packed.loss_mask, packed.cu_seqlens, "token_mean", max_new_tokens=0)
-    return TrainBatch(packed=packed, scores=None, advantages=None, token_weights=weights, sampler_weights=None, returns=None)
+    return _batch_of_responses(packed, None, weights, keeps_groups=False)
+
+
+def build_preference_batch(packed: PackedBatch, reference_logprobs: Tensor | None) -> TrainBatch:
+    """The mean over pairs of their losses: the weights of a pair's tokens, of both responses, add up to 1 / number of pairs.
+
+    Args:
+        packed: of ``data.packing.pack_pairs``, a preferred response and the other one to the same prompt after each other.
+        reference_logprobs: float32 [num_tokens]; None for losses without a reference model.
+    """
+    trained = trained_lengths(packed.loss_mask, packed.cu_seqlens)
+    of_pairs = trained.view(-1, 2).sum(1)
+    per_token = (1.0 / (of_pairs.double() * of_pairs.numel())).repeat_interleave(2)
+    weights = spread_over_tokens(per_token.float(), packed.cu_seqlens, packed.loss_mask)
+    return _batch_of_responses(packed, reference_logprobs, weights, keeps_groups=True)
+
+
+def _batch_of_responses(
+    packed: PackedBatch, reference_logprobs: Tensor | None, weights: Tensor, *, keeps_groups: bool
+) -> TrainBatch:
+    """Responses that were given, not sampled."""
+    return TrainBatch(
+        packed=packed,
+        old_logprobs=None,
+        reference_logprobs=reference_logprobs,
+        old_values=None,
+        advantages=None,
+        token_weights=weights,
+        sampler_weights=None,
+        returns=None,
+        keeps_groups=keeps_groups,
+    )
 
 
 def split_into_updates(
@@ -40,16 +72,14 @@ def split_into_updates(
         batches.append(
             TrainBatch(
                 packed=part,
-                scores=TokenScores(
-                    old=scores.old[tokens],
-                    entropies=scores.entropies[tokens],
-                    reference=None if scores.reference is None else scores.reference[tokens],
-                    values=None if scores.values is None else scores.values[tokens],
-                ),
+                old_logprobs=scores.old[tokens],
+                reference_logprobs=None if scores.reference is None else scores.reference[tokens],
+                old_values=None if scores.values is None else scores.values[tokens],
                 advantages=advantages[tokens],
                 token_weights=token_weights(part.loss_mask, part.cu_seqlens, aggregation, max_new_tokens),
                 sampler_weights=None if sampler_weights is None else sampler_weights[tokens],
                 returns=None if returns is None else returns[tokens],
+                keeps_groups=False,
             )
         )
     return batches

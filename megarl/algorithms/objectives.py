@@ -58,14 +58,13 @@ def select_tokens(batch: TrainBatch, index: Tensor, device: torch.device, sequen
     def rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[index].to(device)
 
-    scores = batch.scores
     return TokenData(
         weights=batch.token_weights[index].to(device),
         advantages=rows(batch.advantages),
-        old_logprobs=None if scores is None else scores.old[index].to(device),
-        reference_logprobs=None if scores is None else rows(scores.reference),
+        old_logprobs=rows(batch.old_logprobs),
+        reference_logprobs=rows(batch.reference_logprobs),
         sampler_weights=rows(batch.sampler_weights),
-        old_values=None if scores is None else rows(scores.values),
+        old_values=rows(batch.old_values),
         returns=rows(batch.returns),
         sequences=sequences,
     )

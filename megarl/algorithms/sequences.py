@@ -74,11 +74,14 @@ class SequenceTokens:
     lengths: Tensor
     sum_over_ranks: Callable[[Tensor], Tensor]
 
+    def totals(self, values: Tensor) -> Tensor:
+        """For each sequence, the sum of ``values`` over it; float [tokens] to float64 [num_sequences], 0 of other micro-batches."""
+        sums = torch.zeros(self.lengths.numel(), dtype=torch.float64, device=values.device)
+        return self.sum_over_ranks(sums.index_add(0, self.numbers, values.double()))
+
     def sums(self, values: Tensor) -> Tensor:
         """For each token, the sum of ``values`` over its whole sequence; float [tokens] to float [tokens], summed in float64."""
-        sums = torch.zeros(self.lengths.numel(), dtype=torch.float64, device=values.device)
-        sums = sums.index_add(0, self.numbers, values.double())
-        return self.sum_over_ranks(sums)[self.numbers].to(values.dtype)
+        return self.totals(values)[self.numbers].to(values.dtype)
 
     def means(self, values: Tensor) -> Tensor:
         """For each token, the mean of ``values`` over the trained tokens of its sequence; float [tokens] to float [tokens]."""

@@ -44,9 +44,9 @@ def staleness_metrics(batches: Sequence[TrainBatch], version: int) -> dict[str, 
 
 def _gaps(batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Of the trained tokens: float64 gap before and behind the correction, and bool whether their weight is above 0."""
-    assert batch.scores is not None
+    assert batch.old_logprobs is not None
     mask = batch.packed.loss_mask
-    log_ratio = (batch.scores.old.double() - batch.packed.sampler_logprobs.double())[mask]
+    log_ratio = (batch.old_logprobs.double() - batch.packed.sampler_logprobs.double())[mask]
     weights = torch.ones_like(log_ratio) if batch.sampler_weights is None else batch.sampler_weights[mask].double()
     is_used = weights > 0
     return log_ratio.abs(), torch.where(is_used, log_ratio - weights.clamp(min=1e-300).log(), 0.0).abs(), is_used

@@ -10,6 +10,7 @@ from megarl.config.algorithm_checks import GREEDY_ADVANTAGES
 from megarl.config.curriculum_checks import check_curriculum
 from megarl.config.engine_checks import check_engine
 from megarl.config.model_facts import ModelFacts, read_model_facts
+from megarl.config.models_of import has_reference, models_of
 from megarl.config.role_checks import Role, check_role
 from megarl.config.rope_checks import check_rope_scaling
 from megarl.config.run_checks import check_run
@@ -88,7 +89,13 @@ def _check_attention(config: Config, facts: ModelFacts) -> Iterator[str]:
 
 def _check_policy(config: Config, facts: ModelFacts, world_size: int) -> Iterator[str]:
     yield from check_role(Role(name="policy", path_key="model.path", config=config.policy, facts=facts), config, world_size)
-    if config.model.init == "pretrained" and not _has_weights(facts.path):
+    if config.model.init == "pretrained" and config.kind == "reward_model":
+        if not any(facts.path.glob("*.safetensors")):
+            yield (
+                f"model.path: {facts.path} has no *.safetensors file, and a reward model starts from those; give a Hugging Face "
+                "folder (tools/convert/megatron_to_hf.py makes one)"
+            )
+    elif config.model.init == "pretrained" and not _has_weights(facts.path):
         yield f"model.path: {facts.path} has no *.safetensors file; give a folder with weights or set model.init to random"
     yield from check_engine(config, facts)
     for token_id in config.rollout.stop_token_ids:
@@ -100,9 +107,9 @@ def _check_policy(config: Config, facts: ModelFacts, world_size: int) -> Iterato
 
 
 def _check_reference(config: Config, policy: ModelFacts, world_size: int) -> Iterator[str]:
-    """The reference role, where the KL term needs one that is not simply the policy's twin."""
+    """The reference role, where one is needed that is not simply the policy's twin."""
     reference = config.reference
-    if config.kind != "rl" or config.algorithm.kl.place == "none" or reference is None:
+    if reference is None or not has_reference(config):
         return
     if reference.path is None:
         yield from check_role(Role(name="reference", path_key="model.path", config=reference, facts=policy), config, world_size)
@@ -116,7 +123,7 @@ def _check_reference(config: Config, policy: ModelFacts, world_size: int) -> Ite
     if facts.vocab_size != policy.vocab_size:
         yield (
             f"reference.path: vocab_size {facts.vocab_size} of {facts.path} differs from the policy's {policy.vocab_size}; "
-            "the KL term compares token by token: give a reference with the policy's vocabulary"
+            "it is compared token by token: give a reference with the policy's vocabulary"
         )
     if not _has_weights(facts.path):
         yield f"reference.path: {facts.path} has no *.safetensors file; give a folder with weights"
@@ -188,11 +195,7 @@ def _check_reward_model(config: Config, policy: ModelFacts, world_size: int) -> 
 
 def _check_idle_ranks(config: Config, world_size: int) -> Iterator[str]:
     """Every rank has a part of some model of the run."""
-    roles: list[RoleConfig] = [config.policy]
-    if config.kind == "rl":
-        with_reference, with_critic = config.algorithm.kl.place != "none", config.algorithm.advantage == "gae"
-        used = ((config.reference, with_reference), (config.critic, with_critic), (config.reward_model, True))
-        roles += [role for role, is_used in used if role is not None and is_used]
+    roles: list[RoleConfig] = [role for name in models_of(config) if (role := getattr(config, name)) is not None]
     ranks = [role.ranks(world_size) for role in roles]
     idle = sorted(set(range(world_size)).difference(*ranks))
     if idle and all(0 <= part.start < part.stop <= world_size for part in ranks):  # else check_ranks says what is wrong

@@ -44,9 +44,9 @@ def check_order(config: Config) -> Iterator[str]:
         )
     if sampling.order != "prioritised":
         return
-    if config.kind == "sft":
+    if config.kind != "rl":
         yield (
-            "data.sampling.order: prioritised draws rows by how often the policy solves them, and kind sft samples no "
+            f"data.sampling.order: prioritised draws rows by how often the policy solves them, and kind {config.kind} samples no "
             "responses; choose another"
         )
     elif config.reward_model is not None:

@@ -8,7 +8,9 @@ from megarl.config.asynchronous_checks import check_asynchronous
 from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks
 from megarl.config.document_qa_checks import check_document_qa, check_judges
 from megarl.config.environment_checks import check_environment
+from megarl.config.models_of import samples_responses
 from megarl.config.names import FUNCTION_PATTERN
+from megarl.config.preference_checks import check_preference
 from megarl.config.schema import Config, EngineServerConfig, JsonlSource, ReasoningGymSource, RowSource, ScorerConfig, Section
 from megarl.config.tasks import placed_scorers, placed_tasks, scorers_of
 
@@ -138,7 +140,11 @@ def check_rewards(config: Config) -> Iterator[str]:
     """There is a scorer where responses are scored, and the log can tell scorers apart."""
     for path, scorers in placed_scorers(config):
         yield from check_scorers(path, scorers)
-    scored = [(path, task) for path, task in placed_tasks(config) if config.kind == "rl" or path.startswith("evaluation")]
+    scored = [
+        (path, task)
+        for path, task in placed_tasks(config)
+        if samples_responses(config) and (config.kind == "rl" or path.startswith("evaluation"))
+    ]
     for path, task in scored:
         scorers = scorers_of(config, task)
         is_training = path.startswith("data.train")
@@ -246,4 +252,5 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_rewards,
     check_judges,
     check_environment,
+    check_preference,
 )

@@ -128,7 +128,7 @@ class DocumentPrompts:
 
     def num_tokens(self, item: DocumentQuestion) -> int:
         """Tokens of the prompt as the model reads it, template included."""
-        row = Row(row_id="of the documents", prompt=self.prompt(item), answer=item.answers[0], task="", reference={})
+        row = Row(row_id="of the documents", prompt=self.prompt(item), answer=item.answers[0], rejected=None, task="", reference={})
         return len(self._template.encode_prompt(row, sys.maxsize).token_ids)
 
     def row(self, item: DocumentQuestion, num_tokens: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarl.data.template import SFTExample
+from megarl.data.template import PreferencePair, SFTExample
 from megarl.errors import DataError
 from megarl.types import NO_EXPERT, NO_VERSION, FinishReason, PackedBatch, Rollout, RolloutGroup, ScoredRollout
 
@@ -55,6 +55,34 @@ def plan_micro_batches(
             even = fitted + [[] for _ in range(num_micro_batches - len(fitted))]
         plan.append([sorted(micro_batch) for micro_batch in even])
     return plan
+
+
+def plan_group_micro_batches(
+    group_ids: Sequence[int],
+    lengths: Sequence[int],
+    work: Sequence[int],
+    num_replicas: int,
+    max_tokens: int,
+    count_multiple: int = 1,
+) -> list[list[list[int]]]:
+    """As ``plan_micro_batches``, and adjacent sequences with the same group id are in the same micro-batch.
+
+    Raises:
+        DataError: the sequences of one group have more than ``max_tokens`` tokens together.
+    """
+    groups = [
+        [number for number, _ in members] for _, members in itertools.groupby(enumerate(group_ids), key=lambda member: member[1])
+    ]
+    sizes = [sum(lengths[number] for number in group) for group in groups]
+    if max(sizes, default=0) > max_tokens:
+        largest = sizes.index(max(sizes))
+        raise DataError(
+            f"group {largest}, sequences {groups[largest][0]} to {groups[largest][-1]}, has {sizes[largest]} tokens, above "
+            f"max_tokens_per_micro_batch = {max_tokens}, and is computed together; raise it or shorten prompts and responses"
+        )
+    group_work = [sum(work[number] for number in group) for group in groups]
+    plan = plan_micro_batches(sizes, group_work, num_replicas, max_tokens, count_multiple)
+    return [[[number for index in micro_batch for number in groups[index]] for micro_batch in replica] for replica in plan]
 
 
 def no_routing(num_tokens: int) -> Tensor:
@@ -126,6 +154,12 @@ def pack_groups(groups: Sequence[RolloutGroup]) -> PackedBatch:
 def pack_examples(examples: Sequence[SFTExample]) -> PackedBatch:
     """Concatenate supervised examples, in order; each is a group of its own, its log-probabilities and reward are 0."""
     return _pack([_example(example, group_id) for group_id, example in enumerate(examples)])
+
+
+def pack_pairs(pairs: Sequence[PreferencePair]) -> PackedBatch:
+    """Concatenate preference pairs, in order: the chosen response of pair ``i`` is sequence 2i, the rejected one 2i + 1, and both
+    have group id ``i``. Log-probabilities and rewards are 0."""
+    return _pack([_example(example, group_id) for group_id, pair in enumerate(pairs) for example in (pair.chosen, pair.rejected)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy
 
+from megarl.config.models_of import trains_on_pairs
 from megarl.config.schema import Config, TaskConfig
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, TaskChooser
 from megarl.data.sources import Row, number_at, read_rows
-from megarl.data.template import PromptTemplate, SFTExample
+from megarl.data.template import PreferencePair, PromptTemplate, SFTExample
 from megarl.errors import CheckpointError, DataError
 from megarl.types import Prompt, RolloutGroup
 
@@ -122,6 +123,10 @@ class ExampleSource(_Source[SFTExample]):
     """Examples for supervised fine-tuning."""
 
 
+class PairSource(_Source[PreferencePair]):
+    """Pairs for training on preferences."""
+
+
 def build_prompt_source(config: Config, tokenizer: "PreTrainedTokenizerBase") -> PromptSource:
     """The prompts of ``data.train``; every one is checked here, before any hour is spent.
 
@@ -150,6 +155,43 @@ def build_sft_source(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Ex
     return ExampleSource(_checked_training_rows(config, encode), encode, _task_chooser(config))
 
 
+def build_pair_source(config: Config, tokenizer: "PreTrainedTokenizerBase") -> PairSource:
+    """The pairs of ``data.train``; every one is checked here, before any hour is spent.
+
+    Raises:
+        DataError: a row is malformed, a response too long, a pair too long for a micro-batch, or no row remains after
+            ``data.exclude``.
+    """
+    template = PromptTemplate(tokenizer, config.data.template)
+    policy, end = config.policy, int(config.kind == "reward_model")  # which reads one token behind each response
+
+    def encode(row: Row) -> PreferencePair:
+        pair = template.encode_pair(row, config.data.response_suffix, config.preference.max_tokens)
+        lengths = [len(response.token_ids) + end for response in (pair.chosen, pair.rejected)]
+        multiple = 2 * policy.parallel.cp if policy.parallel.cp > 1 else 1  # as Layout.sequence_multiple
+        if sum(-(-length // multiple) * multiple for length in lengths) > policy.max_tokens_per_micro_batch:
+            padded = f", each padded to a multiple of {multiple} for cp {policy.parallel.cp}" if multiple > 1 else ""
+            raise DataError(
+                f"the pair of row {row.row_id} has {lengths[0]} + {lengths[1]} tokens{padded}, which are computed together: above "
+                f"policy.max_tokens_per_micro_batch = {policy.max_tokens_per_micro_batch}; raise it or leave the row out"
+            )
+        return pair
+
+    return PairSource(_checked_training_rows(config, encode), encode, _task_chooser(config))
+
+
+def build_evaluation_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[PreferencePair]:
+    """All pairs of ``evaluation.data`` in their order; none when it is not given. Raises DataError as the others do."""
+    if config.evaluation.data is None:
+        return []
+    template = PromptTemplate(tokenizer, config.data.template)
+    return [
+        template.encode_pair(row, config.data.response_suffix, config.preference.max_tokens)
+        for task in tasks_of(config.evaluation.data, EVALUATION)
+        for row in read_rows(task.source, task.name, in_pairs=True)
+    ]
+
+
 def build_evaluation_prompts(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
     """All prompts of ``evaluation.data`` in their order; none when it is not given. Raises DataError as the others do."""
     if config.evaluation.data is None:
@@ -168,7 +210,9 @@ def _task_chooser(config: Config) -> TaskChooser:
 
 def excluded_texts(config: Config) -> set[str]:
     """The prompts that ``data.exclude`` names."""
-    return {row.prompt_text for source in config.data.exclude for row in read_rows(source, "exclude")}
+    return {
+        row.prompt_text for source in config.data.exclude for row in read_rows(source, "exclude", in_pairs=trains_on_pairs(config))
+    }
 
 
 def training_rows(
@@ -180,7 +224,7 @@ def training_rows(
         DataError: a row is malformed, none remains, or one lacks its difficulty.
     """
     field = config.data.sampling.difficulty_field
-    rows = read_rows(task.source, task.name)
+    rows = read_rows(task.source, task.name, in_pairs=trains_on_pairs(config))
     kept = [index for index, row in enumerate(rows) if row.prompt_text not in excluded]
     if not kept:
         raise DataError(f"data.exclude leaves none of the {len(rows)} rows of task {task.name}; take other rows for one of them")

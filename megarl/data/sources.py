@@ -21,7 +21,8 @@ class Row:
     Attributes:
         row_id: its task and the row's index in its source, e.g. ``"train/17"``.
         prompt: the question, or a chat of ``{"role": ..., "content": ...}`` messages.
-        answer: the expected answer; SFT trains on it.
+        answer: the expected answer; SFT trains on it, and training on preferences towards it.
+        rejected: for training on preferences, the response that the answer is preferred to; None otherwise.
         task: the caller's name of its source.
         reference: what scorers compare with. ``"answer"`` is always there. jsonl and datasets rows carry all their fields,
             reasoning_gym rows ``"task"``, ``"options"`` and ``"entry"``.
@@ -30,6 +31,7 @@ class Row:
     row_id: str
     prompt: str | list[ChatMessage]
     answer: str
+    rejected: str | None
     task: str
     reference: Mapping[str, Any]
 
@@ -41,16 +43,21 @@ class Row:
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
 
 
-def read_rows(source: RowSource, task: str) -> Sequence[Row]:
+def read_rows(source: RowSource, task: str, *, in_pairs: bool = False) -> Sequence[Row]:
     """All rows of a source, with ids ``task/0``, ``task/1`` ...; rows of datasets and reasoning_gym are made on access.
+
+    Args:
+        source: where they are.
+        task: name for their ids.
+        in_pairs: rows of jsonl and datasets have a chosen and a rejected response in place of an answer.
 
     Raises:
         DataError: the source is missing or empty, or a row is malformed (for lazily made rows: when the row is accessed).
     """
     if isinstance(source, JsonlSource):
-        return _read_jsonl(source, task)
+        return _read_jsonl(source, task, in_pairs=in_pairs)
     if isinstance(source, DatasetsSource):
-        return _DatasetRows(source, task)
+        return _DatasetRows(source, task, in_pairs=in_pairs)
     return _ReasoningGymRows(source, task)
 
 
@@ -100,9 +107,10 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path} has no rows; write one JSON object a line")
 
 
-def _read_jsonl(source: JsonlSource, task: str) -> list[Row]:
+def _read_jsonl(source: JsonlSource, task: str, *, in_pairs: bool) -> list[Row]:
     objects = enumerate(read_objects(source.path))
-    return [_row(fields, source, task, index, place) for index, (place, fields) in objects]
+    make = _pair_row if in_pairs else _row
+    return [make(fields, source, task, index, place) for index, (place, fields) in objects]
 
 
 def _parse_object(line: str, place: str) -> dict[str, Any]:
@@ -116,16 +124,48 @@ def _parse_object(line: str, place: str) -> dict[str, Any]:
 
 
 def _row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: str, index: int, place: str) -> Row:
-    for option, name in (("prompt_field", source.prompt_field), ("answer_field", source.answer_field)):
-        if name not in fields:
-            raise DataError(f"{place}: no field '{name}' (it has: {', '.join(fields)}); add it or set {option}")
+    _check_fields(fields, {"prompt_field": source.prompt_field, "answer_field": source.answer_field}, place)
     prompt, answer = fields[source.prompt_field], fields[source.answer_field]
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     if not isinstance(answer, str):
         raise DataError(f"{place}: field '{source.answer_field}' is a {type(answer).__name__}; it must be a string or a number")
     _check_prompt(prompt, f"{place}: field '{source.prompt_field}'")
-    return Row(row_id=f"{task}/{index}", prompt=prompt, answer=answer, task=task, reference={**fields, "answer": answer})
+    return Row(
+        row_id=f"{task}/{index}", prompt=prompt, answer=answer, rejected=None, task=task, reference={**fields, "answer": answer}
+    )
+
+
+def _pair_row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: str, index: int, place: str) -> Row:
+    responses = {"chosen_field": source.chosen_field, "rejected_field": source.rejected_field}
+    _check_fields(fields, {"prompt_field": source.prompt_field} | responses, place)
+    _check_prompt(fields[source.prompt_field], f"{place}: field '{source.prompt_field}'")
+    for name in responses.values():
+        if not isinstance(fields[name], str):
+            raise DataError(f"{place}: field '{name}' is a {type(fields[name]).__name__}; it must be a string")
+        if not fields[name].strip():
+            raise DataError(f"{place}: field '{name}' is an empty string; write a response or leave the row out")
+    chosen, rejected = (fields[name] for name in responses.values())
+    if chosen == rejected:
+        raise DataError(
+            f"{place}: fields '{source.chosen_field}' and '{source.rejected_field}' are equal, so neither is preferred; leave the "
+            "row out"
+        )
+    return Row(
+        row_id=f"{task}/{index}",
+        prompt=fields[source.prompt_field],
+        answer=chosen,
+        rejected=rejected,
+        task=task,
+        reference={**fields, "answer": chosen},
+    )
+
+
+def _check_fields(fields: Mapping[str, Any], names: Mapping[str, str], place: str) -> None:
+    """All names are there; ``names`` is by the option that gives the name."""
+    for option, name in names.items():
+        if name not in fields:
+            raise DataError(f"{place}: no field '{name}' (it has: {', '.join(fields)}); add it or set {option}")
 
 
 def _check_prompt(prompt: Any, place: str) -> None:
@@ -166,8 +206,9 @@ class _LazyRows(Sequence[Row]):
 class _DatasetRows(_LazyRows):
     """Rows of a Hugging Face dataset, memory-mapped."""
 
-    def __init__(self, source: DatasetsSource, task: str) -> None:
+    def __init__(self, source: DatasetsSource, task: str, *, in_pairs: bool) -> None:
         self._source, self._task = source, task
+        self._make_row = _pair_row if in_pairs else _row
         self._dataset = load_dataset(source)
         super().__init__(len(self._dataset))
         if not self._num_rows:
@@ -175,7 +216,7 @@ class _DatasetRows(_LazyRows):
 
     def _make(self, index: int) -> Row:
         place = f"dataset {self._source.path} split '{self._source.split}' row {index}"
-        return _row(self._dataset[index], self._source, self._task, index, place)
+        return self._make_row(self._dataset[index], self._source, self._task, index, place)
 
 
 def load_dataset(source: DatasetsSource) -> Any:
@@ -211,7 +252,14 @@ class _ReasoningGymRows(_LazyRows):
         # Some generators give a number or nothing as the answer; their score_answer reads the entry, not this text.
         answer = "" if entry["answer"] is None else str(entry["answer"])
         reference = {"answer": answer, "task": self._source.task, "options": self._source.options, "entry": entry}
-        return Row(row_id=f"{self._task}/{index}", prompt=entry["question"], answer=answer, task=self._task, reference=reference)
+        return Row(
+            row_id=f"{self._task}/{index}",
+            prompt=entry["question"],
+            answer=answer,
+            rejected=None,
+            task=self._task,
+            reference=reference,
+        )
 
 
 def _create_tasks(source: ReasoningGymSource) -> Any:

@@ -30,6 +30,14 @@ class SFTExample:
     num_prompt_tokens: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """Two responses to one prompt, of which the chosen one is preferred."""
+
+    chosen: SFTExample
+    rejected: SFTExample
+
+
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a local Hugging Face folder.
 
@@ -96,14 +104,27 @@ class PromptTemplate:
         Raises:
             DataError: it is longer than ``max_tokens``, or cannot be written with this template.
         """
+        example = self._example(row, row.answer + response_suffix)
+        _check_length(example, f"example {row.row_id}", max_tokens, "sft.max_tokens")
+        return example
+
+    def encode_pair(self, row: Row, response_suffix: str, max_tokens: int) -> PreferencePair:
+        """The prompt with the row's chosen response (its answer) and with the rejected one, each as ``encode_example`` has it.
+
+        Raises:
+            DataError: one is longer than ``max_tokens``, or cannot be written with this template.
+        """
+        assert row.rejected is not None
+        pair = PreferencePair(
+            chosen=self._example(row, row.answer + response_suffix), rejected=self._example(row, row.rejected + response_suffix)
+        )
+        _check_length(pair.chosen, f"the chosen response of row {row.row_id}", max_tokens, "preference.max_tokens")
+        _check_length(pair.rejected, f"the rejected response of row {row.row_id}", max_tokens, "preference.max_tokens")
+        return pair
+
+    def _example(self, row: Row, text: str) -> SFTExample:
         prompt = self._prompt_tokens(row, self._render(row))
-        response = (*self._encode(row.answer + response_suffix), self._tokenizer.eos_token_id)
-        num_tokens = len(prompt) + len(response)
-        if num_tokens > max_tokens:
-            raise DataError(
-                f"example {row.row_id} has {num_tokens} tokens, {len(prompt)} prompt + {len(response)} response, above "
-                f"sft.max_tokens = {max_tokens}; raise the limit or leave the row out"
-            )
+        response = (*self._encode(text), self._tokenizer.eos_token_id)
         return SFTExample(row_id=row.row_id, token_ids=prompt + response, num_prompt_tokens=len(prompt))
 
     def _render(self, row: Row) -> str:
@@ -129,3 +150,12 @@ class PromptTemplate:
     def _encode(self, text: str) -> tuple[int, ...]:
         token_ids: Sequence[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return tuple(token_ids)
+
+
+def _check_length(example: SFTExample, words: str, max_tokens: int, limit: str) -> None:
+    num_tokens, num_prompt = len(example.token_ids), example.num_prompt_tokens
+    if num_tokens > max_tokens:
+        raise DataError(
+            f"{words} has {num_tokens} tokens, {num_prompt} prompt + {num_tokens - num_prompt} response, above "
+            f"{limit} = {max_tokens}; raise the limit or leave the row out"
+        )

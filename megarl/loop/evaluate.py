@@ -1,21 +1,54 @@
-"""``megarl eval``: accuracy of a checkpoint or a Hugging Face folder on the held-out prompts."""
+"""``megarl eval``: accuracy of a checkpoint or a Hugging Face folder on the held-out prompts or pairs."""
 
 import json
 from pathlib import Path
 
-from megarl.config.schema import Config
+from megarl.config.models_of import has_reference, trains_on_pairs
+from megarl.config.schema import Config, ReferenceConfig
 from megarl.data.template import load_tokenizer
+from megarl.errors import ConfigError
+from megarl.loop.pairs import HeldOutPairs
 from megarl.loop.rollout import Rollout, read_held_out_prompts
-from megarl.train.roles import Policy, is_main_rank
+from megarl.models.scaled_folder import with_scaled_model
+from megarl.train.roles import Learner, Reference, build_learner, is_main_rank
 from megarl.weights.checkpoint import MANIFEST, load_policy, read_run_state
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a run saved it; else it is a Hugging Face folder."""
+    return (folder / MANIFEST).exists()
 
 
 def with_checkpoint_model(config: Config, checkpoint: Path) -> Config:
     """The config with the checkpoint as its model where that is a Hugging Face folder, not one that a run saved."""
-    if (checkpoint / MANIFEST).exists():
+    if is_checkpoint(checkpoint):
         return config
     model = config.model.model_copy(update={"path": checkpoint, "init": "pretrained"})
     return config.model_copy(update={"model": model})
+
+
+def with_start_as_reference(evaluated: Config, config: Config, folder: Path) -> Config:
+    """A preference run's config of ``with_checkpoint_model`` whose reference stays what the run's policy starts from.
+
+    Args:
+        evaluated: the config with the checkpoint as its model.
+        config: the run.
+        folder: temporary, for a model with the run's RoPE scaling.
+
+    Raises:
+        ConfigError: what it starts from is in no folder.
+    """
+    given = config.reference.path if config.reference is not None else None
+    if not trains_on_pairs(config) or not has_reference(config) or given is not None:
+        return evaluated
+    if config.model.init == "random":
+        raise ConfigError(
+            "model.init: random weights, which the loss compares with, cannot be drawn again beside another model; evaluate a "
+            "checkpoint of the run, or set reference.path"
+        )
+    start = with_scaled_model(config, folder, writes=True).model.path
+    role = config.reference or ReferenceConfig.model_validate(config.policy.model_dump())
+    return evaluated.model_copy(update={"reference": role.model_copy(update={"path": start})})
 
 
 def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path, whole: Config) -> None:
@@ -27,12 +60,22 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path, whole: C
         result: the file to write.
         whole: the run with its curriculum, if it has one.
     """
-    policy = Policy(config, total_updates=1)
+    learner = build_learner(config, total_updates=1)
     version = 0
-    if (checkpoint / MANIFEST).exists():
-        version = read_run_state(checkpoint, policy.weight_map).weight_version
-        with policy.engine.weights.on_device():
-            policy.load_weights(load_policy(checkpoint, policy.sharded_weights()))
+    if is_checkpoint(checkpoint):
+        version = read_run_state(checkpoint, learner.weight_map).weight_version
+        with learner.engine.weights.on_device():
+            learner.load_weights(load_policy(checkpoint, learner.sharded_weights()))
+    if trains_on_pairs(config):
+        reference = Reference(config) if has_reference(config) else None
+        metrics = HeldOutPairs(config, learner, reference).evaluate()
+    else:
+        metrics = _evaluate_on_prompts(config, whole, learner, version)
+    if is_main_rank():
+        result.write_text(json.dumps(metrics))
+
+
+def _evaluate_on_prompts(config: Config, whole: Config, policy: Learner, version: int) -> dict[str, float]:
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     prompts = read_held_out_prompts(whole, tokenizer) if is_main_rank() else None
     rollout = Rollout(config, tokenizer, policy, print, prompts, with_greedy=False)
@@ -41,5 +84,4 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path, whole: C
         metrics, _ = rollout.evaluate()
     finally:
         rollout.close()
-    if is_main_rank():
-        result.write_text(json.dumps(metrics))
+    return metrics

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from megarl.config.checks import check
 from megarl.config.load import save_config
+from megarl.config.models_of import trains_on_pairs
 from megarl.config.schema import Config
 from megarl.config.stages import configs_of
 from megarl.errors import CheckpointError, ConfigError
 from megarl.loop.asynchronous import run_asynchronous_rl
 from megarl.loop.curriculum import run_curriculum
-from megarl.loop.evaluate import evaluate_checkpoint, with_checkpoint_model
+from megarl.loop.evaluate import evaluate_checkpoint, is_checkpoint, with_checkpoint_model, with_start_as_reference
+from megarl.loop.preference import run_preference
 from megarl.loop.rl import run_rl
 from megarl.loop.sft import run_sft
 from megarl.models.scaled_folder import with_scaled_model
@@ -42,6 +44,8 @@ def _loop_of(config: Config) -> Callable[[Config, bool], None]:
         return run_curriculum
     if config.kind == "sft":
         return run_sft
+    if trains_on_pairs(config):
+        return run_preference
     return run_rl if config.rollout.asynchronous is None else run_asynchronous_rl
 
 
@@ -62,16 +66,18 @@ def _prepare_run_folder(config: Config, *, resume: bool) -> None:
 
 
 def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[str, float]:
-    """Accuracy of a checkpoint on the config's held-out prompts, with a curriculum as in its last stage; empty on the ranks above
-    0 that a launcher placed."""
+    """Accuracy of a checkpoint on the config's held-out prompts, with a curriculum as in its last stage, or pairs; empty on the
+    ranks above 0 that a launcher placed."""
     whole, config = config, configs_of(config)[-1]
     if config.evaluation.data is None:
-        raise ConfigError("evaluation.data is not given; name the held-out prompts, e.g. --set evaluation.data.type=jsonl")
+        raise ConfigError("evaluation.data is not given; name the held-out rows, e.g. --set evaluation.data.type=jsonl")
     place = launched_rank()
     check(config, place.world_size if place else num_ranks)
     with tempfile.TemporaryDirectory(prefix="megarl-eval-") as folder:
         result = Path(folder) / "metrics.json"
         evaluated = with_scaled_model(with_checkpoint_model(config, checkpoint), Path(folder), writes=True)
+        if not is_checkpoint(checkpoint):
+            evaluated = with_start_as_reference(evaluated, config, Path(folder) / "start")
         changed = evaluated.model_copy(update={"run_dir": Path(folder)})
         run_ranks(evaluate_checkpoint, (changed, checkpoint, result, whole), place, num_ranks, config.distributed_timeout)
         return json.loads(result.read_text()) if result.exists() else {}

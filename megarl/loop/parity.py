@@ -18,15 +18,17 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megarl.algorithms.algorithm import Algorithm
-from megarl.algorithms.batches import build_supervised_batch
+from megarl.algorithms.batches import build_preference_batch, build_supervised_batch
 from megarl.algorithms.objectives import ObjectiveFunction, supervised_objective
+from megarl.algorithms.preferences import build_pair_objective
+from megarl.config.models_of import has_reference, models_of, trains_on_pairs
 from megarl.config.schema import Config, CriticConfig, ParallelConfig, ReferenceConfig, RewardModelConfig, RoleConfig
-from megarl.data.packing import no_routing
+from megarl.data.packing import no_routing, with_scored_ends
 from megarl.errors import ConfigError
 from megarl.models.architecture import read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
-from megarl.train.roles import Critic, Learner, Policy, Reference, RewardModel, is_main_rank, score
+from megarl.train.roles import Critic, Learner, Policy, Reference, RewardModel, build_learner, is_main_rank, score
 from megarl.types import NO_VERSION, PackedBatch, TokenScores, TrainBatch
 from megarl.weights.transfer import hugging_face_gradients
 
@@ -83,7 +85,7 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
     """Groups of random responses, lengths 1 to max_new_tokens (one empty), rewards in [0, 1]; a function of the seed.
 
     Each group has the reward and the length of a greedy response, two tasks take turns, and steps end at about every fourth token,
-    whether the method uses them or not.
+    whether the method uses them or not. Where training is on pairs two responses, chosen and rejected, none empty.
 
     Args:
         prompts: token ids; each is answered samples_per_prompt times.
@@ -91,10 +93,12 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
     generator = torch.Generator().manual_seed(config.seed)
     vocabulary_size = read_architecture(config.model.path).vocabulary_size
     limit = config.rollout.max_new_tokens
+    in_pairs = trains_on_pairs(config)
     tokens, masks, lengths, groups, truncated = [], [], [], [], []
     for group, prompt in enumerate(prompts):
-        for sample in range(config.rollout.samples_per_prompt):
-            length = 0 if group == 0 and sample == 0 else int(torch.randint(1, limit + 1, (), generator=generator))
+        for sample in range(2 if in_pairs else config.rollout.samples_per_prompt):
+            is_empty = group == 0 and sample == 0 and not in_pairs
+            length = 0 if is_empty else int(torch.randint(1, limit + 1, (), generator=generator))
             response = torch.randint(0, vocabulary_size, (length,), generator=generator)
             tokens.append(torch.cat([torch.tensor(prompt), response]))
             masks.append(torch.arange(len(tokens[-1])) >= len(prompt))
@@ -107,7 +111,7 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
     greedy_lengths = torch.randint(0, limit + 1, (len(prompts),), generator=generator)
     step_rewards = torch.rand(len(loss_mask), generator=generator)
     ends_step = loss_mask & (torch.rand(len(loss_mask), generator=generator) < 0.25)
-    return PackedBatch(
+    packed = PackedBatch(
         token_ids=torch.cat(tokens),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         loss_mask=loss_mask,
@@ -122,6 +126,7 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
         greedy_rewards=greedy_rewards[group_ids],
         greedy_lengths=greedy_lengths[group_ids],
     )
+    return with_scored_ends(packed) if config.kind == "reward_model" else packed
 
 
 def gather_sharded_gradients(engine: TrainingEngine) -> None:
@@ -139,6 +144,9 @@ def gather_sharded_gradients(engine: TrainingEngine) -> None:
 def _add_model_scores(config: Config, batch_file: Path) -> None:
     """On one rank: log-probabilities near the model's own, as old, reference and sampler's scores of the batch."""
     packed: PackedBatch = torch.load(batch_file, weights_only=False)
+    if config.kind == "reward_model":
+        torch.save((packed, None), batch_file)
+        return
     logprobs, entropies = Policy(config, total_updates=1).engine.score(packed)
     critic = build_critic(config)
     generator = torch.Generator().manual_seed(config.seed + 1)
@@ -158,13 +166,17 @@ def build_critic(config: Config) -> Critic | None:
 
 
 def compute_gradients(
-    policy: Policy, critic: Critic | None, config: Config, packed: PackedBatch, scores: TokenScores
+    policy: Learner, critic: Critic | None, config: Config, packed: PackedBatch, scores: TokenScores | None
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, loss_scale and, on rank 0, gradients (see LayoutResult) of one update; collective."""
     objective: ObjectiveFunction
     if config.kind == "sft":
         batch, objective = build_supervised_batch(packed), supervised_objective
+    elif trains_on_pairs(config):
+        reference = scores.reference if scores is not None and has_reference(config) else None
+        batch, objective = build_preference_batch(packed, reference), build_pair_objective(config)
     else:
+        assert scores is not None
         algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
         (batch,), objective = algorithm.prepare(packed, scores, step=0).batches, algorithm.objective
     loss, gradients = _loss_and_gradients(policy, batch, objective)
@@ -184,7 +196,7 @@ def _loss_and_gradients(model: Learner, batch: TrainBatch, objective: ObjectiveF
     return metrics["loss"], dict(hugging_face_gradients(model.engine.chunks, model.weight_map, layout))
 
 
-def megatron_parameters(policy: Policy, critic: Critic | None) -> dict[str, tuple[str, ...]]:
+def megatron_parameters(policy: Learner, critic: Critic | None) -> dict[str, tuple[str, ...]]:
     """Each trained Megatron parameter and the Hugging Face tensors in it."""
     return {
         prefix + name: tuple(prefix + tensor for tensor in parameter.hugging_face)
@@ -203,12 +215,16 @@ def _gradient_norm(model: Learner) -> float:
 def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> None:
     """One rank of one layout."""
     packed, scores = torch.load(batch_file, weights_only=False)
-    policy, critic, names = Policy(config, total_updates=1), build_critic(config), _models(config)
-    reference = Reference(config) if "reference" in names else None
+    policy, critic = build_learner(config, total_updates=1), build_critic(config)
+    reference = Reference(config) if has_reference(config) else None
     reward_model = RewardModel(config, config.reward_model) if config.reward_model is not None else None
-    own = score(policy, reference, critic, packed)
-    said = {"policy": own.old, "reference": own.reference, "critic": own.values}
-    said["reward_model"] = None if reward_model is None else reward_model.score(packed)
+    said: dict[str, Tensor | None]
+    if policy.has_value_head:
+        said = {"policy": policy.engine.score(packed)[0]}
+    else:
+        own = score(policy, reference, critic, packed)
+        said = {"policy": own.old, "reference": own.reference, "critic": own.values}
+        said["reward_model"] = None if reward_model is None else reward_model.score(packed)
     loss, loss_scale, gradients = compute_gradients(policy, critic, config, packed, scores)
     norm = math.hypot(*(_gradient_norm(model) for model in (policy, critic) if model is not None))
     if is_main_rank():
@@ -264,7 +280,7 @@ def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]
     for name, value in layout.items():
         model, _, key = name.rpartition(".")
         keys.setdefault(model or "policy", {})[key] = value
-    unused = sorted(keys.keys() - {"policy", *_models(config)})
+    unused = sorted(keys.keys() - {*models_of(config)})
     if unused:
         raise ConfigError(f"layout {layout}: the run has no {unused[0]}; leave out the keys that start with {unused[0]}.")
     policy = _in_layout(config.policy, keys.get("policy", {}), layout)
@@ -297,15 +313,6 @@ def _in_layout(role: RoleConfig, keys: dict[str, object], layout: dict[str, obje
     except ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(f"layout {layout}: {problem['loc'][-1]} = {problem['input']!r}: {problem['msg']}") from error
-
-
-def _models(config: Config) -> tuple[str, ...]:
-    """The models of the run beside the policy."""
-    if config.kind != "rl":
-        return ()
-    algorithm = config.algorithm
-    used = (algorithm.kl.place != "none", algorithm.advantage == "gae", config.reward_model is not None)
-    return tuple(name for name, is_used in zip(FOLLOWERS, used, strict=True) if is_used)
 
 
 def compare(reference: LayoutResult, result: LayoutResult) -> ParityRow:

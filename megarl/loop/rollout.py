@@ -28,7 +28,7 @@ from megarl.rollout.collector import Collector, Score
 from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.outstanding import Tickets
 from megarl.rollout.partial_collector import PartialCollector
-from megarl.train.roles import Policy, RewardModel
+from megarl.train.roles import Learner, RewardModel
 from megarl.types import PackedBatch, Prompt, RolloutGroup, ScoredRollout
 from megarl.weights.checkpoint import DataState
 
@@ -192,7 +192,7 @@ class Rollout:
         self,
         config: Config,
         tokenizer: PreTrainedTokenizerBase,
-        policy: Policy,
+        policy: Learner,
         warn: Callable[[str], None],
         prompts: Prompts | None,
         *,

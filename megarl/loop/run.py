@@ -9,21 +9,23 @@ from typing import Any, Self
 
 from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.objectives import masked_mean_gap
+from megarl.config.models_of import samples_responses, trains_on_pairs
 from megarl.config.schema import Config
 from megarl.config.stages import Stage
 from megarl.data.curriculum import StagedPrompts
 from megarl.data.packing import pack_examples
-from megarl.data.sampler import build_sft_source
+from megarl.data.sampler import build_pair_source, build_sft_source
 from megarl.data.template import load_tokenizer
 from megarl.errors import CheckpointError
 from megarl.loop.broadcast import broadcast_batch, broadcast_value
+from megarl.loop.pairs import HeldOutPairs, pack_for
 from megarl.loop.promotion import StageProgress
 from megarl.loop.rollout import Collected, Prompts, Rollout, accuracy_name, prompts_of_stage, read_prompts
 from megarl.observe.progress import RunProgress
 from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
 from megarl.observe.sinks import MetricsWriter, RolloutWriter, TicketsWriter
 from megarl.observe.timers import PhaseTimer
-from megarl.train.roles import Critic, Learner, Policy, is_main_rank
+from megarl.train.roles import Critic, Learner, is_main_rank
 from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
 from megarl.weights.checkpoint import (
     CheckpointWriter,
@@ -38,23 +40,32 @@ from megarl.weights.export import write_hugging_face_folder
 
 
 class Examples:
-    """Supervised examples: rank 0 reads them, every rank gets them."""
+    """Supervised examples, or preference pairs: rank 0 reads them, every rank gets them."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        self._source = build_sft_source(config, tokenizer) if is_main_rank() else None
+        self._config = config
+        self._examples = build_sft_source(config, tokenizer) if config.kind == "sft" and is_main_rank() else None
+        self._pairs = build_pair_source(config, tokenizer) if trains_on_pairs(config) and is_main_rank() else None
 
     def take(self, count: int) -> PackedBatch:
-        """The next ``count`` examples."""
-        return broadcast_batch(None if self._source is None else pack_examples(self._source.take(count)), PackedBatch)
+        """The next ``count`` examples or pairs."""
+        packed = None
+        if self._examples is not None:
+            packed = pack_examples(self._examples.take(count))
+        elif self._pairs is not None:
+            packed = pack_for(self._config, self._pairs.take(count))
+        return broadcast_batch(packed, PackedBatch)
 
     def data_state(self) -> DataState:
-        """Position in the examples, on rank 0."""
-        return DataState(position={} if self._source is None else self._source.state(), outstanding=None)
+        """Position in the data, on rank 0."""
+        source = self._examples or self._pairs
+        return DataState(position={} if source is None else source.state(), outstanding=None)
 
     def restore_data(self, state: DataState) -> None:
         """Go on from that position."""
-        if self._source is not None:
-            self._source.restore(state.position)
+        source = self._examples or self._pairs
+        if source is not None:
+            source.restore(state.position)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +90,12 @@ class Run:
 
     Args:
         config: the run.
-        policy: its model; restored here when the run resumes.
-        algorithm: its RL method, restored likewise; None for supervised runs.
+        policy: its model, which may be a reward model; restored here when the run resumes.
+        algorithm: its RL method, restored likewise; None for the other kinds.
         critic: restored likewise; None for methods without.
         resume: go on from the newest checkpoint.
         stage: which of a curriculum this is.
+        held_out: what a run on pairs is evaluated on; the other kinds are by sampled responses.
 
     Attributes:
         step: steps done.
@@ -94,15 +106,17 @@ class Run:
     def __init__(
         self,
         config: Config,
-        policy: Policy,
+        policy: Learner,
         algorithm: Algorithm | None = None,
         critic: Critic | None = None,
         *,
         resume: bool,
         stage: StageRun | None = None,
+        held_out: HeldOutPairs | None = None,
     ) -> None:
         self._config = config
         self._stage = stage
+        self._held_out = held_out
         self._policy = policy
         self._algorithm = algorithm
         self._critic = critic
@@ -119,8 +133,8 @@ class Run:
         self._entropy_floor = EntropyFloor(config.observe.min_entropy)
         self._open_displays(resume=goes_on)
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-        self._examples = Examples(config, tokenizer) if config.kind == "sft" else None
-        samples = config.kind == "rl" or config.evaluation.data is not None
+        self._examples = Examples(config, tokenizer) if config.kind != "rl" else None
+        samples = samples_responses(config)
         with_greedy = algorithm is not None and algorithm.needs_greedy_response
         prompts = self._prompts(tokenizer) if samples and is_main_rank() else None
         self._rollout = Rollout(config, tokenizer, policy, self.message, prompts, with_greedy=with_greedy) if samples else None
@@ -129,13 +143,13 @@ class Run:
 
     @property
     def rollout(self) -> Rollout:
-        """Sampling and scoring; an SFT run has it only for evaluation."""
+        """Sampling and scoring; an SFT run has it only for evaluation, one on pairs not at all."""
         assert self._rollout is not None
         return self._rollout
 
     @property
     def examples(self) -> Examples:
-        """Supervised examples of an SFT run."""
+        """Examples of an SFT run, or pairs."""
         assert self._examples is not None
         return self._examples
 
@@ -223,6 +237,11 @@ class Run:
                 self._metrics.write(0, metrics)
 
     def _evaluate(self) -> dict[str, float]:
+        if self._held_out is not None:
+            metrics = self._held_out.evaluate()
+            accuracy, loss = metrics["held_out/accuracy"], metrics["held_out/loss"]
+            self.message(f"step {self.step}: held-out accuracy {accuracy:.1%}, loss {loss:.4f}")
+            return metrics
         if self._config.kind == "sft":
             self.rollout.push_weights(self.weight_version)
         metrics, groups = self.rollout.evaluate()
@@ -325,7 +344,7 @@ class Run:
         tensors, folder = learner.hugging_face_tensors(), self._config.run_dir / name
         if is_main_rank():
             tokenizer = self._config.model.tokenizer or self._config.model.path
-            write_hugging_face_folder(tensors, source, tokenizer, folder, with_value_head=learner is self._critic)
+            write_hugging_face_folder(tensors, source, tokenizer, folder, with_value_head=learner.has_value_head)
         else:
             for _ in tensors:
                 pass

@@ -19,7 +19,7 @@ from megarl.reshard.engines import EngineLayout
 from megarl.reshard.meeting import AbsentRankError, Meetings
 from megarl.rollout.protocol import RolloutEngine
 from megarl.rollout.server_engine import EngineSizes, ServerEngine
-from megarl.train.roles import Policy
+from megarl.train.roles import Learner
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class WeightSync:
     never served; all ranks then hear why, and rank 0 starts another server, which gets everything anew.
     """
 
-    def __init__(self, config: Config, policy: Policy, main: MainRankEngine | None) -> None:
+    def __init__(self, config: Config, policy: Learner, main: MainRankEngine | None) -> None:
         """``main``: on rank 0."""
         self._config, self._policy, self._main = config, policy, main
         self._settings = config.rollout.weight_transfer

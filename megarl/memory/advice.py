@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from megarl.config.checks import check
+from megarl.config.models_of import models_of
 from megarl.config.schema import Config, RoleConfig, Section
 from megarl.errors import ConfigError
-from megarl.memory.statement import Device, longest_sequence, roles_of, state_memory
+from megarl.memory.statement import Device, longest_sequence, state_memory
 
 LEAST_GAIN = 0.99  # of the peak; what gains less is not worth a line
 SMALLEST_CHUNK = 128  # tokens; smaller chunks of logits are not worth their time
@@ -105,7 +106,7 @@ def _with(run: _Run, edits: list[_Edit]) -> _Run:
 
 def _kinds(run: _Run) -> Iterator[Iterator[_Edit]]:
     """Edits of one setting each, the mildest first."""
-    for name in roles_of(run.config):
+    for name in models_of(run.config):
         role = cast(RoleConfig | None, getattr(run.config, name))
         if role is not None:  # else it has the policy's settings
             yield from _kinds_of_role(run, name, role)

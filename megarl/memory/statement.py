@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from megarl.config.models_of import models_of, trains_on_pairs
 from megarl.config.schema import Config, CriticConfig, RoleConfig
 from megarl.memory import activations, heads, held
 from megarl.memory.activations import FLOAT, LayerShape
@@ -204,7 +205,7 @@ def state_memory(config: Config, world_size: int, device: Device) -> list[RankMe
     Raises:
         ConfigError: a layout does not divide the model or the world.
     """
-    roles = [_role(config, name, world_size) for name in roles_of(config)]
+    roles = [_role(config, name, world_size) for name in models_of(config)]
     kinds: dict[tuple[tuple[int | None, ...], bool], list[int]] = {}
     for rank in range(world_size):
         stages = tuple(role.stage_of(rank) for role in roles)
@@ -233,7 +234,7 @@ def _rank(
     for role, stage in present:
         brought = tuple(part for part in role.held_parts(stage) if role.offloaded(part))
         weights = tuple(part for part in brought if part.name == "weights")
-        if config.kind == "rl":
+        if config.kind == "rl" or not role.learns:
             moments[f"{role.name} scoring"] = (*weights, *role.scoring(stage))
         if role.learns:
             moments[f"{role.name} update"] = (*brought, *role.update(stage, device))
@@ -282,7 +283,7 @@ def state_relayout(before: Config, after: Config, world_size: int, device: Devic
     Raises:
         ConfigError: a layout does not divide the model or the world.
     """
-    roles = [(_role(before, name, world_size), _role(after, name, world_size)) for name in roles_of(after)]
+    roles = [(_role(before, name, world_size), _role(after, name, world_size)) for name in models_of(after)]
     learners = [pair for pair in roles if pair[1].learns]
     kinds: dict[tuple[int | None, ...], list[int]] = {}
     for rank in range(world_size):
@@ -328,25 +329,13 @@ def _while_one_moves(learners: list[tuple[_Role, _Role]], moving: int, rank: int
 
 
 def longest_sequence(config: Config) -> int:
-    """Tokens of a step's longest sequence."""
+    """Tokens of a step's longest sequence, of a preference run of its longest pair, which one micro-batch holds."""
     return _batch_sizes(config)[1]
-
-
-def roles_of(config: Config) -> tuple[str, ...]:
-    """Names of the models that the run builds, the policy first: what ``loop/rl.py`` and ``loop/sft.py`` do."""
-    if config.kind == "sft":
-        return ("policy",)
-    others = {
-        "reference": config.algorithm.kl.place != "none",
-        "reward_model": config.reward_model is not None,
-        "critic": config.algorithm.advantage == "gae",
-    }
-    return ("policy", *(name for name, is_built in others.items() if is_built))
 
 
 def settings_of_roles(config: Config) -> dict[str, RoleConfig]:
     """The section of every model that the run builds, by name."""
-    return {name: _settings(config, name)[0] for name in roles_of(config)}
+    return {name: _settings(config, name)[0] for name in models_of(config)}
 
 
 def _is_embedded(config: Config) -> bool:
@@ -354,7 +343,10 @@ def _is_embedded(config: Config) -> bool:
 
 
 def _batch_sizes(config: Config) -> tuple[int, int]:
-    """Tokens of a step and of its longest sequence, all prompts and responses as long as they may be."""
+    """Tokens of a step and of what one micro-batch has to hold of it, all prompts and responses as long as they may be."""
+    if trains_on_pairs(config):
+        of_pair = 2 * (config.preference.max_tokens + int(config.kind == "reward_model"))
+        return config.preference.pairs_per_step * of_pair, of_pair
     if config.kind == "sft":
         return config.sft.examples_per_step * config.sft.max_tokens, config.sft.max_tokens
     longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
@@ -380,7 +372,8 @@ def _weight_map(path: Path, pad_multiple: int, *, gives_values: bool) -> WeightM
 
 def _role(config: Config, name: str, world_size: int) -> _Role:
     role, path = _settings(config, name)
-    gives_values, learns = name in ("critic", "reward_model"), name in ("policy", "critic")
+    gives_values = name in ("critic", "reward_model") or config.kind == "reward_model"
+    learns = name in ("policy", "critic")
     weight_map = _weight_map(path.resolve(), config.model.vocabulary_pad_multiple, gives_values=gives_values)
     architecture = weight_map.architecture
     ranks = role.ranks(world_size)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megarl.algorithms.objectives import Objective, ObjectiveFunction, finish_metrics, select_tokens
 from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
 from megarl.config.schema import RoleConfig
-from megarl.data.packing import plan_micro_batches
+from megarl.data.packing import plan_group_micro_batches, plan_micro_batches
 from megarl.models.build import CausalLM
 from megarl.models.flops import sequence_flops
 from megarl.parallel.differentiable import sum_over_group
@@ -133,7 +133,7 @@ class TrainingEngine:
 
         for chunk in self.ddp_chunks:
             chunk.zero_grad_buffer()
-        results: list[Objective] = self._run(packed, self.ddp_chunks, collect, forward_only=False)
+        results: list[Objective] = self._run(packed, self.ddp_chunks, collect, forward_only=False, keeps_groups=batch.keeps_groups)
         return self._reduce_metrics(results, int(packed.loss_mask.sum()))
 
     def _run(
@@ -143,12 +143,14 @@ class TrainingEngine:
         collect: Callable[[MicroBatch, tuple[Tensor, ...]], tuple[Tensor, Any]],
         *,
         forward_only: bool,
+        keeps_groups: bool = False,
     ) -> list[Any]:
         """Send the batch through megatron-core's schedule; returns what ``collect`` gave per micro-batch (last stage only)."""
         parallel, config = self.role.parallel, self.chunks[0].config
         multiple, flops = self.layout.sequence_multiple, sequence_flops(config)
         lengths = [-(-length // multiple) * multiple for length in batch.sequence_lengths.tolist()]
-        plan = plan_micro_batches(
+        make_plan = partial(plan_group_micro_batches, batch.group_ids.tolist()) if keeps_groups else plan_micro_batches
+        plan = make_plan(
             lengths,
             [flops.of(length) for length in lengths],
             num_replicas=self.layout.dp,

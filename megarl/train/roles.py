@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -59,30 +59,37 @@ def _build_engine(
 
 
 def _build_value_model(
-    config: Config, role: CriticConfig | RewardModelConfig, *, with_weights: bool = True
+    config: Config, role: RoleConfig, path: Path | None, *, trainable: bool, with_weights: bool = True
 ) -> tuple[TrainingEngine, WeightMap]:
-    """A critic, which learns and may start without a head, or a reward model, which is complete and does not learn."""
-    is_critic = isinstance(role, CriticConfig)
-    path = role.path or config.model.path
-    architecture = replace(read_architecture(path), tied_embeddings=False)  # it has no output layer that could be tied
+    """A critic or reward model. One that learns may start without a head; one that does not is complete.
+
+    Args:
+        config: the run.
+        role: layout and sizes.
+        path: folder of its weights; the policy's starting weights when None.
+        trainable: whether it learns.
+        with_weights: read or draw them; without, something else must write all of them.
+    """
+    folder = path or config.model.path
+    architecture = replace(read_architecture(folder), tied_embeddings=False)  # it has no output layer that could be tied
     with_transformer_engine = use_transformer_engine(config.model.transformer_impl)
     weight_map = with_value_head(build_weight_map(architecture, config.model.vocabulary_pad_multiple, with_transformer_engine))
     layout = build_layout(role.parallel, role.ranks(dist.get_world_size()))
     chunks = build_model_chunks(architecture, config.model, role, layout, config.seed, ValueModel)
     source: WeightSource
-    if config.model.init == "random" and role.path is None:
+    if config.model.init == "random" and path is None:
         source = RandomSource(weight_map, config.seed)
-    elif is_critic:
-        source = value_head_source(path, weight_map, config.seed)
+    elif trainable:
+        source = value_head_source(folder, weight_map, config.seed)
     else:
-        source = SafetensorsSource(path, weight_map)
+        source = SafetensorsSource(folder, weight_map)
     if with_weights:
         load_weights(chunks, source, weight_map, layout)
-    return TrainingEngine(chunks, role, layout, head=ValueHead(role=role, layout=layout), trainable=is_critic), weight_map
+    return TrainingEngine(chunks, role, layout, head=ValueHead(role=role, layout=layout), trainable=trainable), weight_map
 
 
 class Reference:
-    """The frozen model that the KL penalty keeps the policy near to. Every rank must build it."""
+    """The frozen model that the policy is compared with. Every rank must build it."""
 
     def __init__(self, config: Config) -> None:
         role = config.reference or config.policy
@@ -96,7 +103,7 @@ class RewardModel:
 
     def __init__(self, config: Config, role: RewardModelConfig) -> None:
         self.weight = role.weight
-        self.engine, _ = _build_value_model(config, role)
+        self.engine, _ = _build_value_model(config, role, role.path, trainable=False)
         self.engine.weights.release()
 
     def score(self, packed: PackedBatch) -> Tensor:
@@ -115,7 +122,12 @@ class Learner:
         dtype: of its parameters.
         optimizer: settings.
         total_updates: optimizer steps of the run, for the learning-rate schedule.
+
+    Attributes:
+        has_value_head: it gives one number for each token; a language model does not.
     """
+
+    has_value_head: ClassVar[bool] = False
 
     def __init__(
         self, engine: TrainingEngine, weight_map: WeightMap, dtype: torch.dtype, optimizer: OptimizerConfig, total_updates: int
@@ -271,9 +283,11 @@ class Critic(Learner):
         with_weights: as the policy's.
     """
 
+    has_value_head = True
+
     def __init__(self, config: Config, total_updates: int, *, with_weights: bool = True) -> None:
         role = config.critic or CriticConfig.model_validate(config.policy.model_dump())
-        engine, weight_map = _build_value_model(config, role, with_weights=with_weights)
+        engine, weight_map = _build_value_model(config, role, role.path, trainable=True, with_weights=with_weights)
         super().__init__(engine, weight_map, DTYPES[config.model.dtype], role.optimizer or config.optimizer, total_updates)
 
     def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
@@ -283,7 +297,27 @@ class Critic(Learner):
         return state
 
 
-def score(policy: Policy, reference: Reference | None, critic: Critic | None, packed: PackedBatch) -> TokenScores:
+class LearningRewardModel(Learner):
+    """The reward model that a run of kind reward_model trains, in the policy's layout. Every rank must build it.
+
+    Args:
+        config: the run.
+        total_updates: optimizer steps of the run, for the learning-rate schedule.
+    """
+
+    has_value_head = True
+
+    def __init__(self, config: Config, total_updates: int) -> None:
+        engine, weight_map = _build_value_model(config, config.policy, None, trainable=True)
+        super().__init__(engine, weight_map, DTYPES[config.model.dtype], config.optimizer, total_updates)
+
+
+def build_learner(config: Config, total_updates: int) -> Learner:
+    """The model that a run without a critic trains. Every rank must build it."""
+    return LearningRewardModel(config, total_updates) if config.kind == "reward_model" else Policy(config, total_updates)
+
+
+def score(policy: Learner, reference: Reference | None, critic: Critic | None, packed: PackedBatch) -> TokenScores:
     """What all models say of the batch before the updates. Models on disjoint ranks work at the same time."""
     engines = [None if model is None else model.engine for model in (policy, reference, critic)]
     computed = [None if engine is None else engine.compute_scores(packed) for engine in engines]

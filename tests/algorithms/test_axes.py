@@ -145,8 +145,8 @@ def test_mini_batches_have_their_own_normaliser_and_share_the_advantages() -> No
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     for name in ("truncated", "greedy_rewards", "greedy_lengths"):
         assert torch.equal(torch.stack([getattr(part.packed, name) for part in parts]), getattr(batch.packed, name).view(5, 2))
-    for name in ("old", "entropies", "reference"):
-        assert torch.equal(torch.cat([getattr(part.scores, name) for part in parts]), getattr(batch.scores, name))
+    for name, scores in (("old_logprobs", batch.scores.old), ("reference_logprobs", batch.scores.reference)):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), scores)
     for part in parts:
         trained = int(part.packed.loss_mask.sum())
         assert part.token_weights.sum().item() == pytest.approx(1.0 if trained else 0.0)

@@ -1,9 +1,13 @@
 """Short real runs on a tiny model: their config, the ``megarl`` command, and what a run leaves behind."""
 
+import contextlib
 import importlib.util
 import json
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +17,7 @@ import pytest
 import yaml
 
 from megarl.cli import main
+from megarl.weights.checkpoint import whole_checkpoints
 
 MEGARL = Path(sys.executable).with_name("megarl")
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -87,3 +92,46 @@ def logged(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
 def processes_naming(text: Path) -> list[psutil.Process]:
     """Processes with the text in their command line."""
     return [process for process in psutil.process_iter(["cmdline"]) if str(text) in " ".join(process.info["cmdline"] or ())]
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Bit for bit: every metric of every step, and the exported weights."""
+    assert logged(run) == logged(expected)
+    assert (run / "hf" / "model.safetensors").read_bytes() == (expected / "hf" / "model.safetensors").read_bytes()
+
+
+def start_and_kill(config: Path, run_dir: Path, seed: int, *, parent_only: bool, num_ranks: int = 2) -> int:
+    """Start a run, kill it at a random moment after its first checkpoint, wait until all is gone; the steps it had done."""
+    moment = random.Random(seed)
+    num_lines, delay = moment.randint(2, 3), moment.uniform(0, 0.4)
+    command = [MEGARL, "train", config, "--nproc", str(num_ranks), "--run-dir", run_dir]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        deadline = time.monotonic() + TIMEOUT
+        while not whole_checkpoints(run_dir / "checkpoints") or num_logged(run_dir) < num_lines:
+            assert run.poll() is None and time.monotonic() < deadline, run.communicate()
+            time.sleep(0.02)
+        time.sleep(delay)  # this is the random moment
+        processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+        assert len(processes) > num_ranks
+        for process in processes[:1] if parent_only else processes:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a writer of the checkpoint that has done its work
+                process.kill()
+        assert run.wait() == -signal.SIGKILL
+    assert psutil.wait_procs(processes, timeout=5)[1] == []
+    assert not processes_naming(run_dir)
+    return num_logged(run_dir) - 1
+
+
+def num_logged(run_dir: Path) -> int:
+    """Lines of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def copy_of_interrupted(run: Path, copy: Path, step: int, first_logged: int = 0) -> None:
+    """The run as it stood when it had saved ``step``; its log begins with step ``first_logged``."""
+    copy.mkdir()
+    (copy / "checkpoints").mkdir()
+    (copy / "checkpoints" / f"step_{step:08d}").symlink_to(run / "checkpoints" / f"step_{step:08d}")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[: step - first_logged + 1]))

@@ -1,15 +1,9 @@
 """The megarl command from start to end: killed, resumed, evaluated, compared between layouts."""
 
-import contextlib
 import json
-import random
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -22,14 +16,17 @@ from megarl.data.template import SFTExample
 from megarl.errors import CheckpointError
 from megarl.loop.launch import launch_evaluation, launch_training
 from megarl.weights.checkpoint import whole_checkpoints
-from runs import MEGARL, TIMEOUT, logged, megarl, megarl_here, processes_naming, write_config
+from runs import (
+    assert_same_run,
+    copy_of_interrupted,
+    logged,
+    megarl,
+    megarl_here,
+    processes_naming,
+    start_and_kill,
+    write_config,
+)
 from tiny import write_tiny_model
-
-
-def assert_same_run(run: Path, expected: Path) -> None:
-    """Bit for bit: every metric of every step, and the exported weights."""
-    assert logged(run) == logged(expected)
-    assert (run / "hf" / "model.safetensors").read_bytes() == (expected / "hf" / "model.safetensors").read_bytes()
 
 
 def test_the_run_folder_is_complete(finished: Path) -> None:
@@ -54,34 +51,6 @@ def test_the_run_folder_is_complete(finished: Path) -> None:
     assert not processes_naming(finished.parent)
 
 
-def start_and_kill(config: Path, run_dir: Path, seed: int, *, parent_only: bool, num_ranks: int = 2) -> int:
-    """Start a run, kill it at a random moment after its first checkpoint, wait until all is gone; the steps it had done."""
-    moment = random.Random(seed)
-    num_lines, delay = moment.randint(2, 3), moment.uniform(0, 0.4)
-    command = [MEGARL, "train", config, "--nproc", str(num_ranks), "--run-dir", run_dir]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
-        deadline = time.monotonic() + TIMEOUT
-        while not whole_checkpoints(run_dir / "checkpoints") or num_logged(run_dir) < num_lines:
-            assert run.poll() is None and time.monotonic() < deadline, run.communicate()
-            time.sleep(0.02)
-        time.sleep(delay)  # this is the random moment
-        processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-        assert len(processes) > num_ranks
-        for process in processes[:1] if parent_only else processes:
-            with contextlib.suppress(psutil.NoSuchProcess):  # a writer of the checkpoint that has done its work
-                process.kill()
-        assert run.wait() == -signal.SIGKILL
-    assert psutil.wait_procs(processes, timeout=5)[1] == []
-    assert not processes_naming(run_dir)
-    return num_logged(run_dir) - 1
-
-
-def num_logged(run_dir: Path) -> int:
-    """Lines of metrics.jsonl."""
-    path = run_dir / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 def test_killed_with_all_its_processes_and_resumed_equals_uninterrupted(finished: Path, tmp_path: Path) -> None:
     config = finished.parent / "config.yaml"
     assert 1 <= start_and_kill(config, tmp_path / "run", seed=0, parent_only=False) < 4
@@ -99,15 +68,6 @@ def test_a_killed_parent_takes_its_ranks_along_and_asynchronous_checkpoints_resu
     assert 1 <= start_and_kill(path, tmp_path / "killed", seed=1, parent_only=True) < 16
     launch_training(load_config(path, [f"run_dir={tmp_path / 'killed'}"]), num_ranks=2, resume=True)
     assert_same_run(tmp_path / "killed", tmp_path / "run")
-
-
-def copy_of_interrupted(run: Path, copy: Path, step: int, first_logged: int = 0) -> None:
-    """The run as it stood when it had saved ``step``; its log begins with step ``first_logged``."""
-    copy.mkdir()
-    (copy / "checkpoints").mkdir()
-    (copy / "checkpoints" / f"step_{step:08d}").symlink_to(run / "checkpoints" / f"step_{step:08d}")
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (copy / "metrics.jsonl").write_text("".join(lines[: step - first_logged + 1]))
 
 
 @pytest.mark.parametrize(

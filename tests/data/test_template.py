@@ -9,8 +9,8 @@ from megarl.errors import ConfigError, DataError
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
 
 
-def row(prompt="2+2?", answer="4"):
-    return Row(row_id="train/17", prompt=prompt, answer=answer, task="train", reference={"answer": answer})
+def row(prompt="2+2?", answer="4", rejected=None):
+    return Row(row_id="train/17", prompt=prompt, answer=answer, rejected=rejected, task="train", reference={"answer": answer})
 
 
 def test_text_template_is_not_a_format_string(tokenizer):

@@ -83,6 +83,22 @@ def test_supervised_run_has_one_model_and_no_engine(config: Path, capfd: pytest.
     assert {part["owner"] for part in kind["held"]} == {"policy", "run"}
 
 
+def test_preference_run_has_a_reference_and_holds_pairs(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = ["kind=preference", "preference.max_tokens=512", "preference.pairs_per_step=3"]
+    given = [part for setting in settings for part in ("--set", setting)]
+    assert plan_memory(config, "--world-size", 2, *given, "--json") == 0
+    (kind,) = as_json(capfd)["ranks"]
+    assert set(kind["moments"]) == {*("policy update", "policy optimizer step", "policy gradient reduction", "reference scoring")}
+    held = {part["owner"]: part for part in kind["held"] if part["name"] == "weights"}
+    assert held["reference"]["bytes"] == pytest.approx(held["policy"]["bytes"], rel=1e-3)  # which are aligned
+    assert plan_memory(config, "--world-size", 2, *given, "--set", "preference.loss=orpo", "--json") == 0
+    assert {part["owner"] for part in as_json(capfd)["ranks"][0]["held"]} == {"policy", "run"}
+    # a micro-batch of one pair is as large as one of two examples of SFT
+    supervised = ["kind=sft", "sft.max_tokens=512", "sft.examples_per_step=6"]
+    assert plan_memory(config, "--world-size", 2, *(part for one in supervised for part in ("--set", one)), "--json") == 0
+    assert as_json(capfd)["ranks"][0]["moments"]["policy update"] < kind["moments"]["policy update"]
+
+
 def test_advice_holds(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Each setting said to be enough is enough, with the peak that was promised; those together, too."""
     assert plan_memory(config, "--world-size", 4, "--json") == 0

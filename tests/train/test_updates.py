@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megarl.algorithms.batches import build_supervised_batch
 from megarl.algorithms.objectives import supervised_objective
 from megarl.config.schema import Config
 from megarl.errors import TrainingError
@@ -21,8 +22,7 @@ from tiny import PROMPTS, tiny_config, write_tiny_model
 
 def supervised(config: Config) -> TrainBatch:
     packed = synthetic_batch(PROMPTS, config)
-    weights = packed.loss_mask.float() / packed.loss_mask.sum()
-    return TrainBatch(packed=packed, scores=None, advantages=None, token_weights=weights, sampler_weights=None, returns=None)
+    return build_supervised_batch(packed)
 
 
 def parameters(policy: Policy) -> list[torch.Tensor]:

@@ -29,6 +29,7 @@ from megarl.config.schema.data import (
     SFTConfig,
     TaskConfig,
 )
+from megarl.config.schema.preference import REFERENCE_FREE, PreferenceConfig
 from megarl.config.schema.roles import (
     CriticConfig,
     ModelConfig,
@@ -53,6 +54,7 @@ from megarl.config.schema.section import Section
 
 __all__ = [
     "ADVANTAGES",
+    "REFERENCE_FREE",
     "SCRIPTS",
     "SURROGATES",
     "AlgorithmConfig",
@@ -80,6 +82,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PartialConfig",
+    "PreferenceConfig",
     "PromotionConfig",
     "ReasoningGymSource",
     "ReferenceConfig",

@@ -103,6 +103,10 @@ class JsonlSource(Section):
     path: Path = key(..., "file", "JSON-lines file, one object a line.")
     prompt_field: str = key("prompt", "-", "Field with the question, a string or a list of chat messages.")
     answer_field: str = key("answer", "-", "Field with the expected answer; SFT trains on it as the response.")
+    chosen_field: str = key(
+        "chosen", "-", "For kinds preference and reward_model, in place of answer_field: field with the preferred response."
+    )
+    rejected_field: str = key("rejected", "-", "For these kinds: field with the response to the same prompt that is not preferred.")
 
 
 class DatasetsSource(Section):
@@ -113,6 +117,10 @@ class DatasetsSource(Section):
     split: str = key("train", "-", "Split of the dataset.")
     prompt_field: str = key("prompt", "-", "Field with the question, a string or a list of chat messages.")
     answer_field: str = key("answer", "-", "Field with the expected answer; SFT trains on it as the response.")
+    chosen_field: str = key(
+        "chosen", "-", "For kinds preference and reward_model, in place of answer_field: field with the preferred response."
+    )
+    rejected_field: str = key("rejected", "-", "For these kinds: field with the response to the same prompt that is not preferred.")
 
 
 class ReasoningGymSource(Section):
@@ -185,7 +193,9 @@ class DataConfig(Section):
     exclude: list[RowSource] = key(list, "-", "Rows whose prompt text appears here are left out of training.")
     sampling: SamplingConfig = key(SamplingConfig, "-", "Order of the training rows.")
     template: str = key("chat", "-", "'chat' for the tokenizer's chat template, or a text with {prompt} in it.")
-    response_suffix: str = key("", "-", "Text put after each SFT response, before the end-of-sequence token.")
+    response_suffix: str = key(
+        "", "-", "Text put after each response that data.train gives (all kinds but rl), before the end-of-sequence token."
+    )
 
 
 class SFTConfig(Section):
@@ -209,9 +219,9 @@ class RewardsConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Accuracy on held-out prompts during training."""
+    """Accuracy during training, on held-out prompts or, for kinds preference and reward_model, pairs."""
 
-    data: DataSource | None = key(None, "-", "Held-out prompts; no evaluation when not given.")
+    data: DataSource | None = key(None, "-", "Held-out prompts or pairs; no evaluation when not given.")
     every: int = key(
         0, "steps", "Evaluate after every so many steps, at the start and at the end; 0 means only start and end.", ge=0
     )

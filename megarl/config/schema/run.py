@@ -6,6 +6,7 @@ from typing import Literal
 from megarl.config.schema.algorithm import AlgorithmConfig
 from megarl.config.schema.curriculum import CurriculumConfig
 from megarl.config.schema.data import DataConfig, EvaluationConfig, RewardsConfig, SFTConfig
+from megarl.config.schema.preference import PreferenceConfig
 from megarl.config.schema.roles import CriticConfig, ModelConfig, OptimizerConfig, ReferenceConfig, RewardModelConfig, RoleConfig
 from megarl.config.schema.rollout import RolloutConfig
 from megarl.config.schema.section import Section, key
@@ -36,8 +37,10 @@ class ObserveConfig(Section):
 class Config(Section):
     """One run."""
 
-    kind: Literal["rl", "sft"] = key(..., "-", "Reinforcement learning or supervised fine-tuning.")
-    steps: int = key(..., "steps", "Length of the run: rollout-and-update steps for rl, optimizer steps for sft.", ge=0)
+    kind: Literal["rl", "sft", "preference", "reward_model"] = key(
+        ..., "-", "Reinforcement learning, supervised fine-tuning, or training of a policy or a reward model on preference pairs."
+    )
+    steps: int = key(..., "steps", "Length of the run: rollout-and-update steps for rl, optimizer steps for the others.", ge=0)
     seed: int = key(0, "-", "Seed of everything random in the run.", ge=0)
     run_dir: Path = key(Path("runs/default"), "folder", "Where the run writes; --run-dir overrides it.")
     distributed_timeout: float = key(1800.0, "seconds", "Time a collective may take before the run ends with an error.", gt=0)
@@ -49,6 +52,7 @@ class Config(Section):
     optimizer: OptimizerConfig = key(OptimizerConfig, "-", "The policy's optimizer.")
     algorithm: AlgorithmConfig = key(AlgorithmConfig, "-", "The RL method.")
     sft: SFTConfig = key(SFTConfig, "-", "Settings of kind: sft.")
+    preference: PreferenceConfig = key(PreferenceConfig, "-", "Settings of kind: preference and kind: reward_model.")
     rollout: RolloutConfig = key(RolloutConfig, "-", "Sampling.")
     data: DataConfig = key(..., "-", "Training data.")
     rewards: RewardsConfig = key(RewardsConfig, "-", "Rewards.")

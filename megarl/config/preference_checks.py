@@ -1,0 +1,50 @@
+"""Checks of training on preferences; lines start with the key."""
+
+from collections.abc import Iterator
+
+from megarl.config.models_of import trains_on_pairs
+from megarl.config.schema import Config, PreferenceConfig, ReasoningGymSource
+from megarl.config.tasks import placed_tasks
+
+SMOOTHED = ("dpo", "robust")
+OF_POLICIES = ("loss", "beta", "label_smoothing", "simpo_margin")
+OF_REWARD_MODELS = ("reward_margin", "reward_centering")
+
+
+def check_preference(config: Config) -> Iterator[str]:
+    """Settings have an effect, and the rows can have two responses."""
+    if not trains_on_pairs(config):
+        return
+    if config.rollout.environment is not None:
+        yield f"rollout.environment: is given and kind {config.kind} samples no responses; remove it"
+    for path, task in placed_tasks(config):
+        if isinstance(task.source, ReasoningGymSource):
+            yield f"{path}.type: reasoning_gym has no rejected responses; give jsonl or datasets with a chosen and a rejected field"
+    yield from _check_loss(config) if config.kind == "preference" else _check_reward_model(config)
+
+
+def _check_loss(config: Config) -> Iterator[str]:
+    preference = config.preference
+    loss, smoothing, margin = preference.loss, preference.label_smoothing, preference.simpo_margin
+    if smoothing > 0 and loss not in SMOOTHED:
+        yield f"preference.label_smoothing: is {smoothing:g} and loss {loss} has none; set it to 0, or loss to dpo or robust"
+    if smoothing == 0 and loss == "robust":
+        yield "preference.label_smoothing: is 0, with which robust is dpo; set it to the share of wrong labels, or loss to dpo"
+    if margin is not None and loss != "simpo":
+        yield f"preference.simpo_margin: is {margin:g} and loss {loss} has none; remove it, or set loss to simpo"
+    if margin is None and loss == "simpo":
+        yield "preference.simpo_margin: is required for loss simpo; give for example 1.0 with beta 2.0"
+    if config.reference is not None and not preference.has_reference:
+        yield f"reference: is given and preference.loss {loss} compares with no reference; remove it"
+    for name in OF_REWARD_MODELS:
+        if getattr(preference, name) > 0:
+            yield f"preference.{name}: is {getattr(preference, name):g} and has no use for kind preference; remove it"
+
+
+def _check_reward_model(config: Config) -> Iterator[str]:
+    defaults = PreferenceConfig()
+    for name in OF_POLICIES:
+        if (value := getattr(config.preference, name)) != getattr(defaults, name):
+            yield f"preference.{name}: is {value} and has no use for kind reward_model; remove it"
+    if config.reference is not None:
+        yield "reference: is given and kind reward_model compares with no reference; remove it"

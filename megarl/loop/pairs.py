@@ -1,0 +1,80 @@
+"""Preference pairs: packed for the model that is trained, and what it says of held-out ones."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megarl.algorithms.batches import build_preference_batch
+from megarl.algorithms.objectives import ObjectiveFunction, finish_metrics, select_tokens
+from megarl.algorithms.preferences import build_pair_objective
+from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
+from megarl.config.schema import Config
+from megarl.data.packing import pack_pairs, with_scored_ends
+from megarl.data.sampler import build_evaluation_pairs
+from megarl.data.template import PreferencePair, load_tokenizer
+from megarl.loop.broadcast import broadcast_batch, broadcast_value
+from megarl.train.roles import Learner, Reference, is_main_rank
+from megarl.types import PackedBatch
+
+
+def pack_for(config: Config, pairs: Sequence[PreferencePair]) -> PackedBatch:
+    """The pairs one after the other; for a reward model all that counts of a response is the score at its last token."""
+    packed = pack_pairs(pairs)
+    return with_scored_ends(packed) if config.kind == "reward_model" else packed
+
+
+class HeldOutPairs:
+    """The pairs of ``evaluation.data``, which rank 0 reads; every rank must build it and call ``evaluate``.
+
+    Args:
+        config: the run.
+        learner: that is evaluated.
+        reference: that the loss compares with, if any. It does not change, so it scores each pair once.
+    """
+
+    def __init__(self, config: Config, learner: Learner, reference: Reference | None) -> None:
+        self._config = config
+        self._learner = learner
+        self._reference = reference
+        self._objective = build_pair_objective(config)
+        self._pairs: Sequence[PreferencePair] = ()
+        if is_main_rank():
+            tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+            self._pairs = build_evaluation_pairs(config, tokenizer)
+        self._num_pairs: int = broadcast_value(len(self._pairs))
+        self._reference_logprobs: dict[int, Tensor | None] = {}
+
+    def evaluate(self) -> dict[str, float]:
+        """Means over all pairs of what training reports of its own, with ``held_out/`` in front; equal on all ranks.
+
+        As many pairs are in memory at a time as in a training step.
+        """
+        means: dict[str, float] = {}
+        size = self._config.preference.pairs_per_step
+        for first in range(0, self._num_pairs, size):
+            pairs = self._pairs[first : first + size]
+            packed = broadcast_batch(pack_for(self._config, pairs) if is_main_rank() else None, PackedBatch)
+            if first not in self._reference_logprobs:
+                self._reference_logprobs[first] = None if self._reference is None else self._reference.engine.score(packed)[0]
+            outputs = self._learner.engine.score(packed)
+            share = packed.num_sequences / 2 / self._num_pairs
+            metrics = pair_metrics(packed, outputs, self._reference_logprobs[first], self._objective)
+            for name, value in metrics.items():
+                means[f"held_out/{name}"] = means.get(f"held_out/{name}", 0.0) + share * value
+        return means
+
+
+def pair_metrics(
+    packed: PackedBatch, outputs: Sequence[Tensor], reference_logprobs: Tensor | None, objective: ObjectiveFunction
+) -> dict[str, float]:
+    """What an objective reports of a whole batch of pairs; ``outputs`` are the model's, each float32 [num_tokens]."""
+    trained = packed.loss_mask.nonzero()[:, 0]
+    sequences = SequenceTokens(
+        numbers=sequence_numbers(packed.cu_seqlens)[trained],
+        lengths=trained_lengths(packed.loss_mask, packed.cu_seqlens),
+        sum_over_ranks=lambda sums: sums,  # every token is here
+    )
+    data = select_tokens(build_preference_batch(packed, reference_logprobs), trained, torch.device("cpu"), sequences)
+    sums = objective(*(output[trained] for output in outputs), data).sums
+    return finish_metrics({name: float(value) for name, value in sums.items()}, {}, trained.numel())
