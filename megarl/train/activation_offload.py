@@ -14,8 +14,9 @@ SMALLEST = 4096  # bytes; a smaller tensor stays: a copy would take longer than 
 class ActivationOffload:
     """Copies what autograd saves to host memory, and back when the backward pass asks for it.
 
-    Copies to the host run beside the computation; those back do not. With full recomputation only the inputs of layers are saved
-    and so copied. On CPU the same happens with plain copies.
+    torch's save_on_cpu would copy the weights too, and wait for each copy. Here copies to the host run beside the computation;
+    those back do not. With full recomputation only the inputs of layers are saved, and so copied. On CPU it is done with plain
+    copies.
 
     Args:
         stays: gives tensors that are there anyway: the weights, which linear layers save too.
