@@ -22,7 +22,8 @@ import os, signal, subprocess, sys, time
 deaf, path = sys.argv[1] == "deaf", sys.argv[2]
 if deaf:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited by the child
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"], stdout=subprocess.PIPE)
+child.stdout.readline()
 with open(path + ".tmp", "w") as file:
     file.write(f"{os.getpid()} {child.pid}")
 os.rename(path + ".tmp", path)
