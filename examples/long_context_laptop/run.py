@@ -19,7 +19,7 @@ from two_parts import read_lines, run
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs" / "long_context_laptop"
 RANKS = "4"
-DOCUMENTS = {"sft": (36, 64, 12000, 1), "train": (64, 512, 2400, 2), "held_out": (64, 512, 256, 3)}  # tokens, rows, seed
+DOCUMENTS = {"sft": (36, 64, 12000, 1), "train": (64, 512, 2400, 2), "held_out": (64, 512, 160, 3)}  # tokens, rows, seed
 
 
 def prepare(folder: Path, seed: int) -> None:
