@@ -20,6 +20,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "simpo": {"loss": "simpo", "beta": 2.0, "simpo_margin": 0.5},
     "orpo": {"loss": "orpo", "beta": 0.5},
     "reward": {"reward_margin": 0.2, "reward_centering": 0.1},
+    "ipo": {"loss": "ipo", "beta": 0.5},
+    "robust": {"loss": "robust", "beta": 0.5, "label_smoothing": 0.1},
 }
 ALL_TO_ALL = "context_parallel_method=all_to_all"
 RING = "context_parallel_method=ring"
@@ -38,6 +40,8 @@ LAYOUTS = [
     ("dpo", f"tp=2,cp=2,pp=2,{SEQUENCE}"),
     ("simpo", f"cp=2,pp=2,vpp=2,{RING},max_tokens_per_micro_batch=40"),
     ("orpo", f"cp=8,{RING}"),
+    ("ipo", f"tp=2,cp=4,{HYBRID},{SEQUENCE}"),
+    ("robust", f"cp=2,dp=2,{ALL_TO_ALL},max_tokens_per_micro_batch=40"),
     ("dpo", "dp=2,reference.first_rank=1,reference.tp=2"),
     ("reward", "dp=3,max_tokens_per_micro_batch=30"),
     ("reward", f"tp=2,pp=2,cp=2,{SEQUENCE}"),
@@ -109,17 +113,22 @@ def loop_written(loss: str, model: PreTrainedModel, folder: Path) -> Tensor:
     return sum(terms, torch.zeros((), dtype=torch.float64)) / len(terms)
 
 
+def assert_same_gradient(run: ParityRun, model: torch.nn.Module, loss: Tensor) -> None:
+    """The run's loss and gradients on one rank are those of ``loss``, made of the float64 ``model``."""
+    loss.backward()
+    assert run.reference.loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        gap = (run.reference.gradients[name].double() - parameter.grad).norm() / parameter.grad.norm()
+        assert gap <= BOUND, (name, gap)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "simpo"])
 def test_gradient_equals_a_loop_over_transformers(tmp_path: Path, loss: str) -> None:
     model = write_tiny_model(tmp_path, "llama").double()
     run = preference_run(tmp_path, loss)
     expected = loop_written(loss, model, tmp_path)
-    expected.backward()
-    assert run.reference.loss == pytest.approx(expected.item(), rel=1e-5)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        gap = (run.reference.gradients[name].double() - parameter.grad).norm() / parameter.grad.norm()
-        assert gap <= BOUND, (name, gap)
+    assert_same_gradient(run, model, expected)
 
 
 def test_gradient_of_a_reward_model_equals_a_loop_over_transformers(tmp_path: Path) -> None:
@@ -139,12 +148,7 @@ def test_gradient_of_a_reward_model_equals_a_loop_over_transformers(tmp_path: Pa
         for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)
     ]
     expected = torch.stack(terms).mean()
-    expected.backward()
-    assert run.reference.loss == pytest.approx(expected.item(), rel=1e-5)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        gap = (run.reference.gradients[name].double() - parameter.grad).norm() / parameter.grad.norm()
-        assert gap <= BOUND, (name, gap)
+    assert_same_gradient(run, model, expected)
 
 
 def test_a_pair_that_no_micro_batch_holds_is_refused(runs: dict[str, ParityRun]) -> None:
