@@ -13,13 +13,16 @@ Request = tuple[str, str | Sequence[str], Mapping[str, Any]]
 Score = float | list[float]
 
 
-def build_scorers(specs: Sequence[ScorerSpec]) -> Callable[[Request], Any]:
+def build_scorers(argument: tuple[Sequence[ScorerSpec], bool]) -> Callable[[Request], Any]:
     """The function that answers requests ``(name of scorer, response, reference)`` with the score, as JSON has it.
+
+    The argument is the scorers, and whether this process is in a sandbox.
 
     For a scorer of steps, a list of steps is in the place of the response, and a list of numbers in that of the score. One of type
     document_qa gives the fields of a RuleScore: its judge is asked outside the workers.
     """
-    scorers = {spec.name: build_scorer(spec) for spec in specs}
+    specs, is_sandboxed = argument
+    scorers = {spec.name: build_scorer(spec, is_sandboxed=is_sandboxed) for spec in specs}
 
     def score(request: Request) -> Any:
         name, response, reference = request
