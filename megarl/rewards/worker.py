@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -49,7 +50,7 @@ def checked_score(value: object) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"the scorer returned {value!r}, not a finite number")
+        raise ValueError(f"the scorer returned {reprlib.repr(value)}, not a finite number")
     return number
 
 
@@ -58,6 +59,6 @@ def checked_scores(value: object, response: str | Sequence[str]) -> Score:
     if isinstance(response, str):
         return checked_score(value)
     if not isinstance(value, list | tuple) or len(value) != len(response):
-        given = f"{len(value)} numbers" if isinstance(value, list | tuple) else repr(value)
+        given = f"{len(value)} numbers" if isinstance(value, list | tuple) else reprlib.repr(value)
         raise ValueError(f"the scorer returned {given}, not a list with one number for each of {len(response)} steps")
     return [checked_score(one) for one in value]
