@@ -46,3 +46,9 @@ def listed(names: list[str], limit: int = 5) -> str:
 def one_line(error: BaseException) -> str:
     """The error's type and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def quoted(value: object, limit: int = 60) -> str:
+    """The value as Python writes it, without control characters, shortened in its middle, for error messages."""
+    text = repr(value[: 2 * limit] + value[-limit:] if isinstance(value, str) and len(value) > 4 * limit else value)
+    return text if len(text) <= limit else f"{text[: limit * 2 // 3]}...{text[-(limit // 3) :]}"
