@@ -14,7 +14,7 @@ ALLOWED = {
     "weights": {"models", "parallel", "config", "errors", "death_signal"},
     "reshard": {"weights", "models", "parallel", "config", "errors"},
     "memory": {"weights", "models", "parallel", "config", "errors"},
-    "data": {"types", "config", "errors"},
+    "data": {"workers", "types", "config", "errors"},
     "workers": {"config", "errors"},
     "environments": {"workers", "types", "config", "errors"},
     "rewards": {"workers", "types", "config", "errors"},
