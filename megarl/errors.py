@@ -1,5 +1,7 @@
 """Every error a user can cause or meet. The command line prints one as one line and exits with status 2."""
 
+MESSAGE_LENGTH = 300  # characters of a message, at most
+
 
 class MegaRLError(Exception):
     """Base of all errors that carry a message for the user: the value, the reason and the fix."""
@@ -44,5 +46,16 @@ def listed(names: list[str], limit: int = 5) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's type and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    """The error's type and message on one line, cut when it is long."""
+    return shown(f"{type(error).__name__}: {error}", 200)
+
+
+def with_fix(problem: str, fix: str) -> str:
+    """A whole message: the problem, cut where both would not fit into one line, and what to do."""
+    return f"{shown(problem, MESSAGE_LENGTH - len(fix) - 2)}; {fix}"
+
+
+def shown(text: str, limit: int) -> str:
+    """Text of others for an error message: on one line, without characters that a terminal acts on, cut to ``limit``."""
+    plain = " ".join("".join(one if one.isprintable() else " " for one in text[: 20 * limit]).split())
+    return plain if len(plain) <= limit else f"{plain[: limit - 3]}..."

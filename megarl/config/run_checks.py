@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from megarl.config.algorithm_checks import check_algorithm
+from megarl.config.api_keys import check_api_keys
 from megarl.config.asynchronous_checks import check_asynchronous
 from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks
 from megarl.config.document_qa_checks import check_document_qa, check_judges
@@ -182,6 +183,7 @@ SCORER_FIELDS = {
     "step_separator": ("python",),
     "url": ("reward_server",),
     "engine": ("reward_server",),
+    "api_key_env": ("reward_server",),
 }
 REQUIRED_SCORER_FIELDS = {
     "ngram": "for example 4",
@@ -240,6 +242,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_sampling,
     check_asynchronous,
     check_engine_server,
+    check_api_keys,
     check_weight_transfer,
     check_data,
     check_tasks,
