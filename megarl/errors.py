@@ -46,3 +46,9 @@ def listed(names: list[str], limit: int = 5) -> str:
 def one_line(error: BaseException) -> str:
     """The error's type and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def shortened(text: str, limit: int = 120) -> str:
+    """A text of others as it fits into an error of one line."""
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
