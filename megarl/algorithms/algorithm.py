@@ -12,7 +12,7 @@ from megarl.algorithms.entropy_control import masks_negative, without_negatives
 from megarl.algorithms.gae import length_adaptive_trace_decay
 from megarl.algorithms.kl import adapted_coefficient, kl_estimate
 from megarl.algorithms.objectives import Objective, TokenData, policy_objective, value_objective
-from megarl.algorithms.off_policy import sampler_weights
+from megarl.algorithms.off_policy import correction_level, sampler_weights
 from megarl.algorithms.sequences import sums_per_sequence, trained_lengths
 from megarl.algorithms.shaping import length_rewards, soft_overlong_penalties
 from megarl.algorithms.staleness import token_staleness
@@ -219,7 +219,7 @@ class Algorithm:
             packed.cu_seqlens,
             packed.loss_mask,
             method=correction.method,
-            level=correction.level,
+            level=correction_level(self._config),
             cap=correction.cap,
         )
         trained = weights[packed.loss_mask]

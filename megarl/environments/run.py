@@ -3,13 +3,14 @@
 import asyncio
 import inspect
 import os
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from megarl.config.schema import EnvironmentConfig
 from megarl.environments.build import EnvironmentSpec, build_environment
-from megarl.environments.protocol import Environment, Observation, Step, checked_observation, checked_step
+from megarl.environments.protocol import Environment, Observation, Step, checked_observation, checked_step, read_step
 from megarl.errors import RolloutError, one_line
+from megarl.workers.answers import clean
 from megarl.workers.pool import ProcessPool, WorkerFailure
 
 T = TypeVar("T")
@@ -40,38 +41,46 @@ def open_environments(config: EnvironmentConfig) -> Environments:
     """
     spec = EnvironmentSpec(type=config.type, function=config.function, options=config.options)
     build_environment(spec)
-    return LocalEnvironments(spec, config.timeout) if config.in_process else ProcessEnvironments(spec, config.timeout)
+    return LocalEnvironments(spec, config.timeout) if config.in_process else ProcessEnvironments(spec, config)
 
 
 class ProcessEnvironments:
     """Environments in worker processes. Between turns an environment is bytes here, so a worker's end costs one call only."""
 
-    def __init__(self, spec: EnvironmentSpec, timeout: float) -> None:
-        build = "megarl.environments.worker:build_environments"
-        num_workers = len(os.sched_getaffinity(0))
-        self._timeout = timeout
-        self._processes = ProcessPool(build, spec, num_workers, kind="an environment", error=RolloutError)
+    def __init__(self, spec: EnvironmentSpec, config: EnvironmentConfig) -> None:
+        self._timeout = config.timeout
+        self._processes = ProcessPool(
+            "megarl.environments.worker:build_environments",
+            spec,
+            len(os.sched_getaffinity(0)),
+            kind="an environment",
+            error=RolloutError,
+            sandbox=config.sandbox,
+            section="rollout.environment.sandbox",
+            modules=[] if spec.function is None else [spec.function.partition(":")[0]],
+        )
 
     async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
         """See Environments."""
-        state, observation = await self._ask("reset", prompt, dict(reference), seed)
-        return state, observation
+        return await self._ask(checked_observation, "reset", prompt, dict(reference), seed)
 
     async def step(self, state: Any, response: str) -> tuple[Any, Step]:
         """See Environments."""
-        state, step = await self._ask("step", state, response)
-        return state, step
+        return await self._ask(read_step, "step", state, response)
 
     async def close(self) -> None:
         """Kill the workers."""
         await self._processes.close()
 
-    async def _ask(self, *request: Any) -> tuple[Any, Any]:
+    async def _ask(self, read: Callable[[Any], T], *request: Any) -> tuple[str, T]:
+        """The state and what ``read`` makes of the answer, which may be a response's own work."""
         try:
-            answer: tuple[Any, Any] = await self._processes.ask(request, self._timeout, _late(self._timeout))
-        except WorkerFailure as failure:
-            raise EnvironmentFailure(str(failure)) from failure
-        return answer
+            answer = await self._processes.ask(request, self._timeout, _late(self._timeout))
+            if not (isinstance(answer, list) and len(answer) == 2 and isinstance(answer[0], str)):
+                raise ValueError("the worker answered with something else than a state and what its method returned")
+            return answer[0], read(answer[1])
+        except (WorkerFailure, ValueError) as failure:
+            raise EnvironmentFailure(clean(str(failure))) from failure
 
 
 class LocalEnvironments:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megarl.config.schema import RewardsConfig, ScorerConfig
 from megarl.errors import ConfigError, RewardError, one_line
+from megarl.rewards.document_qa import RuleScore
 from megarl.rewards.hybrid import HybridScore, HybridScorer, verdict_specs
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
 from megarl.rewards.reward_server import RewardServer
@@ -85,7 +86,7 @@ class RewardScorer:
         num_workers = min(config.concurrency, len(os.sched_getaffinity(0)))
         on_event_loop = self._async_functions.keys() | self._servers.keys()
         in_workers = [spec for spec in specs if spec.name not in on_event_loop]
-        self._pool = WorkerPool([*in_workers, *verdict_specs(judges)], num_workers)
+        self._pool = WorkerPool([*in_workers, *verdict_specs(judges)], num_workers, config.sandbox)
         self._hybrids = {name: HybridScorer(name, judge, config.timeout, self._pool) for name, judge in judges.items()}
         self._responses = asyncio.Semaphore(config.concurrency)
         self._failure_counts: Counter[str] = Counter()
@@ -181,7 +182,8 @@ class RewardScorer:
                 return await self._limited(self._async_functions[name](response, reference), response)
             if name in self._servers:
                 return await self._limited(self._servers[name].score(rollout.prompt.token_ids + rollout.token_ids), rollout.text)
-            return await self._pool.score(name, response, reference, self._config.timeout)
+            score = await self._pool.score(name, response, reference, self._config.timeout)
+            return ScorerFailure("the worker answered with something else than a score") if isinstance(score, RuleScore) else score
         except ScorerFailure as failure:
             return failure
 

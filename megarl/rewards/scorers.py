@@ -9,21 +9,14 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
-from functools import lru_cache
 from typing import Any
 
 from megarl.errors import ConfigError, one_line
 from megarl.rewards.document_qa import document_qa_scorer, verdict_scorer
+from megarl.rewards.math_scorer import math_score
 from megarl.rewards.text_scorers import ngram_repetition, script_share, tagged_sections
 
 Scorer = Callable[[Any, Mapping[str, Any]], Any]
-
-_LATEX_ANCHOR = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin\{")
-_LATEX_COMMAND = re.compile(r"\\[A-Za-z]+")
-_GROUPED_NUMBER = re.compile(r"[+-]?\d{1,3}([ ,]\d{3})+(\.\d+)?%?")
-_WORD = re.compile(r"[A-Za-z]{2}")
-_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d+)?[eE][+-]?\d{1,2}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,39 +134,13 @@ def _normalise(text: str) -> str:
 
 
 def load_math() -> Scorer:
-    """1 if math-verify finds the answer mathematically equal to the reference's."""
-    import math_verify  # here, because it takes a second and other scorers do without
+    """1 if the response's final answer is mathematically equal to the reference's."""
+    import latex2sympy2_extended  # noqa: F401  (here, because it takes a second and other scorers do without)
+    import math_verify  # noqa: F401
 
-    # It warns in every worker that its time-outs are off, as they are meant to be.
+    # It warns in every worker that its time-outs are off, as they are meant to be: they would be a silent "wrong" after 5 seconds.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-    def parse(text: str) -> list[Any]:
-        # math-verify's own time-outs turn a slow comparison into a silent "wrong"; the worker's time-out is a failure instead.
-        return math_verify.parse(text, parsing_timeout=None)
-
-    def parse_mathematics(text: str) -> list[Any]:
-        text = text.strip()
-        if _SCIENTIFIC.fullmatch(text):
-            text = f"{Decimal(text):f}"  # math-verify reads 1e5 as 1
-        if _LATEX_ANCHOR.search(text):
-            return parse(text)
-        # math-verify reads LaTeX only between anchors: of a bare "(1, 2)" it would take the 2. Prose and "10 000" are no LaTeX.
-        is_prose = _WORD.search(_LATEX_COMMAND.sub("", text)) or "\n" in text
-        if is_prose or _GROUPED_NUMBER.fullmatch(text):
-            return parse(text) or parse(f"${text}$")
-        return parse(f"${text}$") or parse(text)
-
-    @lru_cache(maxsize=4096)
-    def parse_reference(text: str) -> list[Any]:
-        parsed = parse_mathematics(text)
-        if not parsed:
-            raise ValueError(f"the reference answer {text!r} is not mathematics")
-        return parsed
-
-    def score(answer: str, reference: Mapping[str, Any]) -> float:
-        return float(math_verify.verify(parse_reference(reference["answer"]), parse_mathematics(answer), timeout_seconds=None))
-
-    return score
+    return math_score
 
 
 def load_reasoning_gym() -> Scorer:

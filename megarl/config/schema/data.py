@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megarl.config.names import Name
+from megarl.config.schema.sandbox import SandboxConfig
 from megarl.config.schema.section import Section, key
 
 SCRIPTS = ("latin", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai", "chinese", "japanese", "korean")
@@ -216,6 +217,7 @@ class RewardsConfig(Section):
         "stop", "-", "When a scorer or the environment fails: drop the whole group, count its score as 0, or end the run."
     )
     concurrency: int = key(32, "responses", "Most responses scored at the same time.", ge=1)
+    sandbox: SandboxConfig = key(SandboxConfig, "-", "What the worker processes of scorers may do.")
 
 
 class EvaluationConfig(Section):
