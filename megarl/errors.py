@@ -48,6 +48,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def shortened(text: str, limit: int = 120) -> str:
+    """A text of others as it fits into an error of one line."""
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def quoted(value: object, limit: int = 60) -> str:
     """The value as Python writes it, without control characters, shortened in its middle, for error messages."""
     text = repr(value[: 2 * limit] + value[-limit:] if isinstance(value, str) and len(value) > 4 * limit else value)
