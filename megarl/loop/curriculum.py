@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from megarl.config.schema import Config
 from megarl.config.stages import Stage, stages_of
 from megarl.data.curriculum import StagedPrompts
-from megarl.data.template import load_tokenizer
+from megarl.data.tokenizer import run_tokenizer
 from megarl.loop.asynchronous import train_asynchronously
 from megarl.loop.learning import build_models
 from megarl.loop.promotion import StageProgress
@@ -68,7 +68,7 @@ def _run_stage(
 
 def _measure_prompts(config: Config, stages: list[Stage]) -> StagedPrompts:
     """Read, measure and report them."""
-    prompts = StagedPrompts(config, stages, load_tokenizer(config.model.tokenizer or config.model.path))
+    prompts = StagedPrompts(config, stages, run_tokenizer(config))
     (config.run_dir / "curriculum.json").write_text(json.dumps(prompts.report(), indent=2) + "\n")
     for line in prompts.lines():
         print(line, flush=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megarl.config.models_of import has_reference, trains_on_pairs
 from megarl.config.schema import Config, ReferenceConfig
-from megarl.data.template import load_tokenizer
+from megarl.data.tokenizer import run_tokenizer
 from megarl.errors import ConfigError
 from megarl.loop.pairs import HeldOutPairs
 from megarl.loop.rollout import Rollout, read_held_out_prompts
@@ -76,7 +76,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path, whole: C
 
 
 def _evaluate_on_prompts(config: Config, whole: Config, policy: Learner, version: int) -> dict[str, float]:
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    tokenizer = run_tokenizer(config)
     prompts = read_held_out_prompts(whole, tokenizer) if is_main_rank() else None
     rollout = Rollout(config, tokenizer, policy, print, prompts, with_greedy=False)
     try:

@@ -15,7 +15,7 @@ from megarl.config.stages import Stage
 from megarl.data.curriculum import StagedPrompts
 from megarl.data.packing import pack_examples
 from megarl.data.sampler import build_pair_source, build_sft_source
-from megarl.data.template import load_tokenizer
+from megarl.data.tokenizer import run_tokenizer
 from megarl.errors import CheckpointError
 from megarl.loop.broadcast import broadcast_batch, broadcast_value
 from megarl.loop.pairs import HeldOutPairs, pack_for
@@ -132,7 +132,7 @@ class Run:
         self._has_compared_logprobs = False
         self._entropy_floor = EntropyFloor(config.observe.min_entropy)
         self._open_displays(resume=goes_on)
-        tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        tokenizer = run_tokenizer(config)
         self._examples = Examples(config, tokenizer) if config.kind != "rl" else None
         samples = samples_responses(config)
         with_greedy = algorithm is not None and algorithm.needs_greedy_response
