@@ -110,8 +110,10 @@ def check_data(config: Config) -> Iterator[str]:
     if template != "chat" and "{prompt}" not in template:
         yield f"data.template: {template!r} has no {{prompt}} in it; add it, or write chat for the tokenizer's chat template"
     for path, source in _sources(config):
-        if isinstance(source, JsonlSource) and not source.path.is_file():
-            yield f"{path}.path: {source.path} does not exist; give a JSON-lines file (relative to the current directory)"
+        if isinstance(source, JsonlSource) and source.path.is_dir():
+            yield f"{path}.path: {source.path} is a folder; name a file in it, or set {path}.type: datasets for a dataset's folder"
+        elif isinstance(source, JsonlSource) and not source.path.is_file():
+            yield f"{path}.path: {source.path} does not exist; give a file of rows (relative to the current directory)"
 
 
 def check_routing_replay(config: Config) -> Iterator[str]:
