@@ -4,7 +4,7 @@ from typing import Any
 
 import aiohttp
 
-from megarl.errors import shown
+from megarl.errors import shortened
 from megarl.json_text import parse_json
 
 
@@ -30,4 +30,4 @@ def parse_answer(text: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise ValueError(f"its answer is no JSON ({error}): {shown(text, 60)!r}") from None
+        raise ValueError(f"its answer is no JSON ({error}): {shortened(text, 60)!r}") from None

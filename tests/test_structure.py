@@ -15,7 +15,7 @@ ALLOWED = {
     "reshard": {"weights", "models", "parallel", "config", "errors", "sockets"},
     "memory": {"weights", "models", "parallel", "config", "errors"},
     "data": {"types", "config", "errors"},
-    "workers": {"errors"},
+    "workers": {"config", "errors"},
     "environments": {"workers", "types", "config", "errors"},
     "rewards": {"workers", "types", "config", "errors", "json_text", "server_answers"},
     "rollout": {"environments", "types", "config", "errors", "sockets", "json_text", "server_answers"},

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megarl.config.schema import Config, EngineServerConfig
 from megarl.config.tasks import placed_scorers
-from megarl.errors import ConfigError, shown
+from megarl.errors import ConfigError, shortened
 
 KEY = re.compile(r"[!-~]+")  # what a header can carry
 NAME = re.compile(r"[A-Z_][A-Z0-9_]{0,50}")
@@ -52,7 +52,7 @@ def _check_engine(path: str, section: EngineServerConfig) -> Iterator[str]:
     for name in section.arguments:
         if name.replace("-", "_") in OWN_KEY:
             yield (
-                f"{path}.arguments.{shown(name, 40)}: a server that the run starts gets a random key of its own, which this would "
+                f"{path}.arguments.{shortened(name, 40)}: a server that the run starts gets a random key of its own, which this would "
                 "replace, and the run folder would keep it; remove it"
             )
 

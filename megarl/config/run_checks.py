@@ -40,7 +40,9 @@ def check_optimizer(config: Config) -> Iterator[str]:
     updates = config.algorithm.updates_per_step if config.kind == "rl" else 1
     total = config.steps * updates
     # steps: 0 only evaluates, and must not ask for another schedule.
-    if optimizer.warmup_steps > total > 0:
+    if optimizer.warmup_steps == total == 1:
+        yield "optimizer.warmup_steps: 1 is the run's only optimizer step, which a warm-up from 0 would make at rate 0; set it to 0"
+    elif optimizer.warmup_steps > total > 0:
         words = f"steps {config.steps} × updates_per_step {updates} = {total}" if updates > 1 else f"steps {total}"
         yield f"optimizer.warmup_steps: {optimizer.warmup_steps} optimizer steps exceed the run's {words}; lower it or train longer"
 
@@ -109,8 +111,10 @@ def check_data(config: Config) -> Iterator[str]:
     if template != "chat" and "{prompt}" not in template:
         yield f"data.template: {template!r} has no {{prompt}} in it; add it, or write chat for the tokenizer's chat template"
     for path, source in _sources(config):
-        if isinstance(source, JsonlSource) and not source.path.is_file():
-            yield f"{path}.path: {source.path} does not exist; give a JSON-lines file (relative to the current directory)"
+        if isinstance(source, JsonlSource) and source.path.is_dir():
+            yield f"{path}.path: {source.path} is a folder; name a file in it, or set {path}.type: datasets for a dataset's folder"
+        elif isinstance(source, JsonlSource) and not source.path.is_file():
+            yield f"{path}.path: {source.path} does not exist; give a file of rows (relative to the current directory)"
 
 
 def check_routing_replay(config: Config) -> Iterator[str]:

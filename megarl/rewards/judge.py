@@ -9,7 +9,7 @@ import aiohttp
 
 from megarl.config.api_keys import authorization
 from megarl.config.schema import JudgeConfig
-from megarl.errors import RewardError, shown, with_fix
+from megarl.errors import RewardError, shortened, with_fix
 from megarl.server_answers import parse_answer, read_text
 
 _MAX_ANSWER_BYTES = 16 << 20
@@ -36,7 +36,7 @@ class Judge:
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
-        self._name = f"judge {shown(config.url, 80)}"
+        self._name = f"judge {shortened(config.url, 80)}"
         self._headers = authorization(config.api_key_env)
         self._session: aiohttp.ClientSession | None = None
 
@@ -74,7 +74,7 @@ class Judge:
             except TimeoutError:
                 problem = f"no answer within {config.timeout:g} seconds"
             except (_Busy, aiohttp.ClientError, OSError) as error:
-                problem = shown(str(error), 120) or type(error).__name__
+                problem = shortened(str(error), 120) or type(error).__name__
             if attempt < config.retries:
                 await asyncio.sleep(delay)
                 delay *= 2
@@ -102,13 +102,13 @@ class Judge:
                 text = await read_text(response, _MAX_ANSWER_BYTES)
             except ValueError as error:
                 raise _Busy(str(error)) from error
-        begin = shown(text, 80)
+        begin = shortened(text, 80)
         if response.status in _RETRIED_STATUS or response.status >= 500:
             raise _Busy(f"it answered with {response.status}: {begin}")
         if response.status in (401, 403):
             raise JudgeFailure(f"{self._name} refused with {response.status}; name the variable with its key as judge.api_key_env")
         if response.status != 200:
-            raise JudgeFailure(f"{self._name} refused model {shown(self.config.model, 60)} with {response.status}: {begin}")
+            raise JudgeFailure(f"{self._name} refused model {shortened(self.config.model, 60)} with {response.status}: {begin}")
         try:
             choice = parse_answer(text)["choices"][0]
             reply, reason = choice["message"]["content"], choice.get("finish_reason")

@@ -8,7 +8,7 @@ import aiohttp
 
 from megarl.config.api_keys import authorization
 from megarl.config.schema import ScorerConfig
-from megarl.errors import RewardError, one_line, shown, with_fix
+from megarl.errors import RewardError, one_line, shortened, with_fix
 from megarl.rewards.worker import checked_score
 from megarl.server_answers import parse_answer, read_text
 
@@ -46,8 +46,8 @@ class RewardServer:
                 await self.score([0])
         except Exception as error:
             late = f"no answer within {PROBE_TIMEOUT:g} seconds"
-            reason = late if isinstance(error, TimeoutError) else shown(one_line(error), 90)
-            problem = f"scorer '{shown(self._name, 30)}': {shown(self._url, 80)} scores nothing ({reason})"
+            reason = late if isinstance(error, TimeoutError) else shortened(one_line(error), 90)
+            problem = f"scorer '{shortened(self._name, 30)}': {shortened(self._url, 80)} scores nothing ({reason})"
             fix = f"it must serve a ...ForSequenceClassification with one label: {START_WITH[self._engine]}"
             raise RewardError(with_fix(problem, fix)) from error
 
@@ -70,7 +70,7 @@ class RewardServer:
         if response.status in (401, 403):
             raise ValueError(f"it answered {response.status}: name the variable with its key as api_key_env")
         if response.status != 200:
-            raise ValueError(f"the server answered {response.status}: {shown(text, 80)}")
+            raise ValueError(f"the server answered {response.status}: {shortened(text, 80)}")
         return checked_score(_only_number(parse_answer(text), self._engine))
 
     async def close(self) -> None:
@@ -86,5 +86,5 @@ def _only_number(answer: Any, engine: str) -> Any:
         scores = answer["data"][0]["probs"] if engine == "vllm" else answer["embedding"]
         (score,) = scores
     except (LookupError, TypeError, ValueError):
-        raise ValueError(f"the server's answer is not one score: {shown(str(answer), 60)}") from None
+        raise ValueError(f"the server's answer is not one score: {shortened(str(answer), 60)}") from None
     return score

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from megarl.errors import RolloutError, shown, with_fix
+from megarl.errors import RolloutError, shortened, with_fix
 from megarl.json_text import parse_json
 from megarl.rollout.server_process import ServerProcess
 from megarl.server_answers import parse_answer, read_text
@@ -49,7 +49,7 @@ class ServerConnection:
 
     @property
     def _who(self) -> str:
-        return self.name if self.process is not None else f"{self.name} at {shown(self.url, 80)}"
+        return self.name if self.process is not None else f"{self.name} at {shortened(self.url, 80)}"
 
     @property
     def death(self) -> RolloutError | None:
@@ -81,9 +81,7 @@ class ServerConnection:
                     raise self._refusal(where, response.status, text)
                 return parse_answer(text) if response.content_type == "application/json" and text else None
         except (aiohttp.ClientError, OSError) as error:
-            problem = (
-                f"{self.name} at {shown(self.url, 80)} does not answer {where}: {shown(str(error), 100) or type(error).__name__}"
-            )
+            problem = f"{self.name} at {shortened(self.url, 80)} does not answer {where}: {shortened(str(error), 100) or type(error).__name__}"
             raise RolloutError(problem) from error
         except ValueError as error:
             raise RolloutError(self._with_fix(f"{self._who} answered {where}, but {error}")) from error
@@ -99,15 +97,15 @@ class ServerConnection:
         try:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            begin = shown(json.dumps(answer, default=str), 60)
-            problem = f"{self._who} answered {path} with what is not {self.name}'s: {begin} ({shown(str(error), 50)})"
+            begin = shortened(json.dumps(answer, default=str), 60)
+            problem = f"{self._who} answered {path} with what is not {self.name}'s: {begin} ({shortened(str(error), 50)})"
             raise RolloutError(self._with_fix(problem)) from error
 
     def _with_fix(self, problem: str) -> str:
         return problem if self.process is not None else with_fix(problem, self._hint)
 
     def _refusal(self, where: str, status: int, text: str) -> RolloutError:
-        problem = f"{self._who} answered {where} with {status}: {shown(_message(text), 100)}"
+        problem = f"{self._who} answered {where} with {status}: {shortened(_message(text), 100)}"
         if status in (401, 403) and self.process is None:
             fix = f"name the environment variable with its key as rollout.{self.name.lower()}.api_key_env"
             return RefusedError(with_fix(problem, fix))

@@ -10,7 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from megarl.errors import MegaRLError, RolloutError, shown
+from megarl.errors import MegaRLError, RolloutError, shortened
 from megarl.json_text import parse_json
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.server_connection import DEATH_NOTICE, abandon
@@ -197,7 +197,7 @@ class VllmEngine(ServerEngine):
         rollout = self.config.rollout
         if reported != self._logprobs_mode and (reported != "raw_logprobs" or rollout.temperature != 1):
             raise RolloutError(
-                f"vLLM runs with --logprobs-mode {shown(reported, 40)}, which are no log-probabilities of sampling at temperature "
+                f"vLLM runs with --logprobs-mode {shortened(reported, 40)}, which are no log-probabilities of sampling at temperature "
                 f"{rollout.temperature:g}, top_p {rollout.top_p:g}, top_k {rollout.top_k}; start it with --logprobs-mode "
                 f"{self._logprobs_mode}"
             )

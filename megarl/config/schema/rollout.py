@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from megarl.config.schema.sandbox import SandboxConfig
 from megarl.config.schema.section import Section, key
 
 
@@ -84,6 +85,7 @@ class EnvironmentConfig(Section):
         "Run it on the trainer's event loop, for async environments that cannot be pickled; else in worker processes, where a "
         "time-out kills what never returns.",
     )
+    sandbox: SandboxConfig = key(SandboxConfig, "-", "What its worker processes may do; in_process has no use for it.")
     weight: float = key(1.0, "-", "Factor of the episode's summed rewards in the reward of a response.")
     role: Literal["user", "tool"] = key("user", "-", "Role of its messages in the tokenizer's chat template.")
     observation_template: str | None = key(
