@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megarl.crash import write_crash
-from megarl.errors import LONGEST_LINE, ConfigError, MegaRLError, cut, escaped, fitted, listed, one_line
+from megarl.errors import MESSAGE_LENGTH, ConfigError, MegaRLError, cut, escaped, fitted, listed, one_line
 
 FAILED = 1  # a comparison found a difference, or something happened that no error of ours describes
 REFUSED = 2
@@ -62,7 +62,7 @@ def line_of(error: MegaRLError) -> str:
         return fitted(f"{kind}: {first}")
     subjects = listed([_subject(other, first) for other in others], 3)
     more = fitted(f"; and {len(others)} more: {subjects}", 100)
-    return fitted(f"{kind}: {first}", LONGEST_LINE - len(more)) + more
+    return fitted(f"{kind}: {first}", MESSAGE_LENGTH - len(more)) + more
 
 
 def _subject(mistake: str, first: str) -> str:

@@ -2,8 +2,7 @@
 
 import re
 
-LONGEST_LINE = 300  # characters of an error as it is printed
-LONGEST_REASON = 120  # characters of another library's message within ours
+MESSAGE_LENGTH = 300  # characters of a message, at most
 _SHORT_WORD = 48  # characters; a word that long may be a path whose end matters, and longer ones are cut first
 _GAP = "..."
 
@@ -65,9 +64,26 @@ def listed(names: list[str], limit: int = 5) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def one_line(error: BaseException, limit: int = LONGEST_REASON) -> str:
-    """The error's type and message on one line of at most ``limit`` characters."""
-    return cut(escaped(" ".join(f"{type(error).__name__}: {error}".split())), limit)
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The error's type and message on one line, cut when it is long."""
+    return shortened(f"{type(error).__name__}: {error}", limit)
+
+
+def with_fix(problem: str, fix: str) -> str:
+    """A whole message: the problem, cut where both would not fit into one line, and what to do."""
+    return f"{shortened(problem, MESSAGE_LENGTH - len(fix) - 2)}; {fix}"
+
+
+def shortened(text: str, limit: int = 120) -> str:
+    """A text of others as it fits into an error of one line: without characters that a terminal acts on, cut to ``limit``."""
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 20 * limit]).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def quoted(value: object, limit: int = 60) -> str:
+    """The value as Python writes it, without control characters, shortened in its middle, for error messages."""
+    text = repr(value[: 2 * limit] + value[-limit:] if isinstance(value, str) and len(value) > 4 * limit else value)
+    return cut(escaped(text), limit)
 
 
 def escaped(text: str) -> str:
@@ -83,7 +99,7 @@ def cut(text: str, limit: int) -> str:
     return f"{text[: limit - len(_GAP) - end]}{_GAP}{text[len(text) - end :]}"
 
 
-def fitted(text: str, limit: int = LONGEST_LINE) -> str:
+def fitted(text: str, limit: int = MESSAGE_LENGTH) -> str:
     """A message on one printable line of at most ``limit`` characters.
 
     Its longest words, which are paths, addresses and values, lose their middle first, so that the reason and the fix stay.

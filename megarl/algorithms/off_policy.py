@@ -1,7 +1,8 @@
 """Correction for responses sampled by slightly another policy than the trainer computes: the sampler correction axis.
 
 The engine's log-probabilities differ from the trainer's for the same weights (other kernels, other precision, older weights). The
-policy loss of each token is weighted by the ratio π_trainer / π_sampler, truncated (TIS) or masked (MIS) at a cap.
+policy loss of each token is weighted by the ratio π_trainer / π_sampler, truncated (TIS) or masked (MIS) at a cap. A loss of a
+whole response has one weight, the ratio of the response: weights that differ within it would make it another loss.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.sequences import spread_over_tokens, sums_per_sequence
+from megarl.config.algorithm_checks import WHOLE_RESPONSE_SURROGATES
+from megarl.config.schema import AlgorithmConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,20 @@ CORRECTIONS = {
     "tis": Correction(function=truncated, formula="min(π_trainer / π_sampler, cap) (Yao et al. 2025)"),
     "mis": Correction(function=masked, formula="π_trainer / π_sampler, 0 above cap (Liu et al. 2025)"),
 }
+
+
+def correction_level(config: AlgorithmConfig) -> str:
+    """``token`` or ``sequence``: as configured, else whole responses where the loss or its ratio is of whole responses.
+
+    The importance weight of a term is the ratio of the probabilities of all that the term depends on (Liu et al. 2025; GSPO, arXiv
+    2507.18071, section 4.1): for -A log π(o) + τ/2 (log π(o) - log π_old(o))², a geometric mean or a sequence's ratio that is the
+    response.
+    """
+    given = config.sampler_correction.level
+    if given is not None:
+        return given
+    is_whole = config.surrogate in WHOLE_RESPONSE_SURROGATES or config.ratio in ("sequence", "sequence_token")
+    return "sequence" if is_whole else "token"
 
 
 def sampler_weights(

@@ -26,6 +26,7 @@ class Clash:
     reason: str
 
 
+WHOLE_RESPONSE_SURROGATES = ("gmpo", "mirror_descent")
 CLASHES = (
     Clash(
         first=("ratio", ("sequence", "sequence_token")),
@@ -39,7 +40,7 @@ CLASHES = (
         "sequence_token, or an advantage of whole responses",
     ),
     Clash(
-        first=("surrogate", ("gmpo", "mirror_descent")),
+        first=("surrogate", WHOLE_RESPONSE_SURROGATES),
         second=("advantage", TOKEN_ADVANTAGES),
         reason="the surrogate is of whole responses and the advantage differs by token; set an advantage of whole responses, for "
         "example group_mean",
@@ -71,6 +72,7 @@ def check_algorithm(config: Config) -> Iterator[str]:
     yield from check_clashes(algorithm)
     yield from check_kl(algorithm)
     yield from check_settings(algorithm)
+    yield from check_ratio(algorithm)
     yield from check_critic(config)
     if algorithm.advantage in GREEDY_ADVANTAGES:
         yield from check_greedy_shaping(algorithm)
@@ -118,6 +120,23 @@ def check_settings(algorithm: AlgorithmConfig) -> Iterator[str]:
         yield f"algorithm.clip.dual: {clip.dual:g} is not above the clip range's 1 + {clip.high:g}; raise it, 3 is usual"
     if control is not None and control.low >= control.high:
         yield f"algorithm.entropy_control.low: {control.low:g} is not below high {control.high:g}; lower it"
+
+
+def check_ratio(algorithm: AlgorithmConfig) -> Iterator[str]:
+    """The loss can be corrected for what the ratio or the weights are of."""
+    correction, surrogate, updates = algorithm.sampler_correction, algorithm.surrogate, algorithm.updates_per_step
+    is_whole = surrogate in WHOLE_RESPONSE_SURROGATES or algorithm.ratio == "sequence"
+    if is_whole and correction.method != "none" and correction.level == "token":
+        choice = f"surrogate {surrogate}" if surrogate in WHOLE_RESPONSE_SURROGATES else f"ratio {algorithm.ratio}"
+        yield (
+            f"algorithm.sampler_correction.level: token with algorithm.{choice}, whose loss is one term of a whole response: "
+            "weights that differ within it make it another loss; set level: sequence, or leave it out"
+        )
+    if surrogate == "policy_gradient" and updates > 1:
+        yield (
+            f"algorithm.updates_per_step: {updates} with surrogate policy_gradient, which has no importance ratio: after the first "
+            "update the rest of the step's responses would be of another policy; set updates_per_step: 1, or surrogate: ppo_clip"
+        )
 
 
 def check_critic(config: Config) -> Iterator[str]:

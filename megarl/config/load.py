@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from megarl.config import yaml_text
 from megarl.config.fields import Place, meaning_of, nearest_key, place_of, source_name, type_in_words, unit_of
 from megarl.config.schema import Config
-from megarl.errors import LONGEST_LINE, ConfigError, cut, escaped, listed
+from megarl.errors import MESSAGE_LENGTH, ConfigError, cut, escaped, listed
 
 DEEPEST = 32  # parts of an override's key
 CREDENTIALS = re.compile(r"//[^/@\s]*@")
@@ -137,7 +137,7 @@ def describe(detail: ErrorDetails, file: str, overridden: Sequence[str] = ()) ->
 def _with_fix(problem: str, place: Place) -> str:
     """The problem and what the value must be, without its meaning where that would make the line too long."""
     whole = f"{problem}; give {_fix(place, with_meaning=True)}"
-    return whole if len(whole) <= LONGEST_LINE - 30 else f"{problem}; give {_fix(place, with_meaning=False)}"
+    return whole if len(whole) <= MESSAGE_LENGTH - 30 else f"{problem}; give {_fix(place, with_meaning=False)}"
 
 
 def _fix(place: Place, *, with_meaning: bool) -> str:

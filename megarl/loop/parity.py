@@ -25,7 +25,7 @@ from megarl.config.layout_text import MOST_RANKS, dp_of, layout_items, parallel_
 from megarl.config.models_of import has_reference, models_of, trains_on_pairs
 from megarl.config.schema import Config, CriticConfig, ParallelConfig, ReferenceConfig, RewardModelConfig, RoleConfig
 from megarl.data.packing import no_routing, with_scored_ends
-from megarl.errors import ConfigError, cut
+from megarl.errors import ConfigError, cut, quoted
 from megarl.models.architecture import read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
@@ -313,7 +313,7 @@ def _in_layout(role: RoleConfig, keys: dict[str, object], where: str) -> RoleCon
         return type(role).model_validate(role.model_dump() | place | own)
     except ValidationError as error:
         problem = error.errors()[0]
-        shown = cut(repr(problem["input"]), 60)
+        shown = quoted(problem["input"])
         raise ConfigError(f"{where}: {problem['loc'][-1]}: is {shown}, {problem['msg']}; give a whole number") from error
 
 

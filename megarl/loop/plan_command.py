@@ -15,7 +15,7 @@ from megarl.config.layout_text import MOST_RANKS, layout_items, parallel_of
 from megarl.config.load import load_config
 from megarl.config.schema import ParallelConfig
 from megarl.config.stages import configs_of
-from megarl.errors import ConfigError, cut
+from megarl.errors import ConfigError, quoted
 
 if TYPE_CHECKING:
     from megarl.reshard.plan import Plan
@@ -111,7 +111,7 @@ def _first_engine_gpu(world_size: int, num_engine_ranks: int, gpus_per_node: int
 
 
 def _parallel(text: str) -> ParallelConfig:
-    where = f"plan sync --to {cut(repr(text), 60)}"
+    where = f"plan sync --to {quoted(text)}"
     return parallel_of(layout_items(text, where), where)
 
 

@@ -117,9 +117,9 @@ class Reference:
             terms = references.surrogate_terms(config.surrogate, config.ratio, own, fixed, olds, advantages, settings)
             correction = config.sampler_correction
             if correction.method != "none":
-                weights = references.sampler_weight(
-                    olds, [sampler[p] for p in positions], correction.method, correction.level, correction.cap
-                )
+                is_whole = config.surrogate in ("gmpo", "mirror_descent") or config.ratio != "token"
+                level = correction.level or ("sequence" if is_whole else "token")
+                weights = references.sampler_weight(olds, [sampler[p] for p in positions], correction.method, level, correction.cap)
                 terms = [term * weight for term, weight in zip(terms, weights, strict=True)]
             for t, position in enumerate(positions):
                 if config.kl.place == "loss":

@@ -1,12 +1,17 @@
 """Every preset and many mixes against loops over Python floats: value and gradient, in any micro-batches."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.algorithms.batches import slice_sequences
 from megarl.config.schema import AlgorithmConfig
+from megarl.data.packing import no_routing
+from megarl.types import TokenScores
 from methods import RUNNABLE, Reference, objective_of
 from ragged import LONGEST, SEQUENCES, Ragged, ragged
 
@@ -18,6 +23,17 @@ MIXES: dict[str, dict[str, Any]] = {
     "tis_sequence": {"preset": "gspo", "sampler_correction": {"method": "tis", "level": "sequence", "cap": 1.1}},
     "mis_token": {"preset": "cispo", "sampler_correction": {"method": "mis", "cap": 1.2}},
     "mis_sequence": {"preset": "gmpo", "sampler_correction": {"method": "mis", "level": "sequence", "cap": 1.1}},
+    "kimi_tis": RUNNABLE["kimi_k1_5"] | {"mirror_descent_tau": 2.0, "sampler_correction": {"method": "tis", "cap": 1.2}},
+    "kimi_mis": RUNNABLE["kimi_k1_5"] | {"mirror_descent_tau": 2.0, "sampler_correction": {"method": "mis", "cap": 1.2}},
+    "gmpo_tis": {"preset": "gmpo", "sampler_correction": {"method": "tis", "cap": 1.1}},
+    "gspo_mis": {"preset": "gspo", "clip": {"low": 0.2, "high": 0.2}, "sampler_correction": {"method": "mis", "cap": 1.1}},
+    "gspo_token_tis": {
+        "preset": "gspo_token",
+        "clip": {"low": 0.2, "high": 0.2},
+        "sampler_correction": {"method": "tis", "cap": 1.1},
+    },
+    "cispo_sequence_mis": {"preset": "cispo", "ratio": "sequence", "sampler_correction": {"method": "mis", "cap": 1.1}},
+    "rloo_tis": {"preset": "rloo", "sampler_correction": {"method": "tis", "cap": 1.2}},
     "gspo_wide": {"preset": "gspo", "clip": {"low": 0.1, "high": 0.1}},
     "gspo_token_wide": {"preset": "gspo_token", "clip": {"low": 0.1, "high": 0.1}},
     "gspo_token_reward_to_go": {
@@ -98,6 +114,62 @@ def test_numeric_gradient(name: str) -> None:
         lambda x, e: objective_of(algorithm, train_batch, x, e, everything).loss,
         (logprobs.requires_grad_(), batch.scores.entropies.clone().requires_grad_()),
     )
+
+
+@pytest.mark.parametrize("cap", [1.05, 1e9])
+@pytest.mark.parametrize("method", ["tis", "mis"])
+@pytest.mark.parametrize("name", ["kimi_k1_5", "gmpo", "gspo"])
+def test_a_correction_of_a_whole_response_weighs_its_loss(name: str, method: str, cap: float) -> None:
+    """The gradient over a response is its weight times the gradient without a correction, the same factor for all its tokens."""
+    batch = ragged(8)
+    settings = RUNNABLE[name] | {"clip": {"low": 0.9, "high": 9.0}, "mirror_descent_tau": 2.0}
+    plain = gradient_of(settings, batch, 0.3)
+    corrected = gradient_of(settings | {"sampler_correction": {"method": method, "cap": cap}}, batch, 0.3)
+    for positions in batch.trained:
+        log_ratio = sum(float(batch.scores.old[p] - batch.packed.sampler_logprobs[p]) for p in positions)
+        weight = {"tis": min(math.exp(log_ratio), cap), "mis": math.exp(log_ratio) if math.exp(log_ratio) <= cap else 0.0}[method]
+        for p in positions:
+            assert float(corrected[p]) == pytest.approx(weight * float(plain[p]), rel=1e-5, abs=1e-9)
+    assert plain.any()
+
+
+def kimi_example(sampler: list[float], correction: dict[str, Any]) -> tuple[float, list[float]]:
+    """Loss and gradient of mirror descent for one response of two tokens: A = 0, τ = 2, log-ratio (0.3, -0.4)."""
+    old = torch.tensor([0.0, -1.0, -1.0], dtype=torch.float64)
+    packed = replace(
+        slice_sequences(ragged(0).packed, 0, 1),
+        token_ids=torch.arange(3),
+        cu_seqlens=torch.tensor([0, 3]),
+        loss_mask=torch.tensor([False, True, True]),
+        sampler_logprobs=torch.tensor([0.0, *sampler], dtype=torch.float64),
+        weight_versions=torch.zeros(3, dtype=torch.int64),
+        step_rewards=torch.full((3,), torch.nan),
+        rewards=torch.zeros(1, dtype=torch.float64),
+        routed_experts=no_routing(3),
+    )
+    batch = Ragged(packed=packed, scores=TokenScores(old=old, entropies=0 * old, reference=None, values=None), trained=[[1, 2]])
+    config = AlgorithmConfig.model_validate(
+        {"preset": "kimi_k1_5", "mirror_descent_tau": 2.0, "sampler_correction": correction, "reward_shaping": {"length_weight": 0}}
+    )
+    moved = old + torch.tensor([0.0, 0.3, -0.4], dtype=torch.float64)
+    loss, gradient, _ = compute(batch, config, moved, batch.scores.entropies, [[0]])
+    return loss, gradient[1:].tolist()
+
+
+def test_mirror_descent_points_at_the_old_policy_whatever_the_weights() -> None:
+    """The numbers of 2501.12599, equation 3: loss τ/2 Δ² and gradient τ Δ at each token, Δ = -0.1, times the response's weight."""
+    assert kimi_example([-1.0, -1.0], {}) == (pytest.approx(0.010, abs=1e-8), pytest.approx([-0.20, -0.20]))
+    ratios = [1.9, 0.1]
+    sampler = [-1.0 - math.log(ratio) for ratio in ratios]
+    for correction, weight in (
+        ({"method": "tis"}, 0.19),
+        ({"method": "tis", "cap": 0.1}, 0.1),
+        ({"method": "mis"}, 0.19),
+        ({"method": "mis", "cap": 0.15}, 0.0),
+    ):
+        loss, gradient = kimi_example(sampler, correction)
+        assert loss == pytest.approx(0.010 * weight, rel=1e-6, abs=1e-12)
+        assert gradient == pytest.approx([-0.20 * weight, -0.20 * weight], rel=1e-6, abs=1e-12)
 
 
 def gradient_of(settings: dict[str, Any], batch: Ragged, noise: float) -> torch.Tensor:

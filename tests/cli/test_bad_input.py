@@ -236,7 +236,7 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
 
 @pytest.mark.parametrize("small_disk", [1024], indirect=True)
 def test_disk_too_small_for_a_checkpoint(workspace: Path, tmp_path: Path, small_disk: Path, capfd: Capture) -> None:
-    path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={})
+    path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={}, optimizer={})
     error = refusal(capfd, "train", path, "--nproc", 2, "--run-dir", small_disk / "run")
     checkpoints = small_disk / "run" / "checkpoints"
     assert error.startswith(f"error: cannot write {checkpoints / 'step_00000001'}: it needs up to 0.00 GB and {checkpoints} has ")
@@ -250,7 +250,7 @@ def test_disk_full_while_exporting(workspace: Path, tmp_path: Path, small_disk: 
     run.mkdir()
     (tmp_path / "checkpoints").mkdir()
     (run / "checkpoints").symlink_to(tmp_path / "checkpoints")
-    path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={})
+    path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={}, optimizer={})
     error = refusal(capfd, "train", path, "--nproc", 2, "--run-dir", run)
     assert error.startswith(f"error: cannot write the Hugging Face folder {run / 'hf'}: ")
     assert "No space left on device" in error
@@ -269,7 +269,7 @@ def test_disk_full_while_writing_a_checkpoint(
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoints").symlink_to(small_disk)
-    path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={}, checkpoint={"asynchronous": asynchronous})
+    path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={}, optimizer={}, checkpoint={"asynchronous": asynchronous})
     error = refusal(capfd, "train", path, "--nproc", 2)
     what = f"a checkpoint into {run / 'checkpoints'}" if asynchronous else run / "checkpoints" / "step_00000001"
     match = re.match(rf"error: cannot write {re.escape(str(what))} \((\d+\.\d) MB free there\): .", error)

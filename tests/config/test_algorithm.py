@@ -115,6 +115,27 @@ def test_clashes(clash: Any) -> None:
             "other, so the greedy one that algorithm.advantage greedy_baseline needs has none; set it to 0",
         ),
         ({"kl": {"place": "reward", "estimator": "k1"}}, {}, "algorithm.kl.coefficient: is 0 with kl.place reward"),
+        *(
+            (
+                {"preset": preset, "sampler_correction": {"method": method, "level": "token"}},
+                {},
+                f"algorithm.sampler_correction.level: token with algorithm.{choice}, whose loss is one term of a whole response",
+            )
+            for preset, choice in (
+                ("kimi_k1_5", "surrogate mirror_descent"),
+                ("gmpo", "surrogate gmpo"),
+                ("gspo", "ratio sequence"),
+            )
+            for method in ("tis", "mis")
+        ),
+        *(
+            (
+                {"preset": preset, "updates_per_step": 2},
+                {},
+                "algorithm.updates_per_step: 2 with surrogate policy_gradient, which has no importance ratio",
+            )
+            for preset in ("rloo", "remax", "reinforce")
+        ),
         ({"kl": {"coefficient": 0.1}}, {}, "algorithm.kl.coefficient: is 0.1 but kl.place is none"),
         ({"kl": {"target": 6.0}}, {}, "algorithm.kl.target: is 6 but kl.place is none"),
         (

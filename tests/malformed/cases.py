@@ -69,8 +69,15 @@ class Case:
 
 def config_in(folder: Path, templates: Templates, **changes: Any) -> str:
     """Write a config of one step on the template's model, and give its path."""
-    values = {"model": {"path": str(templates.model)}, "policy": {}, "steps": 1, "observe": {"tensorboard": False}}
-    return str(write_config(folder, **(values | {"checkpoint": {"export": False}} | changes)))
+    values = {
+        "model": {"path": str(templates.model)},
+        "policy": {},
+        "steps": 1,
+        "optimizer": {"learning_rate": 2e-2},
+        "observe": {"tensorboard": False},
+        "checkpoint": {"export": False},
+    }
+    return str(write_config(folder, **(values | changes)))
 
 
 def sft_config_in(folder: Path, templates: Templates, **changes: Any) -> str:

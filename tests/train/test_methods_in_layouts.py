@@ -49,7 +49,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 MORE: dict[str, dict[str, Any]] = {
     "corrections": {"preset": "dapo", "sampler_correction": {"method": "mis", "level": "sequence"}, "entropy_coefficient": 0.02},
     "process_rewards": {"preset": "dr_grpo", "advantage": "process_rewards"},
-    "token_correction": {"preset": "gspo", "sampler_correction": {"method": "tis", "cap": 1.1}, "clip": {"dual": 3.0}},
+    "token_correction": {"preset": "grpo", "sampler_correction": {"method": "tis", "cap": 1.1}, "clip": {"dual": 3.0}},
+    "whole_kimi": {"preset": "kimi_k1_5", "mirror_descent_tau": 2.0, "sampler_correction": {"method": "tis", "cap": 1.1}},
+    "whole_gmpo": {"preset": "gmpo", "sampler_correction": {"method": "mis", "cap": 3.0}},
+    "whole_gspo": {"preset": "gspo", "sampler_correction": {"method": "tis", "cap": 1.1}, "clip": {"low": 0.05, "high": 0.05}},
 }
 
 

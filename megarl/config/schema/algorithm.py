@@ -54,7 +54,12 @@ class SamplerCorrectionConfig(Section):
     method: Literal["none", "tis", "mis"] = key(
         "none", "-", "No correction; tis: ratios above the cap count as the cap; mis: tokens above the cap are left out."
     )
-    level: Literal["token", "sequence"] = key("token", "-", "One ratio for each token, or the product over the response.")
+    level: Literal["token", "sequence"] | None = key(
+        None,
+        "-",
+        "One ratio for each token, or the product over the response; when not given sequence for losses and ratios of whole "
+        "responses (gmpo, mirror_descent, ratio sequence and sequence_token), else token.",
+    )
     cap: float = key(2.0, "-", "Largest trainer / sampler probability ratio.", gt=0)
     max_staleness: int | None = key(
         None,
