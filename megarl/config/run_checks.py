@@ -215,8 +215,6 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
     if scorer.type == "python" and (scorer.function is None or not FUNCTION_PATTERN.fullmatch(scorer.function)):
         given = "is required" if scorer.function is None else f"{scorer.function!r} is not module:function"
         yield f"function: {given} for type python; give for example my_package.rewards:score"
-    if scorer.url is not None and not scorer.url.startswith(("http://", "https://")):
-        yield f"url: {scorer.url!r} is not a URL; give for example http://127.0.0.1:8000"
     if scorer.type == "document_qa":
         yield from check_document_qa(scorer)
     if scorer.pattern is None:
