@@ -16,6 +16,11 @@ class JudgeConfig(Section):
     """A language model that judges answers, behind vLLM, SGLang or another server with the OpenAI interface; temperature 0."""
 
     url: str = key(..., "URL", "The server's address up to its version, e.g. http://judge:8000/v1.")
+    api_key_env: str | None = key(
+        None,
+        "environment variable",
+        "Holds the server's key, which is sent as Authorization: Bearer; no key when not given.",
+    )
     model: str = key(..., "-", "The model's name at the server.")
     prompt: str = key(
         "Question: {question}\n\nCorrect answer: {reference}\n\nGiven answer: {answer}\n\nDo the two answers mean the same? Do not "
@@ -95,6 +100,11 @@ class ScorerConfig(Section):
         "For reward_server: a running server of a ...ForSequenceClassification with one label that reads the policy's tokens.",
     )
     engine: Literal["vllm", "sglang"] | None = key(None, "-", "For reward_server: whose server it is.")
+    api_key_env: str | None = key(
+        None,
+        "environment variable",
+        "For reward_server: holds the server's key, which is sent as Authorization: Bearer; no key when not given.",
+    )
 
 
 class JsonlSource(Section):
