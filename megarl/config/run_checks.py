@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from megarl.config.algorithm_checks import check_algorithm
 from megarl.config.api_keys import check_api_keys
 from megarl.config.asynchronous_checks import check_asynchronous
-from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks
+from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks, check_too_long
 from megarl.config.document_qa_checks import check_document_qa, check_judges
 from megarl.config.environment_checks import check_environment
 from megarl.config.models_of import samples_responses
@@ -249,6 +249,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_data,
     check_tasks,
     check_order,
+    check_too_long,
     check_mixture,
     check_surplus,
     check_repetition_stop,
