@@ -11,7 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megarl.errors import ConfigError, MegaRLError
+from megarl.errors import ConfigError, MegaRLError, RunStopped, without_secrets
+
+STOPPED = 75  # exit status of a run that a signal ended: EX_TEMPFAIL of sysexits.h
 
 
 class Dtype(StrEnum):
@@ -29,10 +31,13 @@ def run(app: typer.Typer) -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         app()
+    except RunStopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(STOPPED)
     except MegaRLError as error:
         kind = "configuration error" if isinstance(error, ConfigError) else "error"
         for line in str(error).splitlines():
-            print(f"{kind}: {line}", file=sys.stderr)
+            print(f"{kind}: {without_secrets(line)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,5 +1,30 @@
 """Every error a user can cause or meet. The command line prints one as one line and exits with status 2."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REMOVED = "***"  # stands for a secret
+_URL_PASSWORD = re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s'\"]*@")
+_URL_KEY = re.compile(r"([?&][\w-]*(?:key|token|secret|password|signature)=)[^&\s#'\"]+", re.IGNORECASE)
+_NAMED = re.compile(
+    r"((?:api[_-]?key|secret|password|passwd|passphrase|(?:access|auth|hf)[_-]?token)(?:\.\w+)*['\"]?"
+    r"(?:\s*[=:]\s*['\"]?|\s+is\s+['\"]))[^\s'\",;}]+",
+    re.IGNORECASE,
+)
+_BEARER = re.compile(r"(\bBearer\s+)[^\s'\",;]+")
+
+
+def without_secrets(text: str) -> str:
+    """The text with ``***`` for passwords and keys in URLs, and for values that are called keys or passwords."""
+    for pattern, replacement in (
+        (_URL_PASSWORD, rf"\g<1>{REMOVED}@"),
+        *((one, rf"\g<1>{REMOVED}") for one in (_URL_KEY, _NAMED, _BEARER)),
+    ):
+        text = pattern.sub(replacement, text)
+    return text
+
 
 class MegaRLError(Exception):
     """Base of all errors that carry a message for the user: the value, the reason and the fix."""
@@ -33,6 +58,14 @@ class RewardError(MegaRLError):
     """A scorer failed and the configured policy is to stop."""
 
 
+class FileError(MegaRLError):
+    """A file of the run cannot be written, for example because the disk is full."""
+
+
+class RunStopped(MegaRLError):
+    """A signal asked the run to end; it saved a checkpoint and ended. The command's exit status is 75 (EX_TEMPFAIL)."""
+
+
 class TrainingError(MegaRLError):
     """Training cannot go on, for example after too many skipped steps."""
 
@@ -43,13 +76,24 @@ def listed(names: list[str], limit: int = 5) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
+@contextmanager
+def writes(path: Path) -> Iterator[None]:
+    """Raise FileError, naming the path, where the system refuses what is written in the block."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FileError(f"{path} cannot be written ({reason}); free some space there or choose another --run-dir") from error
+
+
 def one_line(error: BaseException) -> str:
     """The error's type and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def shortened(text: str, limit: int = 120) -> str:
     """A text of others as it fits into an error of one line."""
+    text = without_secrets(text)
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from megarl.config import yaml_text
 from megarl.config.fields import Place, meaning_of, nearest_key, place_of, source_name, type_in_words, unit_of
 from megarl.config.schema import Config
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, without_secrets
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -139,5 +139,5 @@ def _lower_first(text: str) -> str:
 
 def _show(value: Any) -> str:
     """A value as it stands in an error message, cut when it is long."""
-    text = "null" if value is None else repr(value)
+    text = "null" if value is None else without_secrets(repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
