@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MESSAGE_LENGTH = 300  # characters of a message, at most
 REMOVED = "***"  # stands for a secret
 _URL_PASSWORD = re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s'\"]*@")
 _URL_KEY = re.compile(r"([?&][\w-]*(?:key|token|secret|password|signature)=)[^&\s#'\"]+", re.IGNORECASE)
@@ -87,14 +88,18 @@ def writes(path: Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's type and message on one line."""
-    return without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
+    """The error's type and message on one line, cut when it is long."""
+    return shortened(f"{type(error).__name__}: {error}", 200)
+
+
+def with_fix(problem: str, fix: str) -> str:
+    """A whole message: the problem, cut where both would not fit into one line, and what to do."""
+    return f"{shortened(problem, MESSAGE_LENGTH - len(fix) - 2)}; {fix}"
 
 
 def shortened(text: str, limit: int = 120) -> str:
-    """A text of others as it fits into an error of one line."""
-    text = without_secrets(text)
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    """A text of others as it fits into an error of one line: without characters that a terminal acts on, cut to ``limit``."""
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in without_secrets(text[: 20 * limit])).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

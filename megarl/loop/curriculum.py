@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 
 from megarl.config.schema import Config
-from megarl.config.stages import Stage, stages_of
+from megarl.config.stages import Stage, planned_updates, stages_of
 from megarl.data.curriculum import StagedPrompts
 from megarl.data.tokenizer import run_tokenizer
 from megarl.errors import CheckpointError, writes
@@ -55,7 +55,7 @@ def _run_stage(
     """
     stage = progress.stage
     is_carried = bool(learners)
-    models = build_models(stage.config, learners)
+    models = build_models(stage.config, learners, planned_updates(curriculum.config, curriculum.stages))
     stage_run = StageRun(stages=curriculum.stages, progress=progress, prompts=curriculum.prompts, is_carried=is_carried)
     with Run(stage.config, models.policy, models.algorithm, models.critic, resume=resume, stage=stage_run) as run:
         if stage.config.rollout.asynchronous is None:

@@ -23,6 +23,7 @@ from megarl.loop.sft import run_sft
 from megarl.loop.stop_signals import stop_on_signals
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.parallel.launch import launched_rank, run_ranks
+from megarl.rewards.evaluating_tasks import refuse_evaluating_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
     check(config, place.world_size if place else num_ranks)
     prepares = place is None or place.rank == 0
     if prepares:
+        refuse_evaluating_tasks(config)
         _warn_of_lost_work(config)
     with ExitStack() as stack:
         stack.enter_context(stop_on_signals(forks_ranks=place is None))
@@ -82,6 +84,8 @@ def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[
         raise ConfigError("evaluation.data is not given; name the held-out rows, e.g. --set evaluation.data.type=jsonl")
     place = launched_rank()
     check(config, place.world_size if place else num_ranks)
+    if place is None or place.rank == 0:
+        refuse_evaluating_tasks(config)
     with tempfile.TemporaryDirectory(prefix="megarl-eval-") as folder:
         result = Path(folder) / "metrics.json"
         evaluated = with_scaled_model(with_checkpoint_model(config, checkpoint), Path(folder), writes=True)

@@ -14,7 +14,9 @@ from typing import Any
 from megarl.errors import ConfigError, one_line
 from megarl.rewards.document_qa import document_qa_scorer, verdict_scorer
 from megarl.rewards.math_scorer import math_score
+from megarl.rewards.reading_tasks import READING_TASKS
 from megarl.rewards.text_scorers import ngram_repetition, script_share, tagged_sections
+from megarl.workers.isolation import isolated
 
 Scorer = Callable[[Any, Mapping[str, Any]], Any]
 
@@ -39,8 +41,12 @@ class ScorerSpec:
     function: str | None = None
 
 
-def build_scorer(spec: ScorerSpec) -> Scorer:
+def build_scorer(spec: ScorerSpec, *, is_sandboxed: bool = False) -> Scorer:
     """The scorer; its libraries are imported here, so that no response's time-out pays for that.
+
+    Args:
+        spec: what it is told.
+        is_sandboxed: whether this process may execute a response, as some tasks of reasoning_gym do.
 
     Raises:
         ConfigError: the pattern or the function is missing or wrong.
@@ -67,7 +73,8 @@ def build_scorer(spec: ScorerSpec) -> Scorer:
     if spec.type == "verdict":
         assert pattern is not None and spec.positive is not None
         return verdict_scorer(pattern, spec.positive)
-    loaders: dict[str, Callable[[], Scorer]] = {"exact": lambda: exact, "math": load_math, "reasoning_gym": load_reasoning_gym}
+    loaders: dict[str, Callable[[], Scorer]] = {"exact": lambda: exact, "math": load_math}
+    loaders["reasoning_gym"] = lambda: load_reasoning_gym(is_sandboxed=is_sandboxed)
     score_answer = loaders[spec.type]()
     if pattern is None:
         return score_answer
@@ -143,8 +150,11 @@ def load_math() -> Scorer:
     return math_score
 
 
-def load_reasoning_gym() -> Scorer:
-    """The score that the task's own generator gives to the answer, 0 to 1."""
+def load_reasoning_gym(*, is_sandboxed: bool) -> Scorer:
+    """The score that the task's own generator gives to the answer, 0 to 1.
+
+    Some generators execute the answer (READING_TASKS has the others): in a sandbox, in a process of its own, or not at all.
+    """
     import reasoning_gym  # here, because it takes seconds and other scorers do without
 
     generators: dict[str, Any] = {}
@@ -156,6 +166,15 @@ def load_reasoning_gym() -> Scorer:
         key = repr((reference["task"], reference["options"]))
         if key not in generators:
             generators[key] = reasoning_gym.create_dataset(reference["task"], **reference["options"])
-        return generators[key].score_answer(answer.strip(), reference["entry"])
+        arguments = (generators[key], answer.strip(), reference["entry"])
+        if reference["task"] in READING_TASKS:
+            return _task_score(*arguments)
+        if not is_sandboxed:
+            raise ValueError(f"scoring {reference['task']} executes the answer, which needs bubblewrap; see docs/sandbox.md")
+        return isolated(_task_score, *arguments)
 
     return score
+
+
+def _task_score(generator: Any, answer: str, entry: Mapping[str, Any]) -> float:
+    return float(generator.score_answer(answer, entry))
