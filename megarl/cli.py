@@ -14,6 +14,7 @@ from megarl.config.explain import explain
 from megarl.config.load import load_config
 from megarl.config.schema import Config
 from megarl.config.stages import configs_of
+from megarl.config.unused_settings import unused_settings
 from megarl.loop import memory_command  # noqa: F401  (adds plan memory)
 from megarl.loop.plan_command import plan_app
 
@@ -72,6 +73,8 @@ def show_config(config_path: ConfigPath, overrides: Overrides = [], nproc: NumRa
     config = _load(config_path, overrides)
     check(config, nproc)
     print(explain(config))
+    for line in unused_settings(config):
+        print(f"# notice: {line}")
 
 
 @app.command()

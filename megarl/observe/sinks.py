@@ -65,6 +65,12 @@ class MetricsWriter:
         self.close()
 
 
+def first_value(run_dir: Path, name: str) -> float | None:
+    """The metric in the first line of metrics.jsonl that has it; None where none has."""
+    with (run_dir / "metrics.jsonl").open(encoding="utf-8") as lines:
+        return next((value for line in lines if (value := json.loads(line)["metrics"].get(name)) is not None), None)
+
+
 def _truncate(path: Path, last_step: int) -> None:
     """Drop the lines of steps after ``last_step``, and a last line that a kill cut short."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
