@@ -16,6 +16,7 @@ from megarl.config.rope_checks import check_rope_scaling
 from megarl.config.run_checks import check_run
 from megarl.config.schema import Config, CriticConfig, RoleConfig
 from megarl.config.stages import stages_of
+from megarl.config.tokenizer_files import check_vocabulary
 from megarl.errors import ConfigError
 
 
@@ -65,6 +66,7 @@ def _check_models(config: Config, own: ModelFacts, world_size: int) -> Iterator[
         yield from lines
         return
     facts = own if scaling is None else read_model_facts(config.model.path, scaling)
+    yield from check_vocabulary(config.model.tokenizer or config.model.path, facts.vocab_size)
     yield from _check_attention(config, facts)
     yield from _check_policy(config, facts, world_size)
     yield from _check_reference(config, facts, world_size)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarl.data.sources import Row
+from megarl.data.tokenizer import load_tokenizer as load_tokenizer
 from megarl.errors import ConfigError, DataError
 from megarl.types import Prompt
 
@@ -36,25 +36,6 @@ class PreferencePair:
 
     chosen: SFTExample
     rejected: SFTExample
-
-
-def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local Hugging Face folder.
-
-    Raises:
-        DataError: no tokenizer can be read from ``path``.
-    """
-    import transformers  # here, because it takes seconds
-
-    if not path.is_dir():
-        raise DataError(f"tokenizer folder {path} does not exist; set model.tokenizer or model.path to a Hugging Face folder")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(
-            f"cannot load a tokenizer from {path}: {reason}; it needs tokenizer.json and tokenizer_config.json"
-        ) from error
 
 
 class PromptTemplate:

@@ -56,6 +56,13 @@ def checked_observation(value: object) -> Observation:
     return value
 
 
+def read_step(answer: Any) -> Step:
+    """A worker's answer, which may be a response's own work; ValueError when it is no step."""
+    if not isinstance(answer, dict) or answer.keys() != {"observation", "reward", "done"}:
+        raise ValueError("the worker answered with something else than a step")
+    return checked_step((answer["observation"], answer["reward"], answer["done"]))
+
+
 def checked_step(value: object) -> Step:
     """What ``step`` returned; ValueError when it is not what the protocol says."""
     if not (isinstance(value, tuple) and len(value) == 3):

@@ -1,15 +1,16 @@
 """Where environments run: in worker processes, where one that never returns can be killed, or on the trainer's event loop."""
 
-import asyncio
 import inspect
 import os
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from megarl.config.schema import EnvironmentConfig
 from megarl.environments.build import EnvironmentSpec, build_environment
-from megarl.environments.protocol import Environment, Observation, Step, checked_observation, checked_step
-from megarl.errors import RolloutError, one_line
+from megarl.environments.protocol import Environment, Observation, Step, checked_observation, checked_step, read_step
+from megarl.errors import RolloutError
+from megarl.workers.answers import clean
+from megarl.workers.on_loop import CallFailure, call_on_loop
 from megarl.workers.pool import ProcessPool, WorkerFailure
 
 T = TypeVar("T")
@@ -28,6 +29,9 @@ class Environments(Protocol):
     async def step(self, state: Any, response: str) -> tuple[Any, Step]:
         """The next state and the answer. Raises EnvironmentFailure."""
 
+    def take_num_replaced(self) -> int:
+        """How many workers ended before they had answered, and were replaced, since this was asked last."""
+
     async def close(self) -> None:
         """End what was started."""
 
@@ -40,38 +44,50 @@ def open_environments(config: EnvironmentConfig) -> Environments:
     """
     spec = EnvironmentSpec(type=config.type, function=config.function, options=config.options)
     build_environment(spec)
-    return LocalEnvironments(spec, config.timeout) if config.in_process else ProcessEnvironments(spec, config.timeout)
+    return LocalEnvironments(spec, config.timeout) if config.in_process else ProcessEnvironments(spec, config)
 
 
 class ProcessEnvironments:
     """Environments in worker processes. Between turns an environment is bytes here, so a worker's end costs one call only."""
 
-    def __init__(self, spec: EnvironmentSpec, timeout: float) -> None:
-        build = "megarl.environments.worker:build_environments"
-        num_workers = len(os.sched_getaffinity(0))
-        self._timeout = timeout
-        self._processes = ProcessPool(build, spec, num_workers, kind="an environment", error=RolloutError)
+    def __init__(self, spec: EnvironmentSpec, config: EnvironmentConfig) -> None:
+        self._timeout = config.timeout
+        self._processes = ProcessPool(
+            "megarl.environments.worker:build_environments",
+            spec,
+            len(os.sched_getaffinity(0)),
+            kind="an environment",
+            error=RolloutError,
+            sandbox=config.sandbox,
+            section="rollout.environment.sandbox",
+            modules=[] if spec.function is None else [spec.function.partition(":")[0]],
+        )
 
     async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
         """See Environments."""
-        state, observation = await self._ask("reset", prompt, dict(reference), seed)
-        return state, observation
+        return await self._ask(checked_observation, "reset", prompt, dict(reference), seed)
 
     async def step(self, state: Any, response: str) -> tuple[Any, Step]:
         """See Environments."""
-        state, step = await self._ask("step", state, response)
-        return state, step
+        return await self._ask(read_step, "step", state, response)
+
+    def take_num_replaced(self) -> int:
+        """See Environments."""
+        return self._processes.take_num_replaced()
 
     async def close(self) -> None:
         """Kill the workers."""
         await self._processes.close()
 
-    async def _ask(self, *request: Any) -> tuple[Any, Any]:
+    async def _ask(self, read: Callable[[Any], T], *request: Any) -> tuple[str, T]:
+        """The state and what ``read`` makes of the answer, which may be a response's own work."""
         try:
-            answer: tuple[Any, Any] = await self._processes.ask(request, self._timeout, _late(self._timeout))
-        except WorkerFailure as failure:
-            raise EnvironmentFailure(str(failure)) from failure
-        return answer
+            answer = await self._processes.ask(request, self._timeout, _late(self._timeout))
+            if not (isinstance(answer, list) and len(answer) == 2 and isinstance(answer[0], str)):
+                raise ValueError("the worker answered with something else than a state and what its method returned")
+            return answer[0], read(answer[1])
+        except (WorkerFailure, ValueError) as failure:
+            raise EnvironmentFailure(clean(str(failure))) from failure
 
 
 class LocalEnvironments:
@@ -88,7 +104,7 @@ class LocalEnvironments:
             environment = self._build()
             return environment, checked_observation(await _finished(environment.reset(prompt, reference, seed)))
 
-        return await self._limited(reset())
+        return await self._limited(reset)
 
     async def step(self, state: Any, response: str) -> tuple[Any, Step]:
         """See Environments."""
@@ -96,18 +112,20 @@ class LocalEnvironments:
         async def step() -> tuple[Environment, Step]:
             return state, checked_step(await _finished(state.step(response)))
 
-        return await self._limited(step())
+        return await self._limited(step)
+
+    def take_num_replaced(self) -> int:
+        """There are no workers."""
+        return 0
 
     async def close(self) -> None:
         """Nothing was started."""
 
-    async def _limited(self, call: Awaitable[T]) -> T:
-        deadline = asyncio.timeout(self._timeout)
+    async def _limited(self, call: Callable[[], Awaitable[T]]) -> T:
         try:
-            async with deadline:
-                return await call
-        except Exception as error:  # a failure of the user's code, whatever it is
-            raise EnvironmentFailure(_late(self._timeout) if deadline.expired() else one_line(error)) from error
+            return await call_on_loop(call, self._timeout, _late(self._timeout))
+        except CallFailure as failure:
+            raise EnvironmentFailure(str(failure)) from failure
 
 
 async def _finished(result: T | Awaitable[T]) -> T:

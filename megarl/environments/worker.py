@@ -1,35 +1,37 @@
 """What a worker process of environments answers. It keeps nothing: an environment travels with each request, pickled."""
 
 import asyncio
+import base64
 import inspect
 import pickle
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from megarl.environments.build import EnvironmentSpec, build_environment
-from megarl.environments.protocol import Environment, Observation, Step, checked_observation, checked_step
+from megarl.environments.protocol import Environment, checked_observation, checked_step
 from megarl.errors import one_line
 
 T = TypeVar("T")
 
 
-def build_environments(spec: EnvironmentSpec) -> Callable[[tuple[Any, ...]], tuple[bytes, Observation | Step]]:
-    """The function that answers ``("reset", prompt, reference, seed)`` and ``("step", pickled environment, response)``.
+def build_environments(spec: EnvironmentSpec) -> Callable[[tuple[Any, ...]], tuple[str, Any]]:
+    """The function that answers ``("reset", prompt, reference, seed)`` and ``("step", environment, response)``.
 
-    An answer is the pickled environment and what its method returned.
+    An answer is the environment, pickled and in base64, and what its method returned, as JSON has it.
     """
     build = build_environment(spec)
 
-    def answer(request: tuple[Any, ...]) -> tuple[bytes, Observation | Step]:
+    def answer(request: tuple[Any, ...]) -> tuple[str, Any]:
         method, *arguments = request
         if method == "reset":
             environment = build()
             observation = checked_observation(_finished(environment.reset(*arguments)))
             return _pickled(environment), observation
         state, response = arguments
-        environment = pickle.loads(state)
+        environment = pickle.loads(base64.b64decode(state))
         step = checked_step(_finished(environment.step(response)))
-        return b"" if step.done else _pickled(environment), step
+        return "" if step.done else _pickled(environment), asdict(step)
 
     return answer
 
@@ -41,9 +43,9 @@ def _finished(result: T | Awaitable[T]) -> T:
     return asyncio.run(wait()) if inspect.isawaitable(result) else result
 
 
-def _pickled(environment: Environment) -> bytes:
+def _pickled(environment: Environment) -> str:
     try:
-        return pickle.dumps(environment)
+        return base64.b64encode(pickle.dumps(environment)).decode()
     except Exception as error:
         raise TypeError(
             f"the environment cannot be pickled between turns ({one_line(error)}); set rollout.environment.in_process to true"

@@ -5,18 +5,19 @@ from pathlib import Path
 
 from megarl.config.models_of import has_reference, trains_on_pairs
 from megarl.config.schema import Config, ReferenceConfig
-from megarl.data.template import load_tokenizer
+from megarl.data.tokenizer import run_tokenizer
 from megarl.errors import ConfigError
 from megarl.loop.pairs import HeldOutPairs
 from megarl.loop.rollout import Rollout, read_held_out_prompts
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.train.roles import Learner, Reference, build_learner, is_main_rank
-from megarl.weights.checkpoint import MANIFEST, load_policy, read_run_state
+from megarl.weights.checkpoint import POLICY, check_checkpoint_together, load_policy
+from megarl.weights.manifest import MANIFEST
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a run saved it; else it is a Hugging Face folder."""
-    return (folder / MANIFEST).exists()
+    return (folder / MANIFEST).exists() or (folder / POLICY).is_dir()
 
 
 def with_checkpoint_model(config: Config, checkpoint: Path) -> Config:
@@ -63,7 +64,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path, whole: C
     learner = build_learner(config, total_updates=1)
     version = 0
     if is_checkpoint(checkpoint):
-        version = read_run_state(checkpoint, learner.weight_map).weight_version
+        version = check_checkpoint_together(checkpoint, learner.weight_map).state.weight_version
         with learner.engine.weights.on_device():
             learner.load_weights(load_policy(checkpoint, learner.sharded_weights()))
     if trains_on_pairs(config):
@@ -76,7 +77,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path, whole: C
 
 
 def _evaluate_on_prompts(config: Config, whole: Config, policy: Learner, version: int) -> dict[str, float]:
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    tokenizer = run_tokenizer(config)
     prompts = read_held_out_prompts(whole, tokenizer) if is_main_rank() else None
     rollout = Rollout(config, tokenizer, policy, print, prompts, with_greedy=False)
     try:

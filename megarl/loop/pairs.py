@@ -13,7 +13,8 @@ from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, traine
 from megarl.config.schema import Config
 from megarl.data.packing import pack_pairs, with_scored_ends
 from megarl.data.sampler import build_evaluation_pairs
-from megarl.data.template import PreferencePair, load_tokenizer
+from megarl.data.template import PreferencePair
+from megarl.data.tokenizer import run_tokenizer
 from megarl.loop.broadcast import broadcast_batch, broadcast_value
 from megarl.train.roles import Learner, Reference, is_main_rank
 from megarl.types import PackedBatch
@@ -41,7 +42,7 @@ class HeldOutPairs:
         self._objective = build_pair_objective(config)
         self._pairs: Sequence[PreferencePair] = ()
         if is_main_rank():
-            tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+            tokenizer = run_tokenizer(config)
             self._pairs = build_evaluation_pairs(config, tokenizer)
         self._num_pairs: int = broadcast_value(len(self._pairs))
         self._reference_logprobs: dict[int, Tensor | None] = {}

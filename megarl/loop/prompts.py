@@ -5,12 +5,12 @@ from megarl.config.schema import Config
 from megarl.config.stages import stages_of
 from megarl.data.curriculum import StagedPrompts
 from megarl.data.sampler import build_pair_source, build_prompt_source, build_sft_source
-from megarl.data.template import load_tokenizer
+from megarl.data.tokenizer import run_tokenizer
 
 
 def first_prompts(config: Config, count: int) -> list[tuple[int, ...]]:
     """Token ids of the first ``count`` training prompts, with a curriculum of its last stage."""
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    tokenizer = run_tokenizer(config)
     if config.kind == "sft":
         return [example.token_ids[: example.num_prompt_tokens] for example in build_sft_source(config, tokenizer).take(count)]
     if trains_on_pairs(config):

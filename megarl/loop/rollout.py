@@ -32,6 +32,7 @@ from megarl.rollout.partial_collector import PartialCollector
 from megarl.train.roles import Learner, RewardModel
 from megarl.types import PackedBatch, Prompt, RolloutGroup, ScoredRollout
 from megarl.weights.checkpoint import DataState
+from megarl.workers.sandbox import find_sandbox
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,7 @@ class MainRankRollout:
         def decode(token_ids: Sequence[int]) -> str:
             return str(tokenizer.decode(token_ids, skip_special_tokens=True))
 
+        warn(find_sandbox().describe())
         self.scorer = RewardScorer(config.rewards, task_scorers(config), decode)
         self.is_correct = correctness(config)
         self.engine = build_engine(config, config.run_dir, weight_shapes)
@@ -177,6 +179,11 @@ class MainRankRollout:
             return {}
         rates = pass_rates(result.sampled, config.evaluation.pass_threshold, config.rollout.samples_per_prompt)
         return {f"rollout/{name}": value for name, value in rates.items()}
+
+    def worker_metrics(self) -> dict[str, float]:
+        """``rollout/replaced_workers``: of scorers and environments, that ended before they had answered, since the last step."""
+        replaced = self.scorer.take_num_replaced() + (self.environments.take_num_replaced() if self.environments else 0)
+        return {"rollout/replaced_workers": float(replaced)}
 
     def close(self) -> None:
         """End the engine, the scorers and the environments, and what is under way."""
@@ -240,7 +247,11 @@ class Rollout:
         return Collected(
             packed=broadcast_batch(pack_groups(result.groups, main.is_correct), PackedBatch),
             groups=result.groups,
-            metrics=rollout_metrics(result.groups) | main.pass_rates(result) | result.stats.metrics() | main.prompts.metrics(),
+            metrics=rollout_metrics(result.groups)
+            | main.pass_rates(result)
+            | result.stats.metrics()
+            | main.prompts.metrics()
+            | main.worker_metrics(),
             score_seconds=max(0.0, result.stats.wall_seconds - result.stats.generating_seconds),
             outlived_updates=self._outlives_updates,
             tickets=result.tickets,

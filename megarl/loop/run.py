@@ -1,5 +1,6 @@
 """What every training run has around its loop: position, sampling, checkpoints, and what people watch."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from megarl.config.stages import Stage
 from megarl.data.curriculum import StagedPrompts
 from megarl.data.packing import pack_examples
 from megarl.data.sampler import build_pair_source, build_sft_source
-from megarl.data.template import load_tokenizer
+from megarl.data.tokenizer import run_tokenizer
 from megarl.errors import CheckpointError
 from megarl.loop.broadcast import broadcast_batch, broadcast_value
 from megarl.loop.pairs import HeldOutPairs, pack_for
@@ -31,13 +32,17 @@ from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
 from megarl.weights.checkpoint import (
     CheckpointWriter,
     DataState,
-    RunState,
+    check_checkpoint_together,
     load_policy,
     read_data_state,
-    read_run_state,
     whole_checkpoints,
 )
 from megarl.weights.export import write_hugging_face_folder
+from megarl.weights.manifest import RunState, read_manifest
+
+logger = logging.getLogger(__name__)
+
+NO_DIGESTS = "notice: %s was saved without digests by an earlier version, so only the sizes of its files were checked"
 
 
 class Examples:
@@ -134,7 +139,7 @@ class Run:
         self._open_displays(resume=goes_on)
         first_entropy = first_value(config.run_dir, "entropy") if goes_on and is_main_rank() else None
         self._entropy_floor = EntropyFloor(config.observe.min_entropy, config.observe.min_entropy_share, first_entropy)
-        tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        tokenizer = run_tokenizer(config)
         self._examples = Examples(config, tokenizer) if config.kind != "rl" else None
         samples = samples_responses(config)
         with_greedy = algorithm is not None and algorithm.needs_greedy_response
@@ -189,8 +194,14 @@ class Run:
         return prompts_of_stage(self._stage.prompts, self._stage.stages, self._stage.progress.stage)
 
     def _restore(self, checkpoint: Path) -> RunState:
-        state = broadcast_value(read_run_state(checkpoint, self._policy.weight_map) if is_main_rank() else None)
-        if self._stage is None or not self._stage.is_carried:
+        if self._stage is not None and self._stage.is_carried:
+            # this run has just written it, and other machines may not see it yet
+            state = broadcast_value(read_manifest(checkpoint).state if is_main_rank() else None)
+        else:
+            manifest = check_checkpoint_together(checkpoint, self._policy.weight_map)
+            if is_main_rank() and not manifest.has_digests:
+                logger.warning(NO_DIGESTS, checkpoint)
+            state = manifest.state
             self._restore_models(checkpoint, state)
         if self._algorithm is not None:
             self._algorithm.restore(state.algorithm)

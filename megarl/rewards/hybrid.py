@@ -74,7 +74,9 @@ class HybridScorer:
         reference = rollout.prompt.reference
         # Not the whole reference: the documents would be copied to a worker for every response.
         gold = {key: reference[key] for key in ("answer", "answers") if key in reference}
-        rule: RuleScore = await self._pool.score(self._name, rollout.text, gold, self._timeout)
+        rule = await self._pool.score(self._name, rollout.text, gold, self._timeout)
+        if not isinstance(rule, RuleScore):
+            raise ScorerFailure("the worker answered with something else than a rule's score")
         if self._judge is None or rule.answer is None or rule.score >= 1:
             return HybridScore(rule=rule.score, judge=None, failure=None)
         if len(rule.answer) > self._judge.config.max_answer_characters:  # no short answer: it could hold the documents
@@ -91,7 +93,10 @@ class HybridScorer:
 
     async def _verdict(self, reply: str, judge: Judge) -> float:
         try:
-            return await self._pool.score(verdict_name(self._name), reply, {}, self._timeout)
+            verdict = await self._pool.score(verdict_name(self._name), reply, {}, self._timeout)
+            if not isinstance(verdict, float):
+                raise ScorerFailure("the worker answered with something else than a verdict")
+            return verdict
         except ScorerFailure as failure:
             raise ScorerFailure(f"judge {judge.config.url}: {failure}") from failure
 

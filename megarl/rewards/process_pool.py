@@ -3,9 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megarl.config.schema import SandboxConfig
 from megarl.errors import RewardError
+from megarl.rewards.document_qa import RuleScore
 from megarl.rewards.scorers import ScorerSpec
+from megarl.rewards.worker import Score, read_score
+from megarl.workers.answers import clean
 from megarl.workers.pool import ProcessPool, WorkerFailure
+from megarl.workers.sandbox import find_sandbox
 
 
 class ScorerFailure(Exception):
@@ -15,11 +20,25 @@ class ScorerFailure(Exception):
 class WorkerPool:
     """Up to ``num_workers`` processes, each with all scorers."""
 
-    def __init__(self, specs: Sequence[ScorerSpec], num_workers: int) -> None:
-        build = "megarl.rewards.worker:build_scorers"
-        self._processes = ProcessPool(build, list(specs), num_workers, kind="a scorer", error=RewardError)
+    def __init__(self, specs: Sequence[ScorerSpec], num_workers: int, sandbox: SandboxConfig) -> None:
+        self._processes = ProcessPool(
+            "megarl.rewards.worker:build_scorers",
+            (list(specs), find_sandbox().program is not None),
+            num_workers,
+            kind="a scorer",
+            error=RewardError,
+            sandbox=sandbox,
+            section="rewards.sandbox",
+            modules=[spec.function.partition(":")[0] for spec in specs if spec.function is not None],
+        )
 
-    async def score(self, name: str, response: str | Sequence[str], reference: Mapping[str, Any], timeout: float) -> Any:
+    def take_num_replaced(self) -> int:
+        """See ProcessPool."""
+        return self._processes.take_num_replaced()
+
+    async def score(
+        self, name: str, response: str | Sequence[str], reference: Mapping[str, Any], timeout: float
+    ) -> Score | RuleScore:
         """The score of the scorer of that name: a number, a list of them for steps, or a RuleScore of type document_qa.
 
         ``timeout`` seconds count from when a worker takes the request.
@@ -30,9 +49,9 @@ class WorkerPool:
         """
         late = f"no score within rewards.timeout = {timeout:g} seconds"
         try:
-            return await self._processes.ask((name, response, dict(reference)), timeout, late)
-        except WorkerFailure as failure:
-            raise ScorerFailure(str(failure)) from failure
+            return read_score(await self._processes.ask((name, response, dict(reference)), timeout, late), response)
+        except (WorkerFailure, ValueError) as failure:
+            raise ScorerFailure(clean(str(failure))) from failure
 
     async def close(self) -> None:
         """Kill all workers and wait for their end; calls of ``score`` must have returned or been cancelled before."""

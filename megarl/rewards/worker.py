@@ -1,45 +1,64 @@
-"""What a worker process of scorers answers."""
+"""What a worker process of scorers answers, and what of that the trainer takes."""
 
 import math
 import numbers
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from megarl.rewards.document_qa import RuleScore
 from megarl.rewards.scorers import ScorerSpec, build_scorer
 
 Request = tuple[str, str | Sequence[str], Mapping[str, Any]]
-Result = float | list[float] | RuleScore
+Score = float | list[float]
 
 
-def build_scorers(specs: Sequence[ScorerSpec]) -> Callable[[Request], Result]:
-    """The function that answers requests ``(name of scorer, response, reference)`` with the score.
+def build_scorers(argument: tuple[Sequence[ScorerSpec], bool]) -> Callable[[Request], Any]:
+    """The function that answers requests ``(name of scorer, response, reference)`` with the score, as JSON has it.
+
+    The argument is the scorers, and whether this process is in a sandbox.
 
     For a scorer of steps, a list of steps is in the place of the response, and a list of numbers in that of the score. One of type
-    document_qa gives a RuleScore: its judge is asked outside the workers.
+    document_qa gives the fields of a RuleScore: its judge is asked outside the workers.
     """
-    scorers = {spec.name: build_scorer(spec) for spec in specs}
+    specs, is_sandboxed = argument
+    scorers = {spec.name: build_scorer(spec, is_sandboxed=is_sandboxed) for spec in specs}
 
-    def score(request: Request) -> Result:
+    def score(request: Request) -> Any:
         name, response, reference = request
         result = scorers[name](response, reference)
-        return result if isinstance(result, RuleScore) else checked_scores(result, response)
+        return asdict(result) if isinstance(result, RuleScore) else checked_scores(result, response)
 
     return score
 
 
+def read_score(answer: Any, response: str | Sequence[str]) -> Score | RuleScore:
+    """A worker's answer, which may be a response's own work; ValueError when it is no score."""
+    if not isinstance(answer, dict):
+        return checked_scores(answer, response)
+    score, found = answer.get("score"), answer.get("answer")
+    if answer.keys() != {"score", "answer"} or not (found is None or isinstance(found, str)):
+        raise ValueError("the worker answered with something else than a score")
+    return RuleScore(score=checked_score(score), answer=found)
+
+
 def checked_score(value: object) -> float:
     """A scorer's return value as a float; ValueError when it is not a finite number."""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"the scorer returned {value!r}, not a finite number")
-    return float(value)
+    try:
+        number = float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"the scorer returned {reprlib.repr(value)}, not a finite number")
+    return number
 
 
-def checked_scores(value: object, response: str | Sequence[str]) -> float | list[float]:
+def checked_scores(value: object, response: str | Sequence[str]) -> Score:
     """What a scorer returned for a response, or for a list of steps; ValueError when it is not one finite number for each."""
     if isinstance(response, str):
         return checked_score(value)
     if not isinstance(value, list | tuple) or len(value) != len(response):
-        given = f"{len(value)} numbers" if isinstance(value, list | tuple) else repr(value)
+        given = f"{len(value)} numbers" if isinstance(value, list | tuple) else reprlib.repr(value)
         raise ValueError(f"the scorer returned {given}, not a list with one number for each of {len(response)} steps")
     return [checked_score(one) for one in value]

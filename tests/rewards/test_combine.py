@@ -157,7 +157,7 @@ def test_a_scorer_that_never_returns_is_killed_and_the_next_one_scored(blocking,
         after = await reward_scorer.score(rollout(good))
         return before, failed, after
 
-    before, failed, after = run(scorers, use, on_failure="zero", timeout=0.5, concurrency=1)
+    before, failed, after = run(scorers, use, on_failure="zero", timeout=0.5, concurrency=1, sandbox={"writable": [tmp_path]})
     assert "no score within" in failed.failures[0]
     assert before.parts["scorer"] > 0
     assert after.parts["scorer"] > 0
@@ -185,7 +185,7 @@ def test_a_stuck_scorer_does_not_hold_up_the_event_loop(pipe):
         judged = await asyncio.gather(*(judge.score(rollout("quick")) for _ in range(3)))
         return [scored.reward for scored in judged], stuck.done(), (await stuck).failures
 
-    rewards, was_done, failures = run([python("loops_on_request")], use, timeout=1, on_failure="zero")
+    rewards, was_done, failures = run([python("loops_on_request")], use, timeout=1, on_failure="zero", sandbox={"readable": [pipe]})
     assert rewards == [5.0] * 3
     assert not was_done
     assert "no score within" in failures[0]
@@ -201,7 +201,7 @@ def test_a_cancelled_request_ends_its_worker_and_never_answers_the_next(pipe):
         second = await reward_scorer.score(rollout("ok"))
         return first.reward, second.reward
 
-    first, second = run([python("loops_on_request")], use, concurrency=1)
+    first, second = run([python("loops_on_request")], use, concurrency=1, sandbox={"readable": [pipe]})
     assert first != second
 
 
@@ -209,10 +209,12 @@ def test_a_worker_ends_with_the_run_even_while_its_scorer_loops(pipe, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import asyncio, sys\n"
+        "from megarl.config.schema import SandboxConfig\n"
         "from megarl.rewards.process_pool import WorkerPool\n"
         "from megarl.rewards.scorers import ScorerSpec\n"
         "spec = ScorerSpec(name='s', type='python', function='user_rewards:loops_on_request')\n"
-        f"asyncio.run(WorkerPool([spec], 1).score('s', 'loop', {{'started': {pipe!r}}}, 1000))\n"
+        f"pool = WorkerPool([spec], 1, SandboxConfig(readable=[{pipe!r}]))\n"
+        f"asyncio.run(pool.score('s', 'loop', {{'started': {pipe!r}}}, 1000))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run_process = subprocess.Popen([sys.executable, script], env=environment, stderr=subprocess.DEVNULL)

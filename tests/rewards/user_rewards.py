@@ -2,6 +2,9 @@
 
 import asyncio
 import os
+import random
+
+WORKER = random.random()  # tells worker processes apart: in a sandbox all have the same process id
 
 
 def length(response, reference):
@@ -14,13 +17,13 @@ def noisy_length(response, reference):
 
 
 def loops_on_request(response, reference):
-    """Loops for ever after opening the pipe ``reference["started"]``, for the response "loop"; else gives its process id."""
+    """Loops for ever after opening the pipe ``reference["started"]``, for the response "loop"; else gives its worker."""
     if response == "loop":
         with open(reference["started"], "w"):
             pass
         while True:
             pass
-    return os.getpid()
+    return WORKER
 
 
 def raises(response, reference):

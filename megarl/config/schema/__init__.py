@@ -50,6 +50,7 @@ from megarl.config.schema.rollout import (
     WeightTransferConfig,
 )
 from megarl.config.schema.run import CheckpointConfig, Config, ObserveConfig
+from megarl.config.schema.sandbox import SandboxConfig
 from megarl.config.schema.section import Section
 
 __all__ = [
@@ -96,6 +97,7 @@ __all__ = [
     "SFTConfig",
     "SamplerCorrectionConfig",
     "SamplingConfig",
+    "SandboxConfig",
     "ScorerConfig",
     "Section",
     "StageConfig",

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from megarl.config.schema.sandbox import SandboxConfig
 from megarl.config.schema.section import Section, key
 
 
@@ -22,7 +23,12 @@ class EngineServerConfig(Section):
         "Python of the environment that has the engine; when not given, the trainer's own if it has it, else the one built by "
         "make engine-vllm or engine-sglang.",
     )
-    url: str | None = key(None, "URL", "Use this running server instead of starting one.")
+    url: str | None = key(None, "URL", "Use this running server instead of starting one (docs/engines.md says how it is started).")
+    api_key_env: str | None = key(
+        None,
+        "environment variable",
+        "Holds the key of the server at url; one that the run starts gets a random key of its own.",
+    )
     port: int = key(0, "port", "Port of the started server; 0 takes a free one.", ge=0, le=65535)
     tensor_parallel_size: int = key(1, "ranks", "Tensor parallel size of the server.", ge=1)
     dtype: Literal["float32", "bfloat16"] | None = key(None, "-", "Type of the server's weights; the policy's when not given.")
@@ -79,6 +85,7 @@ class EnvironmentConfig(Section):
         "Run it on the trainer's event loop, for async environments that cannot be pickled; else in worker processes, where a "
         "time-out kills what never returns.",
     )
+    sandbox: SandboxConfig = key(SandboxConfig, "-", "What its worker processes may do; in_process has no use for it.")
     weight: float = key(1.0, "-", "Factor of the episode's summed rewards in the reward of a response.")
     role: Literal["user", "tool"] = key("user", "-", "Role of its messages in the tokenizer's chat template.")
     observation_template: str | None = key(

@@ -1,0 +1,132 @@
+"""Where workers run: in a bubblewrap sandbox where the system has one that works, else as bare processes (docs/sandbox.md)."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from megarl.config.schema import SandboxConfig
+from megarl.workers.visible import visible_paths
+
+_PROBE_TIMEOUT = 60.0  # seconds
+_NETWORK_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ssl", "/etc/pki", "/run/systemd/resolve")
+_NOBODY = "65534"
+INSTALL = "install bubblewrap 0.8 or newer (apt install bubblewrap) where user namespaces are allowed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sandbox:
+    """How the processes of a machine can be kept apart from it.
+
+    Attributes:
+        program: the path of bubblewrap; None where workers are bare processes.
+        has_proc: whether it may mount /proc, which containers often forbid.
+        reason: why there is no bubblewrap; empty where there is.
+    """
+
+    program: str | None
+    has_proc: bool
+    reason: str
+
+    @property
+    def num_wrappers(self) -> int:
+        """How many processes of its own are between the one that is started and the worker's."""
+        return 0 if self.program is None else 2  # the init of the namespace and, below it, the worker itself
+
+    def describe(self) -> str:
+        """One line for the log."""
+        if self.program is not None:
+            return f"scorers, environments and chat templates run in sandboxes of {self.program}"
+        return (
+            f"scorers, environments and chat templates run WITHOUT a sandbox, only with limits: {self.reason}; tasks of "
+            f"reasoning_gym that evaluate answers are refused; {INSTALL}"
+        )
+
+    def command(self, arguments: Sequence[str], config: SandboxConfig, modules: Iterable[str]) -> list[str]:
+        """The command line of a worker.
+
+        Args:
+            arguments: of the Python interpreter.
+            config: what the worker may do.
+            modules: names of modules of the user that it imports, beside those on ``sys.path``.
+        """
+        python = [sys.executable, *arguments]
+        if self.program is None:
+            return python
+        return [self.program, *self._namespaces(config), *self._files(config, modules), "--", *python]
+
+    def _namespaces(self, config: SandboxConfig) -> list[str]:
+        apart = ["--unshare-user", "--disable-userns", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+        network = [] if config.network else ["--unshare-net"]
+        return [*apart, *network, "--die-with-parent", "--new-session", "--uid", _NOBODY, "--gid", _NOBODY]
+
+    def _files(self, config: SandboxConfig, modules: Iterable[str]) -> list[str]:
+        readable = [*config.readable, *(map(Path, _NETWORK_FILES) if config.network else ())]
+        paths = visible_paths(modules, readable)
+        size = str(memory_bytes(config) // 16)
+        files = ["--proc", "/proc"] if self.has_proc else []
+        files += ["--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev", "--size", size, "--tmpfs", "/tmp"]
+        for link, target in paths.links:
+            files += ["--symlink", target, link]
+        for path in paths.folders_and_files:
+            files += ["--ro-bind", path, path]
+        for writable in config.writable:
+            path = os.path.abspath(writable)
+            files += ["--dev-bind" if path.startswith("/dev/") else "--bind", path, path]
+        folder = os.getcwd() if paths.shows(os.getcwd()) else "/tmp"
+        return [*files, "--remount-ro", "/", "--chdir", folder]
+
+
+def memory_bytes(config: SandboxConfig) -> int:
+    """Most memory of a worker."""
+    return int(config.memory_gib * 2**30)
+
+
+def worker_environment(config: SandboxConfig) -> dict[str, str]:
+    """The environment variables of a worker: what a program needs to start, and those that the configuration names."""
+    names = ["LD_LIBRARY_PATH", *config.environment]  # without it, an interpreter of a module system finds no libpython
+    passed = {name: os.environ[name] for name in names if name in os.environ}
+    # one thread each: workers are many and share their cores with the ranks
+    return {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "USER": "nobody", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"} | passed
+
+
+@lru_cache(maxsize=1)
+def find_sandbox() -> Sandbox:
+    """The best that this machine has, tried out once."""
+    program = shutil.which("bwrap")
+    if program is None:
+        return Sandbox(program=None, has_proc=False, reason="there is no bubblewrap (bwrap) on PATH")
+    reason = ""
+    for has_proc in (True, False):
+        sandbox = Sandbox(program=program, has_proc=has_proc, reason="")
+        reason = _fault(sandbox)
+        if not reason:
+            return sandbox
+    return Sandbox(program=None, has_proc=False, reason=f"{program} does not work here ({reason})")
+
+
+def _fault(sandbox: Sandbox) -> str:
+    """Why a worker cannot run in it; empty if it can."""
+    config = SandboxConfig()
+    command = sandbox.command(["-c", "import megarl.workers.worker"], config, [])
+    try:
+        result = subprocess.run(
+            command,
+            env=worker_environment(config) | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PROBE_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return " ".join(str(error).split())[:160]
+    if result.returncode == 0:
+        return ""
+    lines = result.stderr.strip().splitlines() or [f"it ended with code {result.returncode}"]
+    return " ".join(lines[-1].split())[:160]
