@@ -15,6 +15,7 @@ from megarl.config.load import load_config
 from megarl.config.redaction import redacted
 from megarl.config.schema import Config
 from megarl.config.stages import configs_of
+from megarl.config.unused_settings import unused_settings
 from megarl.loop import memory_command  # noqa: F401  (adds plan memory)
 from megarl.loop.plan_command import plan_app
 
@@ -77,6 +78,8 @@ def show_config(config_path: ConfigPath, overrides: Overrides = [], nproc: NumRa
     config = _load(config_path, overrides)
     check(config, nproc)
     print(explain(redacted(config)))
+    for line in unused_settings(config):
+        print(f"# notice: {line}")
 
 
 @app.command()

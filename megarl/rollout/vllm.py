@@ -198,8 +198,8 @@ class VllmEngine(ServerEngine):
         if reported != self._logprobs_mode and (reported != "raw_logprobs" or rollout.temperature != 1):
             raise RolloutError(
                 f"vLLM runs with --logprobs-mode {shortened(reported, 40)}, which are no log-probabilities of sampling at "
-                f"temperature {rollout.temperature:g}, top_p {rollout.top_p:g}, top_k {rollout.top_k}; start it with --logprobs-mode "
-                f"{self._logprobs_mode}"
+                f"temperature {rollout.temperature:g}, top_p {rollout.top_p:g}, top_k {rollout.top_k}; start it with "
+                f"--logprobs-mode {self._logprobs_mode}"
             )
 
     @property
