@@ -43,11 +43,12 @@ def _number(low: float, *, above: bool) -> tuple[Callable[[Any], bool], str]:
     return is_right, f"a number {'>' if above else '≥'} {low:g}"
 
 
-def _kind(words: str, kind: type, items: type | None = None) -> tuple[Callable[[Any], bool], str]:
-    def is_right(value: Any) -> bool:
-        return isinstance(value, kind) and (items is None or all(type(item) is items for item in value))
+def _kind(words: str, kind: type) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: isinstance(value, kind), words
 
-    return is_right, words
+
+def _list_of(words: str, kind: type) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: isinstance(value, list) and all(type(item) is kind for item in value), f"a list of {words}"
 
 
 SIZE, TEXT, SWITCH, OBJECT = _whole(1, LARGEST_SIZE), _kind("a text", str), _kind("true or false", bool), _kind("an object", dict)
@@ -104,8 +105,8 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("initializer_range", "attention_dropout"), _number(0, above=False)),
     **dict.fromkeys(("hidden_act", "topk_method", "scoring_func", "torch_dtype", "dtype"), TEXT),
     **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), OBJECT),
-    **dict.fromkeys(("architectures", "layer_types"), _kind("a list of texts", list, str)),
-    "mlp_only_layers": _kind("a list of whole numbers", list, int),
+    **dict.fromkeys(("architectures", "layer_types"), _list_of("texts", str)),
+    "mlp_only_layers": _list_of("whole numbers", int),
 }
 ROPE_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("rope_type", "type"), TEXT),
