@@ -17,6 +17,7 @@ from megarl.environments.run import Environments, open_environments
 from megarl.errors import CheckpointError
 from megarl.loop.background import BackgroundLoop
 from megarl.loop.broadcast import broadcast_batch, broadcast_value
+from megarl.loop.start_checks import check_references, row_sizes
 from megarl.loop.weight_sync import MainRankEngine, WeightSync, check_transport
 from megarl.observe.metrics import accuracy_metrics, pass_at_k, rollout_metrics
 from megarl.rewards.combine import RewardScorer
@@ -73,9 +74,11 @@ class Prompts:
 
 
 def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """The prompts of a run without stages; raises DataError as ``build_prompt_source``."""
-    training = build_prompt_source(config, tokenizer) if config.kind == "rl" else None
-    return Prompts(training=training, held_out=build_evaluation_prompts(config, tokenizer))
+    """The prompts of a run without stages; raises DataError as ``build_prompt_source`` and ``check_references``."""
+    training = build_prompt_source(config, tokenizer, row_sizes(config, tokenizer)) if config.kind == "rl" else None
+    held_out = build_evaluation_prompts(config, tokenizer)
+    check_references(config, training.rows() if training else ())
+    return Prompts(training=training, held_out=held_out)
 
 
 def prompts_of_stage(prompts: StagedPrompts, stages: Sequence[Stage], stage: Stage) -> Prompts:
@@ -85,6 +88,7 @@ def prompts_of_stage(prompts: StagedPrompts, stages: Sequence[Stage], stage: Sta
 
 def read_held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     """The held-out prompts alone, with a curriculum those of all its stages."""
+    check_references(config, ())
     if config.curriculum is None:
         return Prompts(training=None, held_out=build_evaluation_prompts(config, tokenizer))
     stages = stages_of(config)

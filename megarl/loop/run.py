@@ -23,6 +23,7 @@ from megarl.loop.broadcast import broadcast_batch, broadcast_value
 from megarl.loop.pairs import HeldOutPairs, pack_for
 from megarl.loop.promotion import StageProgress
 from megarl.loop.rollout import Collected, Prompts, Rollout, accuracy_name, prompts_of_stage, read_prompts
+from megarl.loop.start_checks import row_sizes
 from megarl.observe.progress import RunProgress
 from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
 from megarl.observe.sinks import MetricsWriter, RolloutWriter, TicketsWriter
@@ -50,8 +51,14 @@ class Examples:
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         self._config = config
-        self._examples = build_sft_source(config, tokenizer) if config.kind == "sft" and is_main_rank() else None
-        self._pairs = build_pair_source(config, tokenizer) if trains_on_pairs(config) and is_main_rank() else None
+        self._examples = (
+            build_sft_source(config, tokenizer, row_sizes(config, tokenizer)) if config.kind == "sft" and is_main_rank() else None
+        )
+        self._pairs = (
+            build_pair_source(config, tokenizer, row_sizes(config, tokenizer))
+            if trains_on_pairs(config) and is_main_rank()
+            else None
+        )
 
     def take(self, count: int) -> PackedBatch:
         """The next ``count`` examples or pairs."""

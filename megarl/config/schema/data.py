@@ -231,6 +231,12 @@ class DataConfig(Section):
     response_suffix: str = key(
         "", "-", "Text put after each response that data.train gives (all kinds but rl), before the end-of-sequence token."
     )
+    too_long: Literal["refuse", "leave_out", "cut_middle"] = key(
+        "refuse",
+        "-",
+        "Rows above rollout.max_prompt_tokens, sft.max_tokens or preference.max_tokens: do not begin, naming one; leave them out, "
+        "and say how many; or, for prompts of kind rl, cut tokens out of their middle. A curriculum has its own.",
+    )
 
 
 class SFTConfig(Section):
