@@ -34,7 +34,6 @@ ROUTES = [
     ("POST", "/health"),
     ("GET", "//health"),
     ("GET", "/health/"),
-    ("GET", "/v1/../health"),
     ("GET", "/no/such/route"),
 ]
 
@@ -59,7 +58,8 @@ async def strangers_are_refused(engine: ServerEngine, key: str) -> None:
     assert len(routes) > 40
     for headers in ({}, {"Authorization": "Bearer " + key[:-1]}, {"Authorization": key}, {"X-API-Key": key}):
         found = await statuses(engine.server.url, routes, headers)
-        assert {status for route, status in found.items() if route != ("GET", "/health")} == {401}, headers
+        assert found.pop(("GET", "/health")) == 200
+        assert [route for route, status in found.items() if status != 401] == []
     async with aiohttp.ClientSession() as session:
         with pytest.raises(aiohttp.WSServerHandshakeError):
             await session.ws_connect(engine.server.url + "/v1/realtime")
