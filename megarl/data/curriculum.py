@@ -1,7 +1,7 @@
 """The prompts of a run with a curriculum: which stage has which, by their lengths, and those of earlier stages among them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -12,7 +12,7 @@ from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, SuccessRates, TaskChooser, draw_by_weight, seeded_random
 from megarl.data.sampler import PromptSource, TaskRows, excluded_texts, place_of, training_rows
 from megarl.data.sources import Row, read_rows
-from megarl.data.template import PromptTemplate
+from megarl.data.template import prompt_template
 from megarl.errors import CheckpointError, DataError
 from megarl.types import Prompt, RolloutGroup
 
@@ -60,7 +60,7 @@ class LengthLimit:
         self.too_long: list[tuple[str, int]] = []
         self._cuts = config.curriculum.too_long == "cut_middle"
         self._tokenizer = tokenizer
-        self._template = PromptTemplate(tokenizer, config.data.template)
+        self._template = prompt_template(config, tokenizer)
 
     def measure(self, row: Row) -> int:
         """Tokens of the row's prompt, after the cut where it is cut."""
@@ -78,7 +78,7 @@ class LengthLimit:
             return prompt
         token_ids = without_middle(prompt.token_ids, self.longest)
         text = str(self._tokenizer.decode(token_ids))
-        return Prompt(prompt_id=prompt.prompt_id, token_ids=token_ids, text=text, reference=prompt.reference, task=prompt.task)
+        return replace(prompt, token_ids=token_ids, text=text)
 
     def held_out_prompts(self, config: Config) -> list[Prompt]:
         """Those of ``evaluation.data`` in their order, without what is left out; none when it is not given."""

@@ -11,7 +11,7 @@ from megarl.config.schema import Config, TaskConfig
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, TaskChooser
 from megarl.data.sources import Row, number_at, read_rows
-from megarl.data.template import PreferencePair, PromptTemplate, SFTExample
+from megarl.data.template import PreferencePair, SFTExample, prompt_template
 from megarl.errors import CheckpointError, DataError
 from megarl.types import Prompt, RolloutGroup
 
@@ -133,7 +133,7 @@ def build_prompt_source(config: Config, tokenizer: "PreTrainedTokenizerBase") ->
     Raises:
         DataError: a row is malformed, a prompt too long, or no row remains after ``data.exclude``.
     """
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
 
     def encode(row: Row) -> Prompt:
         return template.encode_prompt(row, config.rollout.max_prompt_tokens)
@@ -147,7 +147,7 @@ def build_sft_source(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Ex
     Raises:
         DataError: a row is malformed, an example too long, or no row remains after ``data.exclude``.
     """
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
 
     def encode(row: Row) -> SFTExample:
         return template.encode_example(row, config.data.response_suffix, config.sft.max_tokens)
@@ -162,7 +162,7 @@ def build_pair_source(config: Config, tokenizer: "PreTrainedTokenizerBase") -> P
         DataError: a row is malformed, a response too long, a pair too long for a micro-batch, or no row remains after
             ``data.exclude``.
     """
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
     policy, end = config.policy, int(config.kind == "reward_model")  # which reads one token behind each response
 
     def encode(row: Row) -> PreferencePair:
@@ -184,7 +184,7 @@ def build_evaluation_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase")
     """All pairs of ``evaluation.data`` in their order; none when it is not given. Raises DataError as the others do."""
     if config.evaluation.data is None:
         return []
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
     return [
         template.encode_pair(row, config.data.response_suffix, config.preference.max_tokens)
         for task in tasks_of(config.evaluation.data, EVALUATION)
@@ -196,7 +196,7 @@ def build_evaluation_prompts(config: Config, tokenizer: "PreTrainedTokenizerBase
     """All prompts of ``evaluation.data`` in their order; none when it is not given. Raises DataError as the others do."""
     if config.evaluation.data is None:
         return []
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
     tasks = tasks_of(config.evaluation.data, EVALUATION)
     return [
         template.encode_prompt(row, config.rollout.max_prompt_tokens) for task in tasks for row in read_rows(task.source, task.name)
