@@ -1,5 +1,7 @@
 """Every error a user can cause or meet. The command line prints one as one line and exits with status 2."""
 
+MESSAGE_LENGTH = 300  # characters of a message, at most
+
 
 class MegaRLError(Exception):
     """Base of all errors that carry a message for the user: the value, the reason and the fix."""
@@ -44,5 +46,22 @@ def listed(names: list[str], limit: int = 5) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's type and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    """The error's type and message on one line, cut when it is long."""
+    return shortened(f"{type(error).__name__}: {error}", 200)
+
+
+def with_fix(problem: str, fix: str) -> str:
+    """A whole message: the problem, cut where both would not fit into one line, and what to do."""
+    return f"{shortened(problem, MESSAGE_LENGTH - len(fix) - 2)}; {fix}"
+
+
+def shortened(text: str, limit: int = 120) -> str:
+    """A text of others as it fits into an error of one line: without characters that a terminal acts on, cut to ``limit``."""
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 20 * limit]).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def quoted(value: object, limit: int = 60) -> str:
+    """The value as Python writes it, without control characters, shortened in its middle, for error messages."""
+    text = repr(value[: 2 * limit] + value[-limit:] if isinstance(value, str) and len(value) > 4 * limit else value)
+    return text if len(text) <= limit else f"{text[: limit * 2 // 3]}...{text[-(limit // 3) :]}"

@@ -280,9 +280,15 @@ class UpdateResult:
         gradient_norm: global L2 norm before clipping.
         learning_rate: of this step.
         skipped: True when the gradient was NaN or Inf and the weights were left alone.
+        empty: True when nothing in the batch had a gradient and weights and optimizer state were left alone.
+        num_tokens: trained tokens of the batch.
+        num_sequences: sequences of the batch.
     """
 
     metrics: Mapping[str, float]
     gradient_norm: float
     learning_rate: float
     skipped: bool
+    empty: bool
+    num_tokens: int
+    num_sequences: int

@@ -7,18 +7,18 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megarl"
 ALLOWED = {
-    "config": {"errors"},
+    "config": {"errors", "json_text"},
     "algorithms": {"types", "config", "errors"},
-    "parallel": {"types", "config", "errors", "death_signal"},
-    "models": {"parallel", "config", "errors"},
-    "weights": {"models", "parallel", "config", "errors", "death_signal"},
-    "reshard": {"weights", "models", "parallel", "config", "errors"},
+    "parallel": {"types", "config", "errors", "death_signal", "sockets"},
+    "models": {"parallel", "config", "errors", "json_text"},
+    "weights": {"models", "parallel", "config", "errors", "death_signal", "json_text"},
+    "reshard": {"weights", "models", "parallel", "config", "errors", "sockets"},
     "memory": {"weights", "models", "parallel", "config", "errors"},
     "data": {"types", "config", "errors"},
     "workers": {"config", "errors"},
     "environments": {"workers", "types", "config", "errors"},
-    "rewards": {"workers", "types", "config", "errors"},
-    "rollout": {"environments", "types", "config", "errors"},
+    "rewards": {"workers", "types", "config", "errors", "json_text", "server_answers"},
+    "rollout": {"environments", "types", "config", "errors", "sockets", "json_text", "server_answers"},
     "train": {"weights", "models", "parallel", "algorithms", "data", "types", "config", "errors"},
     "observe": {"types", "config", "errors"},
 }

@@ -76,8 +76,8 @@ def parse_stages(texts: Sequence[str]) -> list[Stage]:
 
 
 def read_source(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a JSON-lines file, a folder of save_to_disk or a dataset by name, with their places."""
-    if source.endswith(".jsonl"):
+    """The rows of a file, a folder of save_to_disk or a dataset by name, with their places."""
+    if Path(source).suffix == ".jsonl" or Path(source).is_file():
         yield from read_objects(Path(source))
         return
     dataset = load_dataset(DatasetsSource(path=source, split=split))
@@ -165,7 +165,7 @@ def plot(path: Path, lengths: Sequence[int], stages: Sequence[Stage]) -> None:
 
 @app.command()
 def main(
-    source: Annotated[str, typer.Argument(help="A .jsonl file, a folder written by save_to_disk, or a name for load_dataset.")],
+    source: Annotated[str, typer.Argument(help="A file of rows, a folder written by save_to_disk, or a name for load_dataset.")],
     out: Annotated[Path, typer.Argument(help="JSON-lines file to write.")],
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face folder with the tokenizer that counts tokens.")],
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",

@@ -70,6 +70,10 @@ class Algorithm:
         config = self._config
         metrics: dict[str, float] = {}
         rewards = self._shaped_rewards(packed, step, metrics)
+        if scores.reference is not None and packed.loss_mask.any():
+            # of all tokens that this policy sampled, before any are left out of the loss: then the mean is KL(policy || reference)
+            divergence = kl_estimate(scores.old.double(), scores.reference.double(), "k3")
+            metrics["kl_reference"] = float(divergence[packed.loss_mask].mean())
         if config.mask_truncated:
             metrics["masked_truncated_share"] = float(packed.truncated.double().mean())
             kept = ~packed.truncated.repeat_interleave(packed.sequence_lengths)
@@ -106,7 +110,10 @@ class Algorithm:
         return value_objective(values, data, clip_range=self._config.value_clip)
 
     def finish_step(self, packed: PackedBatch, scores: TokenScores) -> None:
-        """After the updates of a step: adapt β to the KL that the step began with."""
+        """After the updates of a step: adapt β to the KL that the step began with.
+
+        To be called only after steps in which the policy has moved: β is to answer for what it has done.
+        """
         kl = self._config.kl
         if kl.target is not None and scores.reference is not None:
             penalty = kl_estimate(scores.old, scores.reference, "k1") * packed.loss_mask
@@ -187,8 +194,9 @@ class Algorithm:
         decay = inputs.trace_decay if value_decay is None else value_decay
         returns = gae(replace(inputs, trace_decay=decay)) + inputs.values
         mask = inputs.loss_mask
-        metrics["explained_variance"] = float(explained_variance(inputs.values[mask], returns[mask])) if mask.any() else 0.0
-        metrics["return_mean"] = float(returns[mask].mean()) if mask.any() else 0.0
+        if mask.any():
+            metrics["explained_variance"] = float(explained_variance(inputs.values[mask], returns[mask]))
+            metrics["return_mean"] = float(returns[mask].double().mean())
         return returns
 
     def _advantages(self, inputs: AdvantageInput, scores: TokenScores, metrics: dict[str, float]) -> Tensor:
@@ -202,9 +210,10 @@ class Algorithm:
         if config.whiten:
             advantages = whiten(advantages, inputs.loss_mask)
         if config.entropy_control is not None:
-            entropy = float(scores.entropies[inputs.loss_mask].double().mean()) if inputs.loss_mask.any() else 0.0
             control = config.entropy_control
-            self._masks_negative = masks_negative(entropy, self._masks_negative, control.low, control.high)
+            if inputs.loss_mask.any():
+                entropy = float(scores.entropies[inputs.loss_mask].double().mean())
+                self._masks_negative = masks_negative(entropy, self._masks_negative, control.low, control.high)
             metrics["negatives_masked"] = float(self._masks_negative)
             advantages = without_negatives(advantages) if self._masks_negative else advantages
         return advantages
@@ -222,8 +231,8 @@ class Algorithm:
             level=correction_level(self._config),
             cap=correction.cap,
         )
-        trained = weights[packed.loss_mask]
-        metrics["sampler_weight_mean"] = float(trained.mean()) if trained.numel() else 0.0
+        if packed.loss_mask.any():
+            metrics["sampler_weight_mean"] = float(weights[packed.loss_mask].double().mean())
         return weights
 
 

@@ -39,17 +39,15 @@ class Objective:
 
     Attributes:
         loss: scalar; losses of all micro-batches and ranks add up to the batch's loss.
-        sums: name to scalar that adds up over the batch; names in ``means`` are divided by the number of tokens afterwards.
-        maxima: name to scalar whose maximum over the batch is reported.
+        metrics: name in metrics.METRICS to scalar: an extreme over the tokens, their sum for a token mean, and for a sequence mean
+            what adds up over micro-batches and ranks to the batch's mean.
     """
 
     loss: Tensor
-    sums: dict[str, Tensor]
-    maxima: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
 
 ObjectiveFunction = Callable[..., Objective]  # called with the outputs of the engine's head, each [tokens], and TokenData
-PER_TOKEN = "per_token/"  # prefix of sums that are reported as means over the batch's tokens
 
 
 def select_tokens(batch: TrainBatch, index: Tensor, device: torch.device, sequences: SequenceTokens) -> TokenData:
@@ -73,7 +71,7 @@ def select_tokens(batch: TrainBatch, index: Tensor, device: torch.device, sequen
 def supervised_objective(logprobs: Tensor, entropies: Tensor, data: TokenData) -> Objective:
     """Cross-entropy: the weighted sum of -log p."""
     loss = -(logprobs * data.weights).sum()
-    return Objective(loss, {"loss": loss.detach(), PER_TOKEN + "entropy": entropies.detach().sum()}, {})
+    return Objective(loss, {"loss": loss.detach(), "entropy": entropies.detach().sum()})
 
 
 def policy_objective(
@@ -102,24 +100,24 @@ def policy_objective(
     policy_terms = policy.loss if data.sampler_weights is None else policy.loss * data.sampler_weights
     policy_loss = (policy_terms * data.weights).sum()
     loss = policy_loss
-    detached = logprobs.detach()
-    sums = {
+    metrics = {
         "policy_loss": policy_loss.detach(),
-        PER_TOKEN + "entropy": entropies.detach().sum(),
-        PER_TOKEN + "kl_old": kl_estimate(detached, data.old_logprobs, "k3").sum(),
-        PER_TOKEN + "clip_fraction_low": policy.clipped_low.float().sum(),
-        PER_TOKEN + "clip_fraction_high": policy.clipped_high.float().sum(),
+        "entropy": entropies.detach().sum(),
+        # the tokens are the old policy's, so what they can estimate is the divergence from it
+        "kl_old": kl_estimate(data.old_logprobs, logprobs.detach(), "k3").sum(),
+        "clip_fraction_low": policy.clipped_low.float().sum(),
+        "clip_fraction_high": policy.clipped_high.float().sum(),
     }
-    if data.reference_logprobs is not None:
+    if config.kl.place == "loss":
+        assert data.reference_logprobs is not None
         kl = kl_estimate(logprobs, data.reference_logprobs, config.kl.estimator)
-        sums[PER_TOKEN + "kl_reference"] = kl.detach().sum()
-        if config.kl.place == "loss":
-            loss = loss + kl_coefficient * (kl * data.weights).sum()
+        loss = loss + kl_coefficient * (kl * data.weights).sum()
     if config.entropy_coefficient > 0:
         loss = loss - config.entropy_coefficient * (entropies * data.weights).sum()
-    sums["loss"] = loss.detach()
-    ratio_max = log_ratio.detach().amax().exp() if log_ratio.numel() else logprobs.new_zeros(())
-    return Objective(loss, sums, {"ratio_max": ratio_max})
+    metrics["loss"] = loss.detach()
+    ratios, infinite = log_ratio.detach().exp(), logprobs.new_tensor(torch.inf)
+    metrics["ratio_min"], metrics["ratio_max"] = ratios.aminmax() if ratios.numel() else (infinite, -infinite)
+    return Objective(loss, metrics)
 
 
 def value_objective(values: Tensor, data: TokenData, *, clip_range: float) -> Objective:
@@ -133,23 +131,15 @@ def value_objective(values: Tensor, data: TokenData, *, clip_range: float) -> Ob
     assert data.old_values is not None and data.returns is not None
     loss = (clipped_value_loss(values, data.old_values, data.returns, clip_range) * data.weights).sum()
     is_clipped = (values.detach() - data.old_values).abs() > clip_range
-    sums = {
+    metrics = {
         "loss": loss.detach(),
-        PER_TOKEN + "value_mean": values.detach().sum(),
-        PER_TOKEN + "clip_fraction": is_clipped.float().sum(),
+        "value_mean": values.detach().sum(),
+        "clip_fraction": is_clipped.float().sum(),
     }
-    return Objective(loss, sums, {})
+    return Objective(loss, metrics)
 
 
-def finish_metrics(sums: dict[str, float], maxima: dict[str, float], num_tokens: int) -> dict[str, float]:
-    """Divide the per-token sums by the number of trained tokens and drop their prefix."""
-    metrics = dict(maxima)
-    for name, value in sums.items():
-        metrics[name.removeprefix(PER_TOKEN)] = value / max(num_tokens, 1) if name.startswith(PER_TOKEN) else value
-    return metrics
-
-
-def masked_mean_gap(first: Tensor, second: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Mean and maximum of |first - second| over the mask; 0 when the mask is empty."""
-    gap = (first - second).abs()[mask]
-    return (float(gap.mean()), float(gap.max())) if gap.numel() else (0.0, 0.0)
+def masked_mean_gap(first: Tensor, second: Tensor, mask: Tensor) -> tuple[float, float] | None:
+    """Mean, in float64, and maximum of |first - second| over the mask; None when the mask is empty."""
+    gap = (first - second).abs()[mask].double()
+    return (float(gap.mean()), float(gap.max())) if gap.numel() else None

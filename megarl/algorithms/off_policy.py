@@ -1,8 +1,8 @@
 """Correction for responses sampled by slightly another policy than the trainer computes: the sampler correction axis.
 
 The engine's log-probabilities differ from the trainer's for the same weights (other kernels, other precision, older weights). The
-policy loss of each token is weighted by the ratio π_trainer / π_sampler, truncated (TIS) or masked (MIS) at a cap. A loss of a whole
-response has one weight, the ratio of the response: weights that differ within it would make it another loss.
+policy loss of each token is weighted by the ratio π_trainer / π_sampler, truncated (TIS) or masked (MIS) at a cap. A loss of a
+whole response has one weight, the ratio of the response: weights that differ within it would make it another loss.
 """
 
 from collections.abc import Callable

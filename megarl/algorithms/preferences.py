@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarl.algorithms.objectives import PER_TOKEN, Objective, ObjectiveFunction, TokenData
+from megarl.algorithms.objectives import Objective, ObjectiveFunction, TokenData
 from megarl.config.schema import Config, PreferenceConfig
 
 
@@ -101,10 +101,10 @@ def preference_objective(logprobs: Tensor, entropies: Tensor, data: TokenData, *
     pairs, weights = _pairs_here(data)
     chosen, rejected = compared[2 * pairs], compared[2 * pairs + 1]
     total = (loss.function(chosen, rejected, config) * weights).sum()
-    sums = _sums(total, config.beta * chosen, config.beta * rejected, weights)
-    sums["chosen_logprob"] = (policy[2 * pairs] * weights).sum()
-    sums["rejected_logprob"] = (policy[2 * pairs + 1] * weights).sum()
-    return Objective(total, sums | {PER_TOKEN + "entropy": entropies.detach().sum()}, {})
+    metrics = _metrics(total, config.beta * chosen, config.beta * rejected, weights)
+    metrics["chosen_logprob"] = (policy[2 * pairs] * weights).sum()
+    metrics["rejected_logprob"] = (policy[2 * pairs + 1] * weights).sum()
+    return Objective(total, metrics | {"entropy": entropies.detach().sum()})
 
 
 def reward_objective(values: Tensor, data: TokenData, *, config: PreferenceConfig) -> Objective:
@@ -121,7 +121,7 @@ def reward_objective(values: Tensor, data: TokenData, *, config: PreferenceConfi
     chosen, rejected = scores[2 * pairs], scores[2 * pairs + 1]
     terms = -F.logsigmoid(chosen - rejected - config.reward_margin) + config.reward_centering * (chosen + rejected).square()
     total = (terms * weights).sum()
-    return Objective(total, _sums(total, chosen, rejected, weights), {})
+    return Objective(total, _metrics(total, chosen, rejected, weights))
 
 
 def _pairs_here(data: TokenData) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ def _pairs_here(data: TokenData) -> tuple[Tensor, Tensor]:
     return pairs, weights.index_add_(0, of_tokens, data.weights.double())
 
 
-def _sums(loss: Tensor, chosen: Tensor, rejected: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def _metrics(loss: Tensor, chosen: Tensor, rejected: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """The loss, and weighted sums over pairs of what their rewards, float64 [pairs], say."""
     chosen, rejected = chosen.detach(), rejected.detach()
     means = {

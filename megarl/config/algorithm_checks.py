@@ -129,8 +129,8 @@ def check_ratio(algorithm: AlgorithmConfig) -> Iterator[str]:
     if is_whole and correction.method != "none" and correction.level == "token":
         choice = f"surrogate {surrogate}" if surrogate in WHOLE_RESPONSE_SURROGATES else f"ratio {algorithm.ratio}"
         yield (
-            f"algorithm.sampler_correction.level: token with algorithm.{choice}, whose loss is one term of a whole response: weights "
-            "that differ within it make it another loss; set level: sequence, or leave it out"
+            f"algorithm.sampler_correction.level: token with algorithm.{choice}, whose loss is one term of a whole response: "
+            "weights that differ within it make it another loss; set level: sequence, or leave it out"
         )
     if surrogate == "policy_gradient" and updates > 1:
         yield (

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 
 from megarl.config.algorithm_checks import check_algorithm
+from megarl.config.api_keys import check_api_keys
 from megarl.config.asynchronous_checks import check_asynchronous
 from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks
 from megarl.config.document_qa_checks import check_document_qa, check_judges
@@ -40,7 +41,9 @@ def check_optimizer(config: Config) -> Iterator[str]:
     updates = config.algorithm.updates_per_step if config.kind == "rl" else 1
     total = config.steps * updates
     # steps: 0 only evaluates, and must not ask for another schedule.
-    if optimizer.warmup_steps > total > 0:
+    if optimizer.warmup_steps == total == 1:
+        yield "optimizer.warmup_steps: 1 is the run's only optimizer step, which a warm-up from 0 would make at rate 0; set it to 0"
+    elif optimizer.warmup_steps > total > 0:
         words = f"steps {config.steps} × updates_per_step {updates} = {total}" if updates > 1 else f"steps {total}"
         yield f"optimizer.warmup_steps: {optimizer.warmup_steps} optimizer steps exceed the run's {words}; lower it or train longer"
 
@@ -109,8 +112,10 @@ def check_data(config: Config) -> Iterator[str]:
     if template != "chat" and "{prompt}" not in template:
         yield f"data.template: {template!r} has no {{prompt}} in it; add it, or write chat for the tokenizer's chat template"
     for path, source in _sources(config):
-        if isinstance(source, JsonlSource) and not source.path.is_file():
-            yield f"{path}.path: {source.path} does not exist; give a JSON-lines file (relative to the current directory)"
+        if isinstance(source, JsonlSource) and source.path.is_dir():
+            yield f"{path}.path: {source.path} is a folder; name a file in it, or set {path}.type: datasets for a dataset's folder"
+        elif isinstance(source, JsonlSource) and not source.path.is_file():
+            yield f"{path}.path: {source.path} does not exist; give a file of rows (relative to the current directory)"
 
 
 def check_chat_template(config: Config) -> Iterator[str]:
@@ -200,6 +205,7 @@ SCORER_FIELDS = {
     "step_separator": ("python",),
     "url": ("reward_server",),
     "engine": ("reward_server",),
+    "api_key_env": ("reward_server",),
 }
 REQUIRED_SCORER_FIELDS = {
     "ngram": "for example 4",
@@ -258,6 +264,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_sampling,
     check_asynchronous,
     check_engine_server,
+    check_api_keys,
     check_weight_transfer,
     check_data,
     check_chat_template,

@@ -1,6 +1,6 @@
 """The stages of a run: each is the run's config with its own keys in it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,27 @@ def stages_of(config: Config) -> list[Stage]:
 def configs_of(config: Config) -> list[Config]:
     """The config of every stage; of a run without curriculum its own."""
     return [config] if config.curriculum is None else [stage.config for stage in stages_of(config)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedUpdates:
+    """Optimizer steps of a whole run, where no stage ends early: the lengths of the learning-rate schedules."""
+
+    policy: int
+    critic: int
+
+
+def planned_updates(config: Config, stages: Sequence[Stage] = ()) -> PlannedUpdates:
+    """The updates of an RL run, or of all stages of one with a curriculum."""
+    parts = [(stage.config, stage.steps) for stage in stages] or [(config, config.steps)]
+    policy = critic = start = 0
+    for part, steps in parts:
+        warmup = part.critic.warmup_steps if part.critic else 0  # steps of the run in which the critic alone learns
+        updates = part.algorithm.updates_per_step
+        policy += updates * (steps - min(max(warmup - start, 0), steps))
+        critic += updates * steps
+        start += steps
+    return PlannedUpdates(policy=policy, critic=critic)
 
 
 def _stage_config(config: Config, stage: StageConfig, path: str) -> Config:

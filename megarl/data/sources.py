@@ -1,7 +1,6 @@
-"""Rows from JSON-lines files, Hugging Face datasets and reasoning-gym tasks."""
+"""Rows from files, Hugging Face datasets and reasoning-gym tasks."""
 
 import difflib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.schema import DatasetsSource, JsonlSource, ReasoningGymSource, RowSource
-from megarl.errors import DataError
-
-ChatMessage = Mapping[str, str]
+from megarl.data.row_fields import ChatMessage, checked_prompt, given_text, response_and_context, value_at
+from megarl.data.row_files import read_objects
+from megarl.errors import DataError, one_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +19,7 @@ class Row:
 
     Attributes:
         row_id: its task and the row's index in its source, e.g. ``"train/17"``.
+        place: where a person finds it, e.g. ``data/train.jsonl:18``.
         prompt: the question, or a chat of ``{"role": ..., "content": ...}`` messages.
         answer: the expected answer; SFT trains on it, and training on preferences towards it.
         rejected: for training on preferences, the response that the answer is preferred to; None otherwise.
@@ -29,6 +29,7 @@ class Row:
     """
 
     row_id: str
+    place: str = ""
     prompt: str | list[ChatMessage]
     answer: str
     rejected: str | None
@@ -40,7 +41,7 @@ class Row:
         """The prompt without any template; rows with equal texts ask the same."""
         if isinstance(self.prompt, str):
             return self.prompt
-        return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
+        return "\n".join(f"{message['role']}: {message['content'] or ''}" for message in self.prompt)
 
 
 def read_rows(source: RowSource, task: str, *, in_pairs: bool = False) -> Sequence[Row]:
@@ -54,8 +55,8 @@ def read_rows(source: RowSource, task: str, *, in_pairs: bool = False) -> Sequen
     Raises:
         DataError: the source is missing or empty, or a row is malformed (for lazily made rows: when the row is accessed).
     """
-    if isinstance(source, JsonlSource):
-        return _read_jsonl(source, task, in_pairs=in_pairs)
+    if isinstance(source, JsonlSource) or (isinstance(source, DatasetsSource) and _is_file_of_rows(source.path)):
+        return _read_file(source, task, in_pairs=in_pairs)
     if isinstance(source, DatasetsSource):
         return _DatasetRows(source, task, in_pairs=in_pairs)
     return _ReasoningGymRows(source, task)
@@ -84,68 +85,51 @@ def number_at(row: Row, field: str, option: str) -> float:
     return float(value)
 
 
-def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON-lines file, each with its place, ``file:line``.
-
-    Raises:
-        DataError: the file cannot be read or has none, or a line is not a JSON object.
-    """
-    is_empty = True
-    try:
-        # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-        with path.open(encoding="utf-8", newline="\n") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    is_empty = False
-                    place = f"{path}:{number}"
-                    yield place, _parse_object(line, place)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; give the path of a JSON-lines file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8") from error
-    if is_empty:
-        raise DataError(f"{path} has no rows; write one JSON object a line")
+def _is_file_of_rows(path: str) -> bool:
+    return Path(path).is_file() and Path(path).suffix != ".arrow"
 
 
-def _read_jsonl(source: JsonlSource, task: str, *, in_pairs: bool) -> list[Row]:
-    objects = enumerate(read_objects(source.path))
+def _read_file(source: JsonlSource | DatasetsSource, task: str, *, in_pairs: bool) -> list[Row]:
+    objects = enumerate(read_objects(Path(source.path)))
     make = _pair_row if in_pairs else _row
     return [make(fields, source, task, index, place) for index, (place, fields) in objects]
 
 
-def _parse_object(line: str, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.rstrip("\r\n"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno}); write one JSON object a line") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: a {type(value).__name__}, not a JSON object; write one object a line")
-    return value
-
-
 def _row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: str, index: int, place: str) -> Row:
-    _check_fields(fields, {"prompt_field": source.prompt_field, "answer_field": source.answer_field}, place)
-    prompt, answer = fields[source.prompt_field], fields[source.answer_field]
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
-    if not isinstance(answer, str):
-        raise DataError(f"{place}: field '{source.answer_field}' is a {type(answer).__name__}; it must be a string or a number")
-    _check_prompt(prompt, f"{place}: field '{source.prompt_field}'")
+    prompt = value_at(fields, source.prompt_field, "prompt_field", place)
+    if source.answer_field == source.prompt_field:
+        where = f"{place}: field '{source.prompt_field}'"
+        answer, prompt = response_and_context(prompt, where)
+        if prompt is None:
+            raise DataError(
+                f"{where} is prompt_field and answer_field, and no chat, whose last message would be the answer; name two"
+            )
+    else:
+        answer = given_text(value_at(fields, source.answer_field, "answer_field", place), f"{place}: field '{source.answer_field}'")
     return Row(
-        row_id=f"{task}/{index}", prompt=prompt, answer=answer, rejected=None, task=task, reference={**fields, "answer": answer}
+        row_id=f"{task}/{index}",
+        place=place,
+        prompt=checked_prompt(prompt, f"{place}: field '{source.prompt_field}'"),
+        answer=answer,
+        rejected=None,
+        task=task,
+        reference={**fields, "answer": answer},
     )
 
 
 def _pair_row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: str, index: int, place: str) -> Row:
-    responses = {"chosen_field": source.chosen_field, "rejected_field": source.rejected_field}
-    _check_fields(fields, {"prompt_field": source.prompt_field} | responses, place)
-    _check_prompt(fields[source.prompt_field], f"{place}: field '{source.prompt_field}'")
-    for name in responses.values():
-        if not isinstance(fields[name], str):
-            raise DataError(f"{place}: field '{name}' is a {type(fields[name]).__name__}; it must be a string")
-        if not fields[name].strip():
-            raise DataError(f"{place}: field '{name}' is an empty string; write a response or leave the row out")
-    chosen, rejected = (fields[name] for name in responses.values())
+    responses, contexts = [], []
+    for option, name in (("chosen_field", source.chosen_field), ("rejected_field", source.rejected_field)):
+        where = f"{place}: field '{name}'"
+        response, context = response_and_context(value_at(fields, name, option, place), where)
+        if not response.strip():
+            raise DataError(f"{where} is an empty string; write a response or leave the row out")
+        responses.append(response)
+        contexts.append(context)
+    chosen, rejected = responses
+    if (contexts[0] is None) != (contexts[1] is None):
+        chat, text = (source.chosen_field, source.rejected_field)[:: -1 if contexts[0] is None else 1]
+        raise DataError(f"{place}: field '{chat}' is a list; it must be a string, as '{text}' is one, or both chats")
     if chosen == rejected:
         raise DataError(
             f"{place}: fields '{source.chosen_field}' and '{source.rejected_field}' are equal, so neither is preferred; leave the "
@@ -153,7 +137,8 @@ def _pair_row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, t
         )
     return Row(
         row_id=f"{task}/{index}",
-        prompt=fields[source.prompt_field],
+        place=place,
+        prompt=_pair_prompt(fields, source, contexts, place),
         answer=chosen,
         rejected=rejected,
         task=task,
@@ -161,25 +146,27 @@ def _pair_row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, t
     )
 
 
-def _check_fields(fields: Mapping[str, Any], names: Mapping[str, str], place: str) -> None:
-    """All names are there; ``names`` is by the option that gives the name."""
-    for option, name in names.items():
-        if name not in fields:
-            raise DataError(f"{place}: no field '{name}' (it has: {', '.join(fields)}); add it or set {option}")
-
-
-def _check_prompt(prompt: Any, place: str) -> None:
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise DataError(f"{place} is an empty string; write a prompt or leave the row out")
-        return
-    if not isinstance(prompt, list):
-        raise DataError(f"{place} is a {type(prompt).__name__}; it must be a string or a list of chat messages")
-    if not prompt:
-        raise DataError(f"{place} is an empty list; write a prompt or leave the row out")
-    for index, message in enumerate(prompt):
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
-            raise DataError(f"{place}: message {index} must be an object with the strings 'role' and 'content'")
+def _pair_prompt(
+    fields: Mapping[str, Any],
+    source: JsonlSource | DatasetsSource,
+    contexts: Sequence[list[ChatMessage] | None],
+    place: str,
+) -> str | list[ChatMessage]:
+    """The prompt of a pair: its field's, or what both responses, given as chats, begin with."""
+    where = f"{place}: field '{source.prompt_field}'"
+    if source.prompt_field == source.chosen_field:
+        if contexts[0] is None or contexts[0] != contexts[1]:
+            raise DataError(f"{where} is prompt and chosen response, so both must be chats that begin alike; give prompts")
+        return checked_prompt(contexts[0], where)
+    prompt = checked_prompt(value_at(fields, source.prompt_field, "prompt_field", place), where)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    for name, context in zip((source.chosen_field, source.rejected_field), contexts, strict=True):
+        if context and context != messages:
+            raise DataError(
+                f"{place}: the chat in field '{name}' does not begin with the prompt in '{source.prompt_field}'; set prompt_field: "
+                f"{source.chosen_field} to take the prompt from there"
+            )
+    return prompt
 
 
 class _LazyRows(Sequence[Row]):
@@ -216,20 +203,29 @@ class _DatasetRows(_LazyRows):
 
     def _make(self, index: int) -> Row:
         place = f"dataset {self._source.path} split '{self._source.split}' row {index}"
-        return self._make_row(self._dataset[index], self._source, self._task, index, place)
+        try:
+            fields = self._dataset[index]
+        except Exception as error:  # of a file behind it that is damaged or no UTF-8
+            raise DataError(f"{place} cannot be read: {one_line(error)[:120]}; write the dataset again") from error
+        return self._make_row(fields, self._source, self._task, index, place)
 
 
 def load_dataset(source: DatasetsSource) -> Any:
     """The split as a datasets.Dataset; DataError when there is none."""
     import datasets  # here, because it takes seconds and other sources do without
 
-    is_saved = any((Path(source.path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    path = Path(source.path)
+    is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
-        loaded = datasets.load_from_disk(source.path) if is_saved else datasets.load_dataset(source.path, split=source.split)
+        if is_saved:
+            loaded = datasets.load_from_disk(source.path)
+        elif path.is_file():
+            loaded = datasets.Dataset.from_file(source.path)
+        else:
+            loaded = datasets.load_dataset(source.path, split=source.split)
     except Exception as error:
-        raise DataError(
-            f"cannot load dataset {source.path} split '{source.split}': {_one_line(error)}; check path and split"
-        ) from error
+        reason = one_line(error)[:120]
+        raise DataError(f"cannot load dataset {source.path} split '{source.split}': {reason}; check path and split") from error
     if isinstance(loaded, datasets.DatasetDict):
         if source.split not in loaded:
             raise DataError(
@@ -254,6 +250,7 @@ class _ReasoningGymRows(_LazyRows):
         reference = {"answer": answer, "task": self._source.task, "options": self._source.options, "entry": entry}
         return Row(
             row_id=f"{self._task}/{index}",
+            place=f"reasoning_gym {self._source.task} entry {index}",
             prompt=entry["question"],
             answer=answer,
             rejected=None,
@@ -272,8 +269,4 @@ def _create_tasks(source: ReasoningGymSource) -> Any:
     try:
         return reasoning_gym.create_dataset(source.task, size=source.size, seed=source.seed, **source.options)
     except Exception as error:
-        raise DataError(f"reasoning_gym task '{source.task}' refuses options {source.options}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"reasoning_gym task '{source.task}' refuses options {source.options}: {one_line(error)}") from error

@@ -1,6 +1,5 @@
 """Where environments run: in worker processes, where one that never returns can be killed, or on the trainer's event loop."""
 
-import asyncio
 import inspect
 import os
 from collections.abc import Awaitable, Callable, Mapping
@@ -9,8 +8,9 @@ from typing import Any, Protocol, TypeVar
 from megarl.config.schema import EnvironmentConfig
 from megarl.environments.build import EnvironmentSpec, build_environment
 from megarl.environments.protocol import Environment, Observation, Step, checked_observation, checked_step, read_step
-from megarl.errors import RolloutError, one_line
+from megarl.errors import RolloutError
 from megarl.workers.answers import clean
+from megarl.workers.on_loop import CallFailure, call_on_loop
 from megarl.workers.pool import ProcessPool, WorkerFailure
 
 T = TypeVar("T")
@@ -28,6 +28,9 @@ class Environments(Protocol):
 
     async def step(self, state: Any, response: str) -> tuple[Any, Step]:
         """The next state and the answer. Raises EnvironmentFailure."""
+
+    def take_num_replaced(self) -> int:
+        """How many workers ended before they had answered, and were replaced, since this was asked last."""
 
     async def close(self) -> None:
         """End what was started."""
@@ -68,6 +71,10 @@ class ProcessEnvironments:
         """See Environments."""
         return await self._ask(read_step, "step", state, response)
 
+    def take_num_replaced(self) -> int:
+        """See Environments."""
+        return self._processes.take_num_replaced()
+
     async def close(self) -> None:
         """Kill the workers."""
         await self._processes.close()
@@ -97,7 +104,7 @@ class LocalEnvironments:
             environment = self._build()
             return environment, checked_observation(await _finished(environment.reset(prompt, reference, seed)))
 
-        return await self._limited(reset())
+        return await self._limited(reset)
 
     async def step(self, state: Any, response: str) -> tuple[Any, Step]:
         """See Environments."""
@@ -105,18 +112,20 @@ class LocalEnvironments:
         async def step() -> tuple[Environment, Step]:
             return state, checked_step(await _finished(state.step(response)))
 
-        return await self._limited(step())
+        return await self._limited(step)
+
+    def take_num_replaced(self) -> int:
+        """There are no workers."""
+        return 0
 
     async def close(self) -> None:
         """Nothing was started."""
 
-    async def _limited(self, call: Awaitable[T]) -> T:
-        deadline = asyncio.timeout(self._timeout)
+    async def _limited(self, call: Callable[[], Awaitable[T]]) -> T:
         try:
-            async with deadline:
-                return await call
-        except Exception as error:  # a failure of the user's code, whatever it is
-            raise EnvironmentFailure(_late(self._timeout) if deadline.expired() else one_line(error)) from error
+            return await call_on_loop(call, self._timeout, _late(self._timeout))
+        except CallFailure as failure:
+            raise EnvironmentFailure(str(failure)) from failure
 
 
 async def _finished(result: T | Awaitable[T]) -> T:

@@ -4,9 +4,10 @@ import json
 from dataclasses import dataclass, replace
 
 from megarl.config.schema import Config
-from megarl.config.stages import Stage, stages_of
+from megarl.config.stages import Stage, planned_updates, stages_of
 from megarl.data.curriculum import StagedPrompts
 from megarl.data.tokenizer import run_tokenizer
+from megarl.errors import CheckpointError
 from megarl.loop.asynchronous import train_asynchronously
 from megarl.loop.learning import build_models
 from megarl.loop.promotion import StageProgress
@@ -14,7 +15,8 @@ from megarl.loop.rl import train
 from megarl.loop.run import Run, StageRun
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.train.roles import Learner, is_main_rank
-from megarl.weights.checkpoint import read_stage, whole_checkpoints
+from megarl.weights.checkpoint import whole_checkpoints
+from megarl.weights.manifest import read_manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ def _run_stage(
     """
     stage = progress.stage
     is_carried = bool(learners)
-    models = build_models(stage.config, learners)
+    models = build_models(stage.config, learners, planned_updates(curriculum.config, curriculum.stages))
     stage_run = StageRun(stages=curriculum.stages, progress=progress, prompts=curriculum.prompts, is_carried=is_carried)
     with Run(stage.config, models.policy, models.algorithm, models.critic, resume=resume, stage=stage_run) as run:
         if stage.config.rollout.asynchronous is None:
@@ -77,7 +79,10 @@ def _measure_prompts(config: Config, stages: list[Stage]) -> StagedPrompts:
 
 def _last_position(config: Config, stages: list[Stage]) -> StageProgress:
     """Where the newest checkpoint is; behind the end of a stage that is the beginning of the next."""
-    saved = read_stage(whole_checkpoints(config.run_dir / "checkpoints")[-1])
+    checkpoint = whole_checkpoints(config.run_dir / "checkpoints")[-1]
+    saved = read_manifest(checkpoint).state.stage
+    if not saved:
+        raise CheckpointError(f"{checkpoint} is of a run without curriculum; remove curriculum to go on with that run")
     progress = StageProgress.restore(stages, saved)
     if progress.is_over and progress.stage is not stages[-1]:
         return StageProgress(stages[progress.stage.number + 1], start_step=progress.start_step + progress.num_steps)

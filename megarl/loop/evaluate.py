@@ -11,12 +11,13 @@ from megarl.loop.pairs import HeldOutPairs
 from megarl.loop.rollout import Rollout, read_held_out_prompts
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.train.roles import Learner, Reference, build_learner, is_main_rank
-from megarl.weights.checkpoint import MANIFEST, load_policy, read_run_state
+from megarl.weights.checkpoint import POLICY, check_checkpoint_together, load_policy
+from megarl.weights.manifest import MANIFEST
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a run saved it; else it is a Hugging Face folder."""
-    return (folder / MANIFEST).exists()
+    return (folder / MANIFEST).exists() or (folder / POLICY).is_dir()
 
 
 def with_checkpoint_model(config: Config, checkpoint: Path) -> Config:
@@ -63,7 +64,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path, whole: C
     learner = build_learner(config, total_updates=1)
     version = 0
     if is_checkpoint(checkpoint):
-        version = read_run_state(checkpoint, learner.weight_map).weight_version
+        version = check_checkpoint_together(checkpoint, learner.weight_map).state.weight_version
         with learner.engine.weights.on_device():
             learner.load_weights(load_policy(checkpoint, learner.sharded_weights()))
     if trains_on_pairs(config):

@@ -19,6 +19,7 @@ from megarl.loop.rl import run_rl
 from megarl.loop.sft import run_sft
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.parallel.launch import launched_rank, run_ranks
+from megarl.rewards.evaluating_tasks import refuse_evaluating_tasks
 from megarl.weights.checkpoint import whole_checkpoints
 
 
@@ -32,6 +33,7 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
     check(config, place.world_size if place else num_ranks)
     prepares = place is None or place.rank == 0
     if prepares:
+        refuse_evaluating_tasks(config)
         _prepare_run_folder(config, resume=resume)
     # ranks that a launcher placed read the models only after their rendezvous with rank 0, which comes after this
     scaled = [with_scaled_model(one, config.run_dir, writes=prepares) for one in configs_of(config)]
@@ -73,6 +75,8 @@ def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[
         raise ConfigError("evaluation.data is not given; name the held-out rows, e.g. --set evaluation.data.type=jsonl")
     place = launched_rank()
     check(config, place.world_size if place else num_ranks)
+    if place is None or place.rank == 0:
+        refuse_evaluating_tasks(config)
     with tempfile.TemporaryDirectory(prefix="megarl-eval-") as folder:
         result = Path(folder) / "metrics.json"
         evaluated = with_scaled_model(with_checkpoint_model(config, checkpoint), Path(folder), writes=True)

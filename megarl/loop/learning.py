@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.staleness import staleness_metrics
 from megarl.config.schema import Config
+from megarl.config.stages import PlannedUpdates, planned_updates
 from megarl.loop.relayout import free_memory, move_learner
 from megarl.loop.rollout import Collected, add_model_rewards
 from megarl.loop.run import Run
@@ -43,26 +44,26 @@ class Learned:
     critic_results: list[UpdateResult]
 
 
-def build_models(config: Config, previous: dict[str, Learner] | None = None) -> Models:
+def build_models(config: Config, previous: dict[str, Learner] | None = None, planned: PlannedUpdates | None = None) -> Models:
     """Build them on every rank; weights of a resumed run are restored by Run.
 
     Args:
         config: the run, or its stage.
         previous: the learners of the stage before, by role, whose weights and optimizer states these take over. Each is taken out
             of here once it is moved, so that its memory is free before the next is built.
+        planned: of all stages; of a run without stages its own.
     """
     previous = {} if previous is None else previous
     if previous:
         for learner in previous.values():
             learner.retire()
         free_memory()  # the frozen models of the stage before
-    updates_per_step = config.algorithm.updates_per_step
-    critic_warmup = config.critic.warmup_steps if config.critic else 0
-    policy = Policy(config, total_updates=(config.steps - critic_warmup) * updates_per_step, with_weights="policy" not in previous)
+    planned = planned or planned_updates(config)
+    policy = Policy(config, total_updates=planned.policy, with_weights="policy" not in previous)
     _take_over(policy, "policy", previous, config)
     critic = None
     if config.algorithm.advantage == "gae":
-        critic = Critic(config, total_updates=config.steps * updates_per_step, with_weights="critic" not in previous)
+        critic = Critic(config, total_updates=planned.critic, with_weights="critic" not in previous)
         _take_over(critic, "critic", previous, config)
     return Models(
         algorithm=Algorithm(config.algorithm, config.rollout.max_new_tokens),
@@ -70,7 +71,7 @@ def build_models(config: Config, previous: dict[str, Learner] | None = None) -> 
         reference=Reference(config) if config.algorithm.kl.place != "none" else None,
         reward_model=RewardModel(config, config.reward_model) if config.reward_model is not None else None,
         critic=critic,
-        critic_warmup=critic_warmup,
+        critic_warmup=config.critic.warmup_steps if config.critic else 0,
     )
 
 
@@ -96,7 +97,8 @@ def learn(run: Run, models: Models, collected: Collected) -> Learned:
         critic_updates = critic.update_each(prepared.batches, algorithm.value_objective) if critic else []
         results = share_results(policy, updates)
         critic_results = share_results(critic, critic_updates) if critic else []
-    algorithm.finish_step(collected.packed, scores)
+    if any(not (result.skipped or result.empty) for result in results):
+        algorithm.finish_step(collected.packed, scores)
     metrics = prepared.metrics
     if collected.outlived_updates:
         metrics = metrics | staleness_metrics(prepared.batches, run.weight_version)

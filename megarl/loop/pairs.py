@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.batches import build_preference_batch
-from megarl.algorithms.objectives import ObjectiveFunction, finish_metrics, select_tokens
+from megarl.algorithms.metrics import Part, batch_metrics, combined
+from megarl.algorithms.objectives import ObjectiveFunction, select_tokens
 from megarl.algorithms.preferences import build_pair_objective
 from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
 from megarl.config.schema import Config
@@ -51,7 +52,7 @@ class HeldOutPairs:
 
         As many pairs are in memory at a time as in a training step.
         """
-        means: dict[str, float] = {}
+        parts: list[Part] = []
         size = self._config.preference.pairs_per_step
         for first in range(0, self._num_pairs, size):
             pairs = self._pairs[first : first + size]
@@ -59,16 +60,13 @@ class HeldOutPairs:
             if first not in self._reference_logprobs:
                 self._reference_logprobs[first] = None if self._reference is None else self._reference.engine.score(packed)[0]
             outputs = self._learner.engine.score(packed)
-            share = packed.num_sequences / 2 / self._num_pairs
-            metrics = pair_metrics(packed, outputs, self._reference_logprobs[first], self._objective)
-            for name, value in metrics.items():
-                means[f"held_out/{name}"] = means.get(f"held_out/{name}", 0.0) + share * value
-        return means
+            parts.append(pair_metrics(packed, outputs, self._reference_logprobs[first], self._objective))
+        return {f"held_out/{name}": value for name, value in combined(parts).items()}
 
 
 def pair_metrics(
     packed: PackedBatch, outputs: Sequence[Tensor], reference_logprobs: Tensor | None, objective: ObjectiveFunction
-) -> dict[str, float]:
+) -> Part:
     """What an objective reports of a whole batch of pairs; ``outputs`` are the model's, each float32 [num_tokens]."""
     trained = packed.loss_mask.nonzero()[:, 0]
     sequences = SequenceTokens(
@@ -77,5 +75,6 @@ def pair_metrics(
         sum_over_ranks=lambda sums: sums,  # every token is here
     )
     data = select_tokens(build_preference_batch(packed, reference_logprobs), trained, torch.device("cpu"), sequences)
-    sums = objective(*(output[trained] for output in outputs), data).sums
-    return finish_metrics({name: float(value) for name, value in sums.items()}, {}, trained.numel())
+    totals = objective(*(output[trained] for output in outputs), data).metrics
+    metrics = batch_metrics({name: float(value) for name, value in totals.items()}, trained.numel())
+    return Part(metrics=metrics, num_tokens=trained.numel(), num_sequences=packed.num_sequences)

@@ -33,6 +33,7 @@ from megarl.rollout.partial_collector import PartialCollector
 from megarl.train.roles import Learner, RewardModel
 from megarl.types import PackedBatch, Prompt, RolloutGroup, ScoredRollout
 from megarl.weights.checkpoint import DataState
+from megarl.workers.sandbox import find_sandbox
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +145,7 @@ class MainRankRollout:
         for line in ends.notices:
             warn(line)
         decode = response_decoder(config, tokenizer, ends)
+        warn(find_sandbox().describe())
         self.scorer = RewardScorer(config.rewards, task_scorers(config), decode)
         self.engine = build_engine(config, config.run_dir, weight_shapes)
 
@@ -169,6 +171,11 @@ class MainRankRollout:
         self.runner = asyncio.Runner() if config.rollout.asynchronous is None else BackgroundLoop()
         self.runner.run(self.scorer.check_servers())
         self.runner.run(self.engine.start())
+
+    def worker_metrics(self) -> dict[str, float]:
+        """``rollout/replaced_workers``: of scorers and environments, that ended before they had answered, since the last step."""
+        replaced = self.scorer.take_num_replaced() + (self.environments.take_num_replaced() if self.environments else 0)
+        return {"rollout/replaced_workers": float(replaced)}
 
     def close(self) -> None:
         """End the engine, the scorers and the environments, and what is under way."""
@@ -232,7 +239,7 @@ class Rollout:
         return Collected(
             packed=broadcast_batch(pack_groups(result.groups), PackedBatch),
             groups=result.groups,
-            metrics=rollout_metrics(result.groups) | result.stats.metrics() | main.prompts.metrics(),
+            metrics=rollout_metrics(result.groups) | result.stats.metrics() | main.prompts.metrics() | main.worker_metrics(),
             score_seconds=max(0.0, result.stats.wall_seconds - result.stats.generating_seconds),
             outlived_updates=self._outlives_updates,
             tickets=result.tickets,

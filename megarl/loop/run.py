@@ -1,5 +1,6 @@
 """What every training run has around its loop: position, sampling, checkpoints, and what people watch."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.algorithms.metrics import step_metrics
 from megarl.algorithms.objectives import masked_mean_gap
 from megarl.config.models_of import samples_responses, trains_on_pairs
 from megarl.config.schema import Config
@@ -30,13 +32,17 @@ from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
 from megarl.weights.checkpoint import (
     CheckpointWriter,
     DataState,
-    RunState,
+    check_checkpoint_together,
     load_policy,
     read_data_state,
-    read_run_state,
     whole_checkpoints,
 )
 from megarl.weights.export import write_hugging_face_folder
+from megarl.weights.manifest import RunState, read_manifest
+
+logger = logging.getLogger(__name__)
+
+NO_DIGESTS = "notice: %s was saved without digests by an earlier version, so only the sizes of its files were checked"
 
 
 class Examples:
@@ -187,8 +193,14 @@ class Run:
         return prompts_of_stage(self._stage.prompts, self._stage.stages, self._stage.progress.stage)
 
     def _restore(self, checkpoint: Path) -> RunState:
-        state = broadcast_value(read_run_state(checkpoint, self._policy.weight_map) if is_main_rank() else None)
-        if self._stage is None or not self._stage.is_carried:
+        if self._stage is not None and self._stage.is_carried:
+            # this run has just written it, and other machines may not see it yet
+            state = broadcast_value(read_manifest(checkpoint).state if is_main_rank() else None)
+        else:
+            manifest = check_checkpoint_together(checkpoint, self._policy.weight_map)
+            if is_main_rank() and not manifest.has_digests:
+                logger.warning(NO_DIGESTS, checkpoint)
+            state = manifest.state
             self._restore_models(checkpoint, state)
         if self._algorithm is not None:
             self._algorithm.restore(state.algorithm)
@@ -261,8 +273,8 @@ class Run:
         """Count the step, watch it, and evaluate, save and log as due."""
         self.step += 1
         self.weight_version += 1
-        metrics = _step_metrics(results) | dict(algorithm_metrics or {})
-        metrics |= {f"critic_{name}": value for name, value in _step_metrics(critic_results).items()}
+        metrics = step_metrics(results) | dict(algorithm_metrics or {})
+        metrics |= {f"critic_{name}": value for name, value in step_metrics(critic_results).items()}
         groups: tuple[RolloutGroup, ...] = ()
         if collected is not None and scores is not None:
             groups = collected.groups
@@ -303,18 +315,19 @@ class Run:
 
     def _watch(self, collected: Collected, scores: TokenScores) -> dict[str, float]:
         packed = collected.packed
-        num_trained = max(1, int(packed.loss_mask.sum()))
-        entropy = float(scores.entropies.double().sum()) / num_trained
+        if not packed.loss_mask.any():
+            return {}
+        entropy = float(scores.entropies[packed.loss_mask].double().mean())
         # tokens of older weights have other log-probabilities, which says nothing of the setup
         is_current = packed.loss_mask & (packed.weight_versions == self.weight_version - 1)
-        mean_gap, max_gap = masked_mean_gap(scores.old, packed.sampler_logprobs, is_current)
-        first = not self._has_compared_logprobs
-        self._has_compared_logprobs |= bool(is_current.any())
-        gap_warning = check_logprob_gap(mean_gap, self._config.observe.max_logprob_gap, self.step, first=first)
-        for warning in (gap_warning, self._entropy_floor.check(entropy, self.step)):
-            if warning:
-                self.message(f"warning: {warning}")
-        return {"logprob_gap_mean": mean_gap, "logprob_gap_max": max_gap}
+        gap = masked_mean_gap(scores.old, packed.sampler_logprobs, is_current)
+        warnings = [self._entropy_floor.check(entropy, self.step)]
+        if gap is not None:
+            first, self._has_compared_logprobs = not self._has_compared_logprobs, True
+            warnings.append(check_logprob_gap(gap[0], self._config.observe.max_logprob_gap, self.step, first=first))
+        for warning in filter(None, warnings):
+            self.message(f"warning: {warning}")
+        return {} if gap is None else {"logprob_gap_mean": gap[0], "logprob_gap_max": gap[1]}
 
     def _save(self) -> None:
         data = self._data.data_state()
@@ -367,17 +380,3 @@ class Run:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _step_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
-    """Means over the step's updates; maxima of ``ratio_max``. Nothing while the model does not learn."""
-    if not results:
-        return {}
-    metrics = {name: sum(result.metrics[name] for result in results) / len(results) for name in results[0].metrics}
-    if "ratio_max" in metrics:
-        metrics["ratio_max"] = max(result.metrics["ratio_max"] for result in results)
-    return metrics | {
-        "gradient_norm": sum(result.gradient_norm for result in results) / len(results),
-        "learning_rate": results[-1].learning_rate,
-        "skipped_updates": float(sum(result.skipped for result in results)),
-    }

@@ -5,7 +5,6 @@ import datetime
 import gc
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ import torch.multiprocessing as mp
 
 from megarl.death_signal import end_with_parent_in_forks
 from megarl.errors import ConfigError, MegaRLError
+from megarl.sockets import LOCALHOST, address_towards, gloo_kept_to, is_loopback, keep_gloo_to, listen, serve_store
 
-LOCALHOST = "127.0.0.1"
 GRACE_SECONDS = 5.0  # for the other ranks to end by themselves when one has failed
 OMP_PAUSE_SOFT = 1  # omp_pause_resource_t of OpenMP 5.0
 
@@ -34,6 +33,7 @@ class LaunchedRank:
         local_rank: on this machine; the number of its GPU.
         address, port: where rank 0 serves the rendezvous.
         agent_serves_store: True when torchrun's agent already serves it there.
+        spans_machines: True when the launcher says that the world has ranks on other machines too.
     """
 
     rank: int
@@ -42,6 +42,7 @@ class LaunchedRank:
     address: str
     port: int
     agent_serves_store: bool
+    spans_machines: bool
 
 
 def launched_rank(environment: Mapping[str, str] = os.environ) -> LaunchedRank | None:
@@ -57,6 +58,7 @@ def launched_rank(environment: Mapping[str, str] = os.environ) -> LaunchedRank |
             address=environment.get("MASTER_ADDR", LOCALHOST),
             port=int(environment.get("MASTER_PORT", "29500")),
             agent_serves_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            spans_machines=int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])) < int(environment["WORLD_SIZE"]),
         )
     # one task starts its ranks itself (--nproc), as does a batch script, which has SLURM_PROCID but is no step
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
@@ -69,6 +71,7 @@ def launched_rank(environment: Mapping[str, str] = os.environ) -> LaunchedRank |
         address=environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
         port=int(environment.get("MASTER_PORT") or 15000 + (job * 16 + step) % 15000),
         agent_serves_store=False,
+        spans_machines=int(environment.get("SLURM_STEP_NUM_NODES", "1")) > 1,
     )
 
 
@@ -80,17 +83,33 @@ def first_host(node_list: str) -> str:
 
 
 def join_world(place: LaunchedRank, timeout_seconds: float) -> None:
-    """Join the world as the rank that a launcher made of this process."""
+    """Join the world as the rank that a launcher made of this process.
+
+    Raises:
+        ConfigError: the address of the rendezvous cannot be used, or only by ranks of rank 0's machine.
+    """
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    serves_store = place.rank == 0 and not place.agent_serves_store
     try:
-        store = dist.TCPStore(place.address, place.port, place.world_size, is_master=serves_store, timeout=timeout)
-    except dist.DistNetworkError as error:
+        store = _store_of_launched_ranks(place, timeout)
+        keep_gloo_to(address_towards(place.address, place.port))
+    except (OSError, dist.DistNetworkError) as error:
         raise ConfigError(
-            f"rank {place.rank} cannot use {place.address}:{place.port} for the rendezvous: {error}; "
+            f"rank {place.rank} cannot use {place.address}:{place.port} for the rendezvous: {str(error).splitlines()[0]}; "
             "set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port of it"
         ) from error
     _join(store, place.rank, place.world_size, place.local_rank, timeout)
+
+
+def _store_of_launched_ranks(place: LaunchedRank, timeout: datetime.timedelta) -> dist.TCPStore:
+    """The store of the rendezvous, which rank 0 serves on MASTER_ADDR alone where no agent does."""
+    if place.rank != 0 or place.agent_serves_store:
+        return dist.TCPStore(place.address, place.port, place.world_size, is_master=False, timeout=timeout)
+    if place.spans_machines and is_loopback(place.address):
+        raise ConfigError(
+            f"MASTER_ADDR {place.address} is this machine's own loopback address on rank 0, where ranks of other machines cannot "
+            "reach it; set it to an address of rank 0's machine that they can"
+        )
+    return serve_store(place.address, place.port, place.world_size, timeout, waits=True)
 
 
 def _join(store: dist.Store, rank: int, world_size: int, local_rank: int, timeout: datetime.timedelta) -> None:
@@ -105,11 +124,12 @@ def _join(store: dist.Store, rank: int, world_size: int, local_rank: int, timeou
 @contextmanager
 def single_rank_world() -> Iterator[None]:
     """A world of this process alone, for what megatron-core does only with one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    with gloo_kept_to(LOCALHOST):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
 
 def _run_rank(
@@ -123,6 +143,7 @@ def _run_rank(
 ) -> None:
     end_with_parent_in_forks()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    keep_gloo_to(LOCALHOST)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     store = dist.TCPStore(LOCALHOST, port, world_size, is_master=False, timeout=timeout)
     _join(store, rank, world_size, rank, timeout)
@@ -168,7 +189,7 @@ def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ra
         torch.multiprocessing.ProcessRaisedException, ProcessExitedException: a rank failed otherwise or was killed.
     """
     # port 0: the system picks a free port and no other program can take it in between; early ranks wait in the backlog
-    listener = socket.create_server((LOCALHOST, 0), backlog=num_ranks)
+    listener = listen(LOCALHOST, 0, backlog=num_ranks)
     port = listener.getsockname()[1]
     user_errors: SimpleQueue[MegaRLError] = mp.get_context("fork").SimpleQueue()
     # A rank must never collect this process's garbage: destructors of stores would wait for threads that a fork does not copy.

@@ -26,6 +26,7 @@ from megarl.reshard.parcels import FlatPart, Parcel, digest, flat_parts
 from megarl.reshard.plan import Plan, build_plan
 from megarl.reshard.side import megatron_side, tensor_table
 from megarl.reshard.transport_choice import SHARED, Place, choose_transport, own_place
+from megarl.sockets import serve_store
 from megarl.weights.mapping import WeightMap
 from megarl.weights.transfer import global_parameters
 
@@ -182,7 +183,7 @@ class EngineTransfer:
         port = [0]
         store = None
         if self._rank == 0:
-            store = TCPStore(self.host, 0, self.world_size, is_master=True, timeout=self._timeout, wait_for_workers=False)
+            store = serve_store(self.host, 0, self.world_size, self._timeout)
             port = [store.port]
         dist.broadcast_object_list(port, src=0)
         return store or TCPStore(self.host, port[0], self.world_size, is_master=False, timeout=self._timeout)

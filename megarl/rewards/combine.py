@@ -19,6 +19,7 @@ from megarl.rewards.scorers import ScorerSpec, compile_pattern, import_function
 from megarl.rewards.steps import split_steps, step_ends
 from megarl.rewards.worker import checked_scores
 from megarl.types import Rollout, ScoredRollout
+from megarl.workers.on_loop import CallFailure, call_on_loop
 
 AsyncScorer = Callable[[Any, Mapping[str, Any]], Awaitable[Any]]
 Score = float | list[float]
@@ -95,6 +96,10 @@ class RewardScorer:
     def failure_counts(self) -> dict[str, int]:
         """Failures so far of each scorer that failed, by name."""
         return dict(self._failure_counts)
+
+    def take_num_replaced(self) -> int:
+        """How many workers ended before they had answered, and were replaced, since this was asked last."""
+        return self._pool.take_num_replaced()
 
     async def check_servers(self) -> None:
         """Let every reward server score something, and every judge judge something; raises RewardError when one cannot."""
@@ -179,22 +184,24 @@ class RewardScorer:
             if name in self._hybrids:
                 return await self._hybrids[name].score(rollout)
             if name in self._async_functions:
-                return await self._limited(self._async_functions[name](response, reference), response)
+                function = self._async_functions[name]
+                return await self._limited(lambda: function(response, reference), response)
             if name in self._servers:
-                return await self._limited(self._servers[name].score(rollout.prompt.token_ids + rollout.token_ids), rollout.text)
+                server, token_ids = self._servers[name], rollout.prompt.token_ids + rollout.token_ids
+                return await self._limited(lambda: server.score(token_ids), rollout.text)
             score = await self._pool.score(name, response, reference, self._config.timeout)
             return ScorerFailure("the worker answered with something else than a score") if isinstance(score, RuleScore) else score
         except ScorerFailure as failure:
             return failure
 
-    async def _limited(self, scoring: Awaitable[Any], response: str | list[str]) -> Score:
-        deadline = asyncio.timeout(self._config.timeout)
+    async def _limited(self, scoring: Callable[[], Awaitable[Any]], response: str | list[str]) -> Score:
+        late = f"no score within rewards.timeout = {self._config.timeout:g} seconds"
         try:
-            async with deadline:
-                return checked_scores(await scoring, response)
-        except Exception as error:  # a failure of the user's code, whatever it is, or of a server
-            late = f"no score within rewards.timeout = {self._config.timeout:g} seconds"
-            raise ScorerFailure(late if deadline.expired() else one_line(error)) from error
+            return checked_scores(await call_on_loop(scoring, self._config.timeout, late), response)
+        except CallFailure as failure:
+            raise ScorerFailure(str(failure)) from failure
+        except ValueError as error:
+            raise ScorerFailure(one_line(error)) from error
 
 
 def _with_specs(scorers: Sequence[ScorerConfig], prefix: str) -> list[_TaskScorer]:

@@ -1,16 +1,18 @@
 """A language model as judge of an answer, asked over the OpenAI-compatible HTTP interface of vLLM and SGLang."""
 
 import asyncio
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiohttp
 
+from megarl.config.api_keys import authorization
 from megarl.config.schema import JudgeConfig
-from megarl.errors import RewardError
+from megarl.errors import RewardError, shortened, with_fix
+from megarl.server_answers import parse_answer, read_text
 
+_MAX_ANSWER_BYTES = 16 << 20
 _RETRIED_STATUS = {408, 425, 429}  # beside all of 500 and above: the server may answer later
 _PLACE = re.compile(r"\{(question|answer|reference)\}")
 
@@ -34,6 +36,8 @@ class Judge:
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
+        self._name = f"judge {shortened(config.url, 80)}"
+        self._headers = authorization(config.api_key_env)
         self._session: aiohttp.ClientSession | None = None
 
     async def check(self) -> str:
@@ -45,7 +49,7 @@ class Judge:
         try:
             return await self.ask("What is 2 + 2?", "4", ["4"])
         except JudgeFailure as failure:
-            raise RewardError(f"{failure}; start it, or correct the judge settings of rewards.scorers") from failure
+            raise RewardError(with_fix(str(failure), "start it, or correct the judge settings of rewards.scorers")) from failure
 
     async def close(self) -> None:
         """Close the connections."""
@@ -70,11 +74,11 @@ class Judge:
             except TimeoutError:
                 problem = f"no answer within {config.timeout:g} seconds"
             except (_Busy, aiohttp.ClientError, OSError) as error:
-                problem = " ".join(str(error).split()) or type(error).__name__
+                problem = shortened(str(error), 120) or type(error).__name__
             if attempt < config.retries:
                 await asyncio.sleep(delay)
                 delay *= 2
-        raise JudgeFailure(f"judge {config.url} failed in {config.retries + 1} requests: {problem}")
+        raise JudgeFailure(f"{self._name} failed in {config.retries + 1} requests: {problem}")
 
     def _body(self, question: str, answer: str, references: Sequence[str]) -> dict[str, Any]:
         values = {"question": question, "answer": answer, "reference": " or ".join(references)}
@@ -91,21 +95,27 @@ class Judge:
     async def _request(self, body: Mapping[str, Any]) -> str:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=self.config.timeout)
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+            connector = aiohttp.TCPConnector(limit=0)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers)
         async with self._session.post(f"{self.config.url.rstrip('/')}/chat/completions", json=body) as response:
-            text = await response.text(errors="replace")
-        shown = " ".join(text.split())[:300]
+            try:
+                text = await read_text(response, _MAX_ANSWER_BYTES)
+            except ValueError as error:
+                raise _Busy(str(error)) from error
+        begin = shortened(text, 80)
         if response.status in _RETRIED_STATUS or response.status >= 500:
-            raise _Busy(f"it answered with {response.status}: {shown}")
+            raise _Busy(f"it answered with {response.status}: {begin}")
+        if response.status in (401, 403):
+            raise JudgeFailure(f"{self._name} refused with {response.status}; name the variable with its key as judge.api_key_env")
         if response.status != 200:
-            raise JudgeFailure(f"judge {self.config.url} refused model {self.config.model} with {response.status}: {shown}")
+            raise JudgeFailure(f"{self._name} refused model {shortened(self.config.model, 60)} with {response.status}: {begin}")
         try:
-            choice = json.loads(text)["choices"][0]
-            reply = choice["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise JudgeFailure(f"judge {self.config.url} answered what is no chat completion: {shown!r}") from error
-        if not isinstance(reply, str) or choice.get("finish_reason") == "length":
+            choice = parse_answer(text)["choices"][0]
+            reply, reason = choice["message"]["content"], choice.get("finish_reason")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise JudgeFailure(f"{self._name} answered what is no chat completion: {begin!r}") from error
+        if not isinstance(reply, str) or reason == "length":
             raise JudgeFailure(
-                f"judge {self.config.url} did not finish its reply within max_tokens {self.config.max_tokens}: {shown!r}; raise it"
+                f"{self._name} did not finish its reply within max_tokens {self.config.max_tokens}: {begin!r}; raise it"
             )
         return reply

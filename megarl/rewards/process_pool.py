@@ -10,6 +10,7 @@ from megarl.rewards.scorers import ScorerSpec
 from megarl.rewards.worker import Score, read_score
 from megarl.workers.answers import clean
 from megarl.workers.pool import ProcessPool, WorkerFailure
+from megarl.workers.sandbox import find_sandbox
 
 
 class ScorerFailure(Exception):
@@ -22,7 +23,7 @@ class WorkerPool:
     def __init__(self, specs: Sequence[ScorerSpec], num_workers: int, sandbox: SandboxConfig) -> None:
         self._processes = ProcessPool(
             "megarl.rewards.worker:build_scorers",
-            list(specs),
+            (list(specs), find_sandbox().program is not None),
             num_workers,
             kind="a scorer",
             error=RewardError,
@@ -31,10 +32,9 @@ class WorkerPool:
             modules=[spec.function.partition(":")[0] for spec in specs if spec.function is not None],
         )
 
-    @property
-    def num_replaced(self) -> int:
-        """Workers that ended before they had answered, and were replaced."""
-        return self._processes.num_replaced
+    def take_num_replaced(self) -> int:
+        """See ProcessPool."""
+        return self._processes.take_num_replaced()
 
     async def score(
         self, name: str, response: str | Sequence[str], reference: Mapping[str, Any], timeout: float

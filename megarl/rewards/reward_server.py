@@ -6,11 +6,13 @@ from typing import Any
 
 import aiohttp
 
+from megarl.config.api_keys import authorization
 from megarl.config.schema import ScorerConfig
-from megarl.errors import RewardError
-from megarl.rewards.scorers import one_line
+from megarl.errors import RewardError, one_line, shortened, with_fix
 from megarl.rewards.worker import checked_score
+from megarl.server_answers import parse_answer, read_text
 
+MAX_ANSWER_BYTES = 16 << 20
 PROBE_TIMEOUT = 60.0  # seconds; the first request may compile kernels
 START_WITH = {
     "vllm": "vllm serve MODEL --runner pooling",
@@ -29,6 +31,7 @@ class RewardServer:
         assert scorer.url is not None and scorer.engine is not None
         self._url = scorer.url.rstrip("/") + "/classify"
         self._engine = scorer.engine
+        self._headers = authorization(scorer.api_key_env)
         self._name = name
         self._session: aiohttp.ClientSession | None = None
 
@@ -43,30 +46,32 @@ class RewardServer:
                 await self.score([0])
         except Exception as error:
             late = f"no answer within {PROBE_TIMEOUT:g} seconds"
-            reason = late if isinstance(error, TimeoutError) else one_line(error)
-            raise RewardError(
-                f"scorer '{self._name}': {self._url} scores nothing ({reason}); it must be a {self._engine} server of a "
-                f"...ForSequenceClassification with one label: {START_WITH[self._engine]}"
-            ) from error
+            reason = late if isinstance(error, TimeoutError) else shortened(one_line(error), 90)
+            problem = f"scorer '{shortened(self._name, 30)}': {shortened(self._url, 80)} scores nothing ({reason})"
+            fix = f"it must serve a ...ForSequenceClassification with one label: {START_WITH[self._engine]}"
+            raise RewardError(with_fix(problem, fix)) from error
 
     async def score(self, token_ids: Sequence[int]) -> float:
         """The score of one sequence, read at its last token.
 
         Raises:
-            ValueError: the answer is not one finite number.
+            ValueError: the answer is not one finite number; the message is one line.
             aiohttp.ClientError: there is none.
         """
         if self._session is None:
             # how many requests there are at a time is for rewards.concurrency to say, and how long one takes for rewards.timeout
             connector = aiohttp.TCPConnector(limit=0)
-            self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+            timeout = aiohttp.ClientTimeout(total=None)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers)
         ids = list(token_ids)
         body = {"input": ids, "use_activation": False} if self._engine == "vllm" else {"input_ids": ids}
         async with self._session.post(self._url, json=body) as response:
-            if response.status != 200:
-                raise ValueError(f"the server answered {response.status}: {(await response.text())[:300]}")
-            answer = await response.json(content_type=None)
-        return checked_score(_only_number(answer, self._engine))
+            text = await read_text(response, MAX_ANSWER_BYTES)
+        if response.status in (401, 403):
+            raise ValueError(f"it answered {response.status}: name the variable with its key as api_key_env")
+        if response.status != 200:
+            raise ValueError(f"the server answered {response.status}: {shortened(text, 80)}")
+        return checked_score(_only_number(parse_answer(text), self._engine))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -80,6 +85,6 @@ def _only_number(answer: Any, engine: str) -> Any:
     try:
         scores = answer["data"][0]["probs"] if engine == "vllm" else answer["embedding"]
         (score,) = scores
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise ValueError(f"the server's answer is not one score: {str(answer)[:300]}") from None
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(f"the server's answer is not one score: {shortened(str(answer), 60)}") from None
     return score

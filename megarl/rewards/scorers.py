@@ -9,21 +9,16 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
-from functools import lru_cache
 from typing import Any
 
 from megarl.errors import ConfigError, one_line
 from megarl.rewards.document_qa import document_qa_scorer, verdict_scorer
+from megarl.rewards.math_scorer import math_score
+from megarl.rewards.reading_tasks import READING_TASKS
 from megarl.rewards.text_scorers import ngram_repetition, script_share, tagged_sections
+from megarl.workers.isolation import isolated
 
 Scorer = Callable[[Any, Mapping[str, Any]], Any]
-
-_LATEX_ANCHOR = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin\{")
-_LATEX_COMMAND = re.compile(r"\\[A-Za-z]+")
-_GROUPED_NUMBER = re.compile(r"[+-]?\d{1,3}([ ,]\d{3})+(\.\d+)?%?")
-_WORD = re.compile(r"[A-Za-z]{2}")
-_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d+)?[eE][+-]?\d{1,2}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +41,12 @@ class ScorerSpec:
     function: str | None = None
 
 
-def build_scorer(spec: ScorerSpec) -> Scorer:
+def build_scorer(spec: ScorerSpec, *, is_sandboxed: bool = False) -> Scorer:
     """The scorer; its libraries are imported here, so that no response's time-out pays for that.
+
+    Args:
+        spec: what it is told.
+        is_sandboxed: whether this process may execute a response, as some tasks of reasoning_gym do.
 
     Raises:
         ConfigError: the pattern or the function is missing or wrong.
@@ -74,7 +73,8 @@ def build_scorer(spec: ScorerSpec) -> Scorer:
     if spec.type == "verdict":
         assert pattern is not None and spec.positive is not None
         return verdict_scorer(pattern, spec.positive)
-    loaders: dict[str, Callable[[], Scorer]] = {"exact": lambda: exact, "math": load_math, "reasoning_gym": load_reasoning_gym}
+    loaders: dict[str, Callable[[], Scorer]] = {"exact": lambda: exact, "math": load_math}
+    loaders["reasoning_gym"] = lambda: load_reasoning_gym(is_sandboxed=is_sandboxed)
     score_answer = loaders[spec.type]()
     if pattern is None:
         return score_answer
@@ -141,43 +141,20 @@ def _normalise(text: str) -> str:
 
 
 def load_math() -> Scorer:
-    """1 if math-verify finds the answer mathematically equal to the reference's."""
-    import math_verify  # here, because it takes a second and other scorers do without
+    """1 if the response's final answer is mathematically equal to the reference's."""
+    import latex2sympy2_extended  # noqa: F401  (here, because it takes a second and other scorers do without)
+    import math_verify  # noqa: F401
 
-    # It warns in every worker that its time-outs are off, as they are meant to be.
+    # It warns in every worker that its time-outs are off, as they are meant to be: they would be a silent "wrong" after 5 seconds.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-    def parse(text: str) -> list[Any]:
-        # math-verify's own time-outs turn a slow comparison into a silent "wrong"; the worker's time-out is a failure instead.
-        return math_verify.parse(text, parsing_timeout=None)
-
-    def parse_mathematics(text: str) -> list[Any]:
-        text = text.strip()
-        if _SCIENTIFIC.fullmatch(text):
-            text = f"{Decimal(text):f}"  # math-verify reads 1e5 as 1
-        if _LATEX_ANCHOR.search(text):
-            return parse(text)
-        # math-verify reads LaTeX only between anchors: of a bare "(1, 2)" it would take the 2. Prose and "10 000" are no LaTeX.
-        is_prose = _WORD.search(_LATEX_COMMAND.sub("", text)) or "\n" in text
-        if is_prose or _GROUPED_NUMBER.fullmatch(text):
-            return parse(text) or parse(f"${text}$")
-        return parse(f"${text}$") or parse(text)
-
-    @lru_cache(maxsize=4096)
-    def parse_reference(text: str) -> list[Any]:
-        parsed = parse_mathematics(text)
-        if not parsed:
-            raise ValueError(f"the reference answer {text!r} is not mathematics")
-        return parsed
-
-    def score(answer: str, reference: Mapping[str, Any]) -> float:
-        return float(math_verify.verify(parse_reference(reference["answer"]), parse_mathematics(answer), timeout_seconds=None))
-
-    return score
+    return math_score
 
 
-def load_reasoning_gym() -> Scorer:
-    """The score that the task's own generator gives to the answer, 0 to 1."""
+def load_reasoning_gym(*, is_sandboxed: bool) -> Scorer:
+    """The score that the task's own generator gives to the answer, 0 to 1.
+
+    Some generators execute the answer (READING_TASKS has the others): in a sandbox, in a process of its own, or not at all.
+    """
     import reasoning_gym  # here, because it takes seconds and other scorers do without
 
     generators: dict[str, Any] = {}
@@ -189,6 +166,15 @@ def load_reasoning_gym() -> Scorer:
         key = repr((reference["task"], reference["options"]))
         if key not in generators:
             generators[key] = reasoning_gym.create_dataset(reference["task"], **reference["options"])
-        return generators[key].score_answer(answer.strip(), reference["entry"])
+        arguments = (generators[key], answer.strip(), reference["entry"])
+        if reference["task"] in READING_TASKS:
+            return _task_score(*arguments)
+        if not is_sandboxed:
+            raise ValueError(f"scoring {reference['task']} executes the answer, which needs bubblewrap; see docs/sandbox.md")
+        return isolated(_task_score, *arguments)
 
     return score
+
+
+def _task_score(generator: Any, answer: str, entry: Mapping[str, Any]) -> float:
+    return float(generator.score_answer(answer, entry))

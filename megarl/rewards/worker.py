@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,13 +14,16 @@ Request = tuple[str, str | Sequence[str], Mapping[str, Any]]
 Score = float | list[float]
 
 
-def build_scorers(specs: Sequence[ScorerSpec]) -> Callable[[Request], Any]:
+def build_scorers(argument: tuple[Sequence[ScorerSpec], bool]) -> Callable[[Request], Any]:
     """The function that answers requests ``(name of scorer, response, reference)`` with the score, as JSON has it.
+
+    The argument is the scorers, and whether this process is in a sandbox.
 
     For a scorer of steps, a list of steps is in the place of the response, and a list of numbers in that of the score. One of type
     document_qa gives the fields of a RuleScore: its judge is asked outside the workers.
     """
-    scorers = {spec.name: build_scorer(spec) for spec in specs}
+    specs, is_sandboxed = argument
+    scorers = {spec.name: build_scorer(spec, is_sandboxed=is_sandboxed) for spec in specs}
 
     def score(request: Request) -> Any:
         name, response, reference = request
@@ -46,7 +50,7 @@ def checked_score(value: object) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"the scorer returned {value!r}, not a finite number")
+        raise ValueError(f"the scorer returned {reprlib.repr(value)}, not a finite number")
     return number
 
 
@@ -55,6 +59,6 @@ def checked_scores(value: object, response: str | Sequence[str]) -> Score:
     if isinstance(response, str):
         return checked_score(value)
     if not isinstance(value, list | tuple) or len(value) != len(response):
-        given = f"{len(value)} numbers" if isinstance(value, list | tuple) else repr(value)
+        given = f"{len(value)} numbers" if isinstance(value, list | tuple) else reprlib.repr(value)
         raise ValueError(f"the scorer returned {given}, not a list with one number for each of {len(response)} steps")
     return [checked_score(one) for one in value]

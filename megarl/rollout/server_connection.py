@@ -2,19 +2,23 @@
 
 import asyncio
 import json
-import socket
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 
-from megarl.errors import RolloutError
+from megarl.errors import RolloutError, shortened, with_fix
+from megarl.json_text import parse_json
 from megarl.rollout.server_process import ServerProcess
+from megarl.server_answers import parse_answer, read_text
+from megarl.sockets import address_towards
 
 T = TypeVar("T")
 
+MAX_ANSWER_BYTES = 1 << 30  # reports of experts are long
 DEATH_NOTICE = 20.0  # seconds; a dying server drops its connections a moment before its exit code is known
 
 
@@ -29,8 +33,10 @@ class LateError(RolloutError):
 class ServerConnection:
     """One server: the HTTP session with it and, where the trainer started it, its process."""
 
-    def __init__(self, name: str, url: str, process: ServerProcess | None, log_path: Path, hint: str) -> None:
-        """``hint`` follows the refusals of a server that the trainer did not start."""
+    def __init__(
+        self, name: str, url: str, process: ServerProcess | None, log_path: Path, hint: str, headers: Mapping[str, str]
+    ) -> None:
+        """``hint`` follows the refusals of a server that the trainer did not start; ``headers`` go with every request."""
         self.name = name
         self.url = url
         self.process = process
@@ -39,7 +45,11 @@ class ServerConnection:
         # One connection per prompt in flight; the collector bounds these.
         # Each serves one request: a server closes idle ones after some seconds, and a request sent at that moment would be lost.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None), headers=headers)
+
+    @property
+    def _who(self) -> str:
+        return self.name if self.process is not None else f"{self.name} at {shortened(self.url, 80)}"
 
     @property
     def death(self) -> RolloutError | None:
@@ -58,19 +68,50 @@ class ServerConnection:
             await self.process.close(write_stacks=write_stacks)
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON answer of one HTTP request, or its text; RolloutError when it is not answered with status 200."""
+        """The value of the JSON answer of one HTTP request; None for an answer without JSON.
+
+        Raises:
+            RolloutError: it is not answered, not with status 200, or with what is no JSON and says that it is.
+        """
+        where = f"{method} {path.partition('?')[0]}"
         try:
             async with self._session.request(method, self.url + path, json=body) as response:
-                text = await response.text()
+                text = await read_text(response, MAX_ANSWER_BYTES)
                 if response.status != 200:
-                    problem = f"{self.name} answered {method} {path} with {response.status}: {_message(text)}"
-                    if response.status >= 500:
-                        raise RolloutError(problem)
-                    raise RefusedError(problem if self.process is not None else f"{problem}; {self._hint}")
-                return json.loads(text) if response.content_type == "application/json" and text else text
+                    raise self._refusal(where, response.status, text)
+                return parse_answer(text) if response.content_type == "application/json" and text else None
         except (aiohttp.ClientError, OSError) as error:
-            problem = f"{self.name} at {self.url} does not answer {method} {path}: {error or type(error).__name__}"
+            problem = f"{self.name} at {shortened(self.url, 80)} does not answer {where}: {shortened(str(error), 100) or type(error).__name__}"
             raise RolloutError(problem) from error
+        except ValueError as error:
+            raise RolloutError(self._with_fix(f"{self._who} answered {where}, but {error}")) from error
+
+    async def status_without_key(self, path: str) -> int:
+        """The status of the answer to a stranger's GET."""
+        async with aiohttp.ClientSession() as stranger, stranger.get(self.url + path) as response:
+            return response.status
+
+    @contextmanager
+    def understanding(self, path: str, answer: Any) -> Iterator[None]:
+        """Turn what goes wrong in reading an answer into a RolloutError that tells what it was."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            begin = shortened(json.dumps(answer, default=str), 60)
+            problem = f"{self._who} answered {path} with what is not {self.name}'s: {begin} ({shortened(str(error), 50)})"
+            raise RolloutError(self._with_fix(problem)) from error
+
+    def _with_fix(self, problem: str) -> str:
+        return problem if self.process is not None else with_fix(problem, self._hint)
+
+    def _refusal(self, where: str, status: int, text: str) -> RolloutError:
+        problem = f"{self._who} answered {where} with {status}: {shortened(_message(text), 100)}"
+        if status in (401, 403) and self.process is None:
+            fix = f"name the environment variable with its key as rollout.{self.name.lower()}.api_key_env"
+            return RefusedError(with_fix(problem, fix))
+        if status >= 500:
+            return RolloutError(problem)
+        return RefusedError(self._with_fix(problem))
 
     async def watch(
         self, work: Awaitable[T], task: str, seconds: float | None, key: str = "", partner: asyncio.Future[Any] | None = None
@@ -111,9 +152,8 @@ class ServerConnection:
     def own_address(self) -> str:
         """The address of this machine that the server can reach."""
         parts = urlsplit(self.url)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
-            probe.connect((parts.hostname, parts.port or 80))
-            return str(probe.getsockname()[0])
+        assert parts.hostname is not None
+        return address_towards(parts.hostname, parts.port or 80)
 
 
 def abandon(call: asyncio.Future[Any]) -> None:
@@ -123,11 +163,10 @@ def abandon(call: asyncio.Future[Any]) -> None:
 
 
 def _message(text: str) -> str:
-    """The message of an error answer, on one line."""
+    """The message of an error answer."""
     try:
-        answer = json.loads(text)
+        answer = parse_json(text)
         answer = answer.get("error", answer)
-        text = str(answer["message"] if isinstance(answer, dict) else answer)
+        return str(answer["message"] if isinstance(answer, dict) else answer)
     except (ValueError, KeyError, AttributeError):
-        pass  # not an engine's error form: show it as it is
-    return " ".join(text.split())[:500]
+        return text  # not an engine's error form: show it as it is

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy
 from torch import Tensor
 from transformers import AutoConfig
 
+from megarl.config.api_keys import authorization, bearer
 from megarl.config.model_facts import read_model_facts
 from megarl.config.rope_scaling import NAMES
 from megarl.config.schema import Config, EngineServerConfig
@@ -22,10 +24,11 @@ from megarl.errors import MegaRLError, RolloutError
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.routed_experts import reported_experts
 from megarl.rollout.server_connection import LateError, ServerConnection, abandon
-from megarl.rollout.server_launch import HOST
+from megarl.rollout.server_launch import KEY_VARIABLE
 from megarl.rollout.server_process import ServerProcess, free_port
 from megarl.rollout.weight_checklist import WeightChecklist
 from megarl.rollout.weight_sender import WeightSender, buckets
+from megarl.sockets import LOCALHOST
 
 T = TypeVar("T")
 
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT = 10.0  # seconds
 POLL_SECONDS = 0.25
+UNAUTHORIZED = 401
 CUT_SECONDS = 0.5  # a request that was on its way when others were given up is given up that much later
 
 
@@ -163,15 +167,19 @@ class ServerEngine(ABC):
         log_path = _new_log(self._run_dir)
         process = None
         url = (self.settings.url or "").rstrip("/")
+        headers = authorization(self.settings.api_key_env)
         if not url:
-            port = free_port(HOST, self.settings.port, f"rollout.{self.section}.port")
-            url = f"http://{HOST}:{port}"
-            process = ServerProcess(self.name, *self.command(port), log_path)
+            port = free_port(LOCALHOST, self.settings.port, f"rollout.{self.section}.port")
+            url = f"http://{LOCALHOST}:{port}"
+            command, environment = self.command(port)
+            key = secrets.token_urlsafe(32)  # known to this process and the server's alone, and to each server another
+            process = ServerProcess(self.name, command, environment | {KEY_VARIABLE: key}, log_path)
             await process.start()
-        self._server = ServerConnection(self.name, url, process, log_path, self.hint)
+            headers = bearer(key)
+        self._server = ServerConnection(self.name, url, process, log_path, self.hint, headers)
         try:
-            key = f"rollout.{self.section}.start_timeout"
-            await self._server.watch(self._until_healthy(), "start", self.settings.start_timeout, key)
+            setting = f"rollout.{self.section}.start_timeout"
+            await self._server.watch(self._until_healthy(), "start", self.settings.start_timeout, setting)
         except BaseException as error:
             await self._server.end_process(write_stacks=isinstance(error, LateError))
             await self.close()
@@ -344,9 +352,11 @@ class ServerEngine(ABC):
         while True:
             try:
                 await self.server.call("GET", "/health")
-                return
+                break
             except RolloutError:
                 await asyncio.sleep(POLL_SECONDS)
+        if self.server.process is not None and await self.server.status_without_key("/v1/models") != UNAUTHORIZED:
+            raise RolloutError(f"{self.name} answers requests without the run's key; it did not load MegaRL's plugin; see its log")
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run a blocking call in a daemon thread: unlike asyncio's own pool, one that hangs in gloo cannot hold up the exit."""

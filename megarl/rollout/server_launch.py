@@ -10,7 +10,9 @@ from megarl.config.schema import EngineServerConfig
 from megarl.errors import RolloutError
 from megarl.rollout.engine_environment import default_python
 
-HOST = "127.0.0.1"
+KEY_VARIABLE = "MEGARL_API_KEY"  # the word of engine_plugin/megarl_guard.py for the key that requests must carry
+LOCAL_HOSTS = "127.0.0.1,localhost,::1"
+PROXY_EXCEPTIONS = ("no_proxy", "NO_PROXY")
 PLUGIN_FOLDER = Path(__file__).with_name("engine_plugin")
 LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMP_", "MKL_", "PYTHON", "VIRTUAL_ENV")
@@ -44,12 +46,17 @@ def flags(arguments: dict[str, Any], *, negated: bool) -> Iterator[str]:
 
 
 def inherited_environment() -> dict[str, str]:
-    """The trainer's environment without what its launcher and its Python put there."""
-    return {
+    """The trainer's environment without what its launcher and its Python put there; what is local goes by no proxy.
+
+    SGLang asks itself over HTTP at its start.
+    """
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
     }
+    exceptions = {name: ",".join(filter(None, (inherited.get(name), LOCAL_HOSTS))) for name in PROXY_EXCEPTIONS}
+    return inherited | exceptions
 
 
 def cores_of_ranks(num_ranks: int) -> str:

@@ -14,12 +14,14 @@ from megarl.errors import RolloutError
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.server_connection import abandon
 from megarl.rollout.server_engine import EngineSizes, ServerEngine, SliceSender, token_versions
-from megarl.rollout.server_launch import HOST, PLUGIN_FOLDER, cores_of_ranks, flags, inherited_environment, server_python
+from megarl.rollout.server_launch import PLUGIN_FOLDER, cores_of_ranks, flags, inherited_environment, server_python
 from megarl.rollout.weight_sender import WeightSender
+from megarl.sockets import LOCALHOST
 from megarl.types import FinishReason
 
 CPU_FOLDER = Path(__file__).with_name("sglang_cpu")  # stand-ins for packages and kernels that exist only for GPUs
 CPU_RUNNING_REQUESTS = 32
+ORIGINAL_LOGPROBS = "SGLANG_RETURN_ORIGINAL_LOGPROB"  # where it is set, log-probabilities know nothing of the temperature
 # of the weight transfer; also the words by which engine_plugin/megarl_sglang.py knows its requests
 GROUP, SLICE_GROUP = "megarl", "megarl-slices"
 
@@ -34,10 +36,7 @@ class SGLangEngine(ServerEngine):
 
     name = "SGLang"
     section = "sglang"
-    hint = (
-        f"a server given by rollout.sglang.url must be started with PYTHONPATH={PLUGIN_FOLDER}, --skip-tokenizer-init "
-        "and --enable-deterministic-inference"
-    )
+    hint = "start it as docs/engines.md says: MegaRL's PYTHONPATH, --skip-tokenizer-init and --enable-deterministic-inference"
 
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
         """Command line and environment; ``rollout.sglang.arguments`` come last and override the rest."""
@@ -45,7 +44,7 @@ class SGLangEngine(ServerEngine):
         context_length = rollout.max_prompt_tokens + rollout.max_new_tokens
         arguments: dict[str, Any] = {
             "model_path": str(self.config.model.path),
-            "host": HOST,
+            "host": LOCALHOST,
             "port": port,
             "dtype": self.settings.dtype or self.config.model.dtype,
             "tensor_parallel_size": self.settings.tensor_parallel_size,
@@ -59,7 +58,7 @@ class SGLangEngine(ServerEngine):
             "enable_return_routed_experts": rollout.routing_replay,
             "log_level": "warning",
         }
-        needed = {"PYTHONPATH": str(PLUGIN_FOLDER), "HF_HUB_OFFLINE": "1"}
+        needed = {"PYTHONPATH": str(PLUGIN_FOLDER), "HF_HUB_OFFLINE": "1", ORIGINAL_LOGPROBS: "0"}
         if not torch.cuda.is_available():
             arguments |= {
                 "device": "cpu",
@@ -86,7 +85,11 @@ class SGLangEngine(ServerEngine):
             "return_logprob": True,
             "return_routed_experts": self.config.rollout.routing_replay,
         }
-        return [self._generation(answer, len(prompt_token_ids)) for answer in await self.server.call("POST", "/generate", body)]
+        answers = await self.server.call("POST", "/generate", body)
+        with self.server.understanding("/generate", answers):
+            if len(answers) != num_requests:
+                raise ValueError(f"{len(answers)} responses to {num_requests} requests")
+            return [self._generation(answer, len(prompt_token_ids)) for answer in answers]
 
     def _generation(self, answer: dict[str, Any], num_prompt_tokens: int) -> Generation:
         about = answer["meta_info"]
@@ -115,14 +118,23 @@ class SGLangEngine(ServerEngine):
     async def sizes(self) -> EngineSizes:
         """How the server divides the model: over tensor parallel ranks, over which it may distribute the experts."""
         information = await self.limited(self.server.call("GET", "/server_info"), "tell how it divides the model")
-        self.require_same_rope(information["internal_states"][0]["megarl_rope_parameters"])
+        with self.server.understanding("/server_info", information):
+            sizes = {kind: int(information[f"{kind}_size"]) for kind in ("tp", "ep", "pp", "dp")}
+            state = information["internal_states"][0]
+            rope, is_original = dict(state["megarl_rope_parameters"]), bool(state.get("megarl_original_logprobs"))
+        self.require_same_rope(rope)
+        if is_original and self.config.rollout.temperature != 1:
+            raise RolloutError(
+                f"SGLang runs with {ORIGINAL_LOGPROBS}=1, so its log-probabilities are not those of sampling at temperature "
+                f"{self.config.rollout.temperature:g}; start it without"
+            )
         for kind in ("pp", "dp"):
-            if information[f"{kind}_size"] > 1:
+            if sizes[kind] > 1:
                 raise RolloutError(
-                    f"SGLang runs with --{kind}-size {information[f'{kind}_size']}, over which weights cannot be updated; "
+                    f"SGLang runs with --{kind}-size {sizes[kind]}, over which weights cannot be updated; "
                     "use rollout.sglang.tensor_parallel_size alone"
                 )
-        return EngineSizes(tp=int(information["tp_size"]), ep=int(information["ep_size"]))
+        return EngineSizes(tp=sizes["tp"], ep=sizes["ep"])
 
     async def join(self, sender: WeightSender) -> None:
         """Let every worker join the sender's group for whole tensors."""

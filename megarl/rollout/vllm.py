@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import io
-import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,15 +10,18 @@ import numpy
 import torch
 from torch import Tensor
 
-from megarl.errors import MegaRLError, RolloutError
+from megarl.errors import MegaRLError, RolloutError, shortened
+from megarl.json_text import parse_json
 from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.rollout.server_connection import DEATH_NOTICE, abandon
 from megarl.rollout.server_engine import EngineSizes, ServerEngine, SliceSender, token_versions
-from megarl.rollout.server_launch import HOST, PLUGIN_FOLDER, cores_of_ranks, flags, inherited_environment, server_python
+from megarl.rollout.server_launch import PLUGIN_FOLDER, cores_of_ranks, flags, inherited_environment, server_python
 from megarl.rollout.weight_sender import WeightSender
+from megarl.sockets import LOCALHOST
 from megarl.types import FinishReason
 
 WORKER_EXTENSION = "megarl_vllm_worker.MegaRLWorkerExtension"
+MIDDLEWARE = "megarl_guard.RequireKey"
 CPU_KV_CACHE_BYTES = 1 << 30
 
 
@@ -32,8 +34,8 @@ class VllmEngine(ServerEngine):
     name = "vLLM"
     section = "vllm"
     hint = (
-        f"a server given by rollout.vllm.url must be started with VLLM_SERVER_DEV_MODE=1 PYTHONPATH={PLUGIN_FOLDER} "
-        f"and --enable-scale-out --worker-extension-cls {WORKER_EXTENSION}"
+        "start it as docs/engines.md says: VLLM_SERVER_DEV_MODE=1, MegaRL's PYTHONPATH, --enable-scale-out, "
+        "--logprobs-mode processed_logprobs, --worker-extension-cls"
     )
 
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
@@ -41,7 +43,7 @@ class VllmEngine(ServerEngine):
         rollout = self.config.rollout
         arguments: dict[str, Any] = {
             "model": str(self.config.model.path),
-            "host": HOST,
+            "host": LOCALHOST,
             "port": port,
             "dtype": self.settings.dtype or self.config.model.dtype,
             "tensor_parallel_size": self.settings.tensor_parallel_size,
@@ -49,10 +51,10 @@ class VllmEngine(ServerEngine):
             "load_format": "dummy",  # the trainer sends the weights before the first request
             "skip_tokenizer_init": True,
             "generation_config": "vllm",  # not the model folder's sampling defaults
-            # Processed log-probabilities are under softmax(logits / temperature), but only among what top-k and top-p keep.
-            "logprobs_mode": "raw_logprobs" if self._truncated else "processed_logprobs",
+            "logprobs_mode": self._logprobs_mode,
             "worker_extension_cls": WORKER_EXTENSION,
             "enable_scale_out": True,  # the token-in token-out endpoint
+            "middleware": MIDDLEWARE,  # vLLM's own key leaves the endpoints below open
         }
         if rollout.routing_replay:
             arguments["enable_return_routed_experts"] = True
@@ -60,6 +62,7 @@ class VllmEngine(ServerEngine):
             "PYTHONPATH": str(PLUGIN_FOLDER),
             "VLLM_SERVER_DEV_MODE": "1",  # the endpoints for pausing, worker calls and cache resets
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_HOST_IP": LOCALHOST,  # its processes are all on this machine
             "HF_HUB_OFFLINE": "1",
         }
         if not torch.cuda.is_available():
@@ -91,10 +94,9 @@ class VllmEngine(ServerEngine):
         self._require_known_logprobs(sampling.temperature, sampling.top_p, sampling.top_k)
         body = {"token_ids": list(prompt_token_ids), "sampling_params": _sampling_params(sampling)}
         answer = await self.server.call("POST", "/inference/v1/generate", body)
-        return [
-            self._generation(choice, len(prompt_token_ids))
-            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
-        ]
+        with self.server.understanding("/inference/v1/generate", answer):
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            return [self._generation(choice, len(prompt_token_ids)) for choice in choices]
 
     def _generation(self, choice: dict[str, Any], num_prompt_tokens: int) -> Generation:
         token_ids = tuple(choice["token_ids"])
@@ -119,15 +121,20 @@ class VllmEngine(ServerEngine):
 
     async def sizes(self) -> EngineSizes:
         """How the server divides the model: over tensor parallel ranks, with its experts whole where it has expert parallelism."""
-        place = json.loads((await self.limited(self._rpc("megarl_place"), "tell how it divides the model"))[0])
-        self.require_same_rope(place["rope_parameters"])
+        answer = await self.limited(self._rpc("megarl_place"), "tell how it divides the model")
+        with self.server.understanding("/collective_rpc", answer):
+            place = parse_json(answer[0])
+            sizes = {kind: int(place[kind]) for kind in ("tensor", "pipeline", "data")}
+            rope, logprobs_mode, has_experts = dict(place["rope_parameters"]), str(place["logprobs_mode"]), bool(place["experts"])
+        self.require_same_rope(rope)
+        self._require_logprobs_mode(logprobs_mode)
         for kind in ("pipeline", "data"):
-            if place[kind] > 1:
+            if sizes[kind] > 1:
                 raise RolloutError(
-                    f"vLLM runs with {kind}_parallel_size {place[kind]}, over which weights cannot be updated; "
+                    f"vLLM runs with {kind}_parallel_size {sizes[kind]}, over which weights cannot be updated; "
                     "use rollout.vllm.tensor_parallel_size alone"
                 )
-        return EngineSizes(tp=place["tensor"], ep=place["tensor"] if place["experts"] else 1)
+        return EngineSizes(tp=sizes["tensor"], ep=sizes["tensor"] if has_experts else 1)
 
     async def join(self, sender: WeightSender) -> None:
         """Let every worker join the sender's group for whole tensors."""
@@ -165,7 +172,9 @@ class VllmEngine(ServerEngine):
     async def reset_prefix_cache(self) -> None:
         """Drop keys and values of the old weights."""
         reset = await self.limited(self.server.call("POST", "/reset_prefix_cache"), "reset its prefix cache")
-        if not reset["success"]:
+        with self.server.understanding("/reset_prefix_cache", reset):
+            was_reset = reset["success"]
+        if not was_reset:
             raise RolloutError("vLLM could not reset its prefix cache after the weight update: requests still hold blocks of it")
 
     async def resume(self) -> None:
@@ -175,7 +184,23 @@ class VllmEngine(ServerEngine):
     async def _rpc(self, method: str, arguments: dict[str, Any] | None = None) -> list[Any]:
         """Call a method of the worker extension on every worker."""
         answer = await self.server.call("POST", "/collective_rpc", {"method": method, "kwargs": arguments or {}})
-        return list(answer["results"]) if answer else []
+        with self.server.understanding("/collective_rpc", answer):
+            return list(answer["results"]) if answer else []
+
+    @property
+    def _logprobs_mode(self) -> str:
+        """Processed log-probabilities are under softmax(logits / temperature), but only among what top-k and top-p keep."""
+        return "raw_logprobs" if self._truncated else "processed_logprobs"
+
+    def _require_logprobs_mode(self, reported: str) -> None:
+        """Refuse a server that reports log-probabilities under another distribution than the protocol's."""
+        rollout = self.config.rollout
+        if reported != self._logprobs_mode and (reported != "raw_logprobs" or rollout.temperature != 1):
+            raise RolloutError(
+                f"vLLM runs with --logprobs-mode {shortened(reported, 40)}, which are no log-probabilities of sampling at temperature "
+                f"{rollout.temperature:g}, top_p {rollout.top_p:g}, top_k {rollout.top_k}; start it with --logprobs-mode "
+                f"{self._logprobs_mode}"
+            )
 
     @property
     def _truncated(self) -> bool:

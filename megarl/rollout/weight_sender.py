@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo
+
+from megarl.sockets import serve_store
 
 BUCKET_BYTES = 64 << 20  # the receiver cuts broadcasts at the same number
 ALIGNMENT = 16  # bytes; a view of a buffer as another dtype must start at a multiple of its item size
@@ -25,7 +27,7 @@ class WeightSender:
         """Open the store that the workers find the group by; ``port`` is then known. ``timeout`` is in seconds."""
         self.world_size = 1 + num_workers
         self._timeout = timedelta(seconds=timeout)
-        self._store = TCPStore(host, 0, self.world_size, is_master=True, timeout=self._timeout, wait_for_workers=False)
+        self._store = serve_store(host, 0, self.world_size, self._timeout)
         self.host = host
         self.port: int = self._store.port
         self._group: Any = None

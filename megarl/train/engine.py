@@ -1,5 +1,6 @@
 """The training engine: forward, forward-backward and optimizer step of one model in one layout."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -11,7 +12,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megarl.algorithms.objectives import Objective, ObjectiveFunction, finish_metrics, select_tokens
+from megarl.algorithms.metrics import EXTREMES, batch_metrics
+from megarl.algorithms.objectives import Objective, ObjectiveFunction, select_tokens
 from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
 from megarl.config.schema import RoleConfig
 from megarl.data.packing import plan_group_micro_batches, plan_micro_batches
@@ -200,20 +202,20 @@ class TrainingEngine:
             dist.broadcast(values, src=self.layout.last_stage_rank, group=groups.pp)
 
     def _reduce_metrics(self, results: list[Objective], num_tokens: int) -> dict[str, float]:
-        names: list[Any] = [None]
-        if results:
-            names = [(sorted(results[0].sums), sorted(results[0].maxima))]
+        names: list[Any] = [sorted(results[0].metrics) if results else None]
         if self.layout.groups.pp.size() > 1:
             dist.broadcast_object_list(names, src=self.layout.last_stage_rank, group=self.layout.groups.pp)
-        sum_names, max_names = names[0]
+        sum_names = [name for name in names[0] if name not in EXTREMES]
+        extreme_names = [name for name in names[0] if name in EXTREMES]
         sums = torch.zeros(len(sum_names), dtype=torch.float64, device=self.device)
-        maxima = torch.zeros(len(max_names), dtype=torch.float64, device=self.device)
+        signs = torch.tensor([EXTREMES[name] for name in extreme_names], dtype=torch.float64, device=self.device)
+        extremes = torch.full_like(signs, -math.inf)  # a minimum is a maximum of negative values
         for result in results:
-            sums += torch.stack([result.sums[name].double() for name in sum_names])
-            if max_names:
-                maxima = torch.maximum(maxima, torch.stack([result.maxima[name].double() for name in max_names]))
+            sums += torch.stack([result.metrics[name].double() for name in sum_names])
+            if extreme_names:
+                own = torch.stack([result.metrics[name].double() for name in extreme_names])
+                extremes = torch.maximum(extremes, signs * own)
         self._sum_over_replicas(sums)
-        self._sum_over_replicas(maxima, dist.ReduceOp.MAX)
-        return finish_metrics(
-            dict(zip(sum_names, sums.tolist(), strict=True)), dict(zip(max_names, maxima.tolist(), strict=True)), num_tokens
-        )
+        self._sum_over_replicas(extremes, dist.ReduceOp.MAX)
+        values = [*sums.tolist(), *(signs * extremes).tolist()]
+        return batch_metrics(dict(zip((*sum_names, *extreme_names), values, strict=True)), num_tokens)

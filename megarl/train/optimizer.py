@@ -80,27 +80,39 @@ class EngineOptimizer:
 
     @torch.no_grad()
     def step(self) -> tuple[float, float, bool]:
-        """Clip and apply the gradient, unless it is NaN or Inf, and advance the schedule.
+        """Clip and apply the gradient, unless it is NaN, Inf or exactly 0, and advance the schedule.
+
+        A gradient of 0 leaves Adam's state alone too: with it momentum and weight decay would move weights of which nothing in
+        the batch speaks.
 
         Returns:
-            Gradient norm before clipping, learning rate of the step, and whether the step was skipped.
+            Gradient norm before clipping, learning rate of the step, and whether the step was skipped for NaN or Inf.
 
         Raises:
             TrainingError: too many consecutive steps were skipped.
         """
-        self.scheduler.step(increment=1)
-        learning_rate = self.scheduler.get_lr(self.megatron.param_groups[0])
+        self.scheduler.step(increment=0)  # the rate of this step, also after a checkpoint was loaded
         found_inf = self.megatron.prepare_grads()
         norm = float(self.megatron.get_grad_norm())
         skipped = bool(found_inf) or not math.isfinite(norm)
         if skipped:
             self._count_skipped(norm)
-        else:
+        elif norm > 0:
             self.num_consecutive_skipped = 0
             self._clip(norm)
             self.megatron.step_with_ready_grads()
         self.megatron.zero_grad()
-        return norm, learning_rate, skipped
+        return norm, self._advance(), skipped
+
+    def pass_over(self) -> tuple[float, float, bool]:
+        """Advance the schedule by a step that has nothing to learn from; returns what ``step`` does for a gradient of 0."""
+        return 0.0, self._advance(), False
+
+    def _advance(self) -> float:
+        """Give the rate of this step, and go on to the next: the schedule is of planned steps, whatever becomes of one."""
+        learning_rate = self.scheduler.get_lr(self.megatron.param_groups[0])
+        self.scheduler.step(increment=1)
+        return learning_rate
 
     def _clip(self, norm: float) -> None:
         if self._config.clip_gradient == 0:

@@ -184,10 +184,23 @@ class Learner:
         """One optimizer step on one batch; None on a rank outside the role, which does not wait for it (see ``share_results``)."""
         if not self.engine.layout.is_member:
             return None
-        with self.on_device():
-            metrics = self.engine.forward_backward(batch, objective)
-            norm, learning_rate, skipped = self.optimizer.step()
-        return UpdateResult(metrics=metrics, gradient_norm=norm, learning_rate=learning_rate, skipped=skipped)
+        num_tokens = int(batch.packed.loss_mask.sum())
+        if num_tokens == 0:  # every rank sees that: none computes anything
+            metrics: dict[str, float] = {}
+            norm, learning_rate, skipped = self.optimizer.pass_over()
+        else:
+            with self.on_device():
+                metrics = self.engine.forward_backward(batch, objective)
+                norm, learning_rate, skipped = self.optimizer.step()
+        return UpdateResult(
+            metrics=metrics,
+            gradient_norm=norm,
+            learning_rate=learning_rate,
+            skipped=skipped,
+            empty=norm == 0,
+            num_tokens=num_tokens,
+            num_sequences=batch.packed.num_sequences,
+        )
 
     def hugging_face_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights as whole Hugging Face tensors on rank 0; every rank must exhaust it."""

@@ -3,7 +3,7 @@
     checkpoints/step_00000012/
         policy/              model, optimizer, scheduler and random state (megatron dist_checkpointing), and the critic's
         outstanding.json     groups that wait to be trained on, whole or begun
-        manifest.json        step, weight version, data position, model digest, and every file with its size
+        manifest.json        step, weight version, data position, model digest, and every file with its size and digest
 
 A folder without a manifest is an unfinished save and is never read.
 """
@@ -11,11 +11,12 @@ A folder without a manifest is an unfinished save and is never read.
 import hashlib
 import inspect
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,26 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, shortened
+from megarl.weights.file_digests import (
+    collect_digests,
+    digest_file,
+    files_below,
+    find_damage,
+    share_of_rank,
+    size_damage,
+    sync_files,
+    sync_folder,
+    write_and_digest,
+)
+from megarl.weights.manifest import MANIFEST, Manifest, RunState, another_checkpoint, read_manifest, refused_json, write_manifest
 from megarl.weights.mapping import WeightMap
 from megarl.weights.result_queue import start_result_queue
+from megarl.weights.sharded_state import load_sharded_state
 
-MANIFEST = "manifest.json"
 POLICY = "policy"  # folder of the tensors
 OUTSTANDING = "outstanding.json"
-FORMAT = 2
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,29 +63,6 @@ class DataState:
     outstanding: dict[str, Any] | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunState:
-    """What a run needs to go on, besides the policy's tensors.
-
-    Attributes:
-        step: steps done.
-        weight_version: version of the policy's weights.
-        data: position of the training data, as its sampler gives it.
-        algorithm: what the RL method carries from step to step.
-        has_critic: a critic's tensors are there beside the policy's.
-        stage: position in the curriculum; empty without one.
-        distributed_optimizer: by role, whether the optimizer state was sharded; megatron-core reads it into the same kind only.
-    """
-
-    step: int
-    weight_version: int
-    data: dict[str, Any]
-    algorithm: dict[str, Any] = field(default_factory=dict)
-    has_critic: bool = False
-    stage: dict[str, Any] = field(default_factory=dict)
-    distributed_optimizer: dict[str, bool] = field(default_factory=dict)
-
-
 def model_digest(weight_map: WeightMap) -> str:
     """Identifies a model's shape: family and the names and shapes of its tensors."""
     shapes = sorted(weight_map.hugging_face_shapes().items())
@@ -81,58 +71,48 @@ def model_digest(weight_map: WeightMap) -> str:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST}"))
+    steps = {
+        int(match[1]): path.parent
+        for path in folder.glob(f"step_*/{MANIFEST}")
+        if (match := STEP_FOLDER.fullmatch(path.parent.name))
+    }
+    return [path for _, path in sorted(steps.items())]
 
 
-def read_run_state(checkpoint: Path, weight_map: WeightMap) -> RunState:
-    """Read and verify a checkpoint's manifest.
+def check_checkpoint(checkpoint: Path, weight_map: WeightMap, rank: int = 0, num_ranks: int = 1) -> Manifest:
+    """Read a checkpoint's manifest, and compare this rank's share of its files with it, byte for byte.
 
     Raises:
-        CheckpointError: a file is missing or has another size, or it is of another model or format.
+        CheckpointError: a file is missing or damaged, or the checkpoint is of another model or format.
     """
-    path = checkpoint / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{checkpoint} has no {MANIFEST}: the save did not finish; resume from an older checkpoint"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); resume from an older checkpoint") from error
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(
-            f"{checkpoint} has format {manifest['format']}, and this MegaRL reads {FORMAT}; use the version that wrote it"
-        )
+    manifest = read_manifest(checkpoint)
     digest = model_digest(weight_map)
-    if manifest["model_digest"] != digest:
+    if manifest.model_digest != digest:
         raise CheckpointError(
-            f"{checkpoint} is a checkpoint of another model (digest {manifest['model_digest']}, this model has {digest}); "
-            "use the model.path it was trained with"
+            f"{checkpoint} is a checkpoint of another model (digest {shortened(manifest.model_digest, 16)}, this model has "
+            f"{digest}); use the model.path it was trained with"
         )
-    for name, size in manifest["files"].items():
-        file = checkpoint / name
-        if not file.exists():
-            raise CheckpointError(f"{file} is missing; resume from an older checkpoint")
-        if file.stat().st_size != size:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes, the manifest says {size}; resume from an older checkpoint"
-            )
-    return RunState(**manifest["state"])
+    if problem := size_damage(checkpoint, manifest.files):
+        raise CheckpointError(f"{problem}; {another_checkpoint(checkpoint)}")
+    damage = find_damage(checkpoint, manifest.files, share_of_rank(manifest.files, rank, num_ranks))
+    if damage:
+        raise CheckpointError(f"{damage[0]}; {another_checkpoint(checkpoint)}")
+    return manifest
 
 
-def read_stage(checkpoint: Path) -> dict[str, Any]:
-    """Position in the curriculum, which says in which layout the models are built that the checkpoint is then read into.
-
-    Raises:
-        CheckpointError: the checkpoint is of a run without curriculum, or has no readable manifest.
-    """
+def check_checkpoint_together(checkpoint: Path, weight_map: WeightMap) -> Manifest:
+    """``check_checkpoint`` with the files shared among the ranks of the world; collective, and all raise what one has found."""
+    found: Manifest | CheckpointError
     try:
-        stage: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())["state"].get("stage")
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint / MANIFEST} cannot be read ({error}); resume from an older checkpoint") from error
-    if not stage:
-        raise CheckpointError(f"{checkpoint} is of a run without curriculum; remove curriculum to go on with that run")
-    return stage
+        found = check_checkpoint(checkpoint, weight_map, dist.get_rank(), dist.get_world_size())
+    except CheckpointError as error:
+        found = error
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, str(found) if isinstance(found, CheckpointError) else None)
+    problem = next((text for text in everywhere if text is not None), None)
+    if isinstance(found, CheckpointError) or problem is not None:
+        raise CheckpointError(problem)
+    return found
 
 
 def read_data_state(checkpoint: Path, state: RunState) -> DataState:
@@ -144,25 +124,20 @@ def read_data_state(checkpoint: Path, state: RunState) -> DataState:
     file = checkpoint / OUTSTANDING
     if dist.get_rank() != 0 or not file.exists():
         return DataState(position=state.data, outstanding=None)
-    try:
-        return DataState(position=state.data, outstanding=json.loads(file.read_text()))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}); resume from an older checkpoint") from error
+    with refused_json(file):
+        outstanding = json.loads(file.read_bytes())
+    if not isinstance(outstanding, dict):
+        raise CheckpointError(f"{file} holds no groups of a run; {another_checkpoint(checkpoint)}")
+    return DataState(position=state.data, outstanding=outstanding)
 
 
 def load_policy(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
-    """Fill a sharded state dict from a checkpoint of any layout; collective.
+    """Fill a sharded state dict from a checkpoint of any layout; no file of it is executed.
 
     Raises:
-        CheckpointError: megatron-core cannot read it.
+        CheckpointError: it cannot be read.
     """
-    try:
-        return dist_checkpointing.load(sharded_state, str(checkpoint / POLICY))
-    except Exception as error:
-        written_by = json.loads((checkpoint / MANIFEST).read_text())["megatron_core"]
-        raise CheckpointError(
-            f"cannot load {checkpoint} (written by megatron-core {written_by}, this is {version('megatron-core')}): {error}"
-        ) from error
+    return load_sharded_state(checkpoint / POLICY, sharded_state)
 
 
 class CheckpointWriter:
@@ -189,23 +164,22 @@ class CheckpointWriter:
             CheckpointError: it could not be written; earlier checkpoints are untouched.
         """
         checkpoint = self._folder / f"step_{state.step:08d}"
-        self._check_space(checkpoint, sharded_state)
-        if dist.get_rank() == 0:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            (checkpoint / POLICY).mkdir(parents=True)
-        dist.barrier()
         with _write_errors(str(checkpoint), self._folder):
+            self._check_space(checkpoint, sharded_state)
+            if dist.get_rank() == 0:
+                remove_checkpoint(checkpoint)
+                (checkpoint / POLICY).mkdir(parents=True)
+            dist.barrier()
             if outstanding is not None:
                 (checkpoint / OUTSTANDING).write_text(json.dumps(outstanding))
-            request = dist_checkpointing.save(
-                sharded_state, str(checkpoint / POLICY), async_sharded_save=self._queue is not None, **_async_strategy()
-            )
-            finish = self._finisher(checkpoint, state)
+            request = dist_checkpointing.save(sharded_state, str(checkpoint / POLICY), async_sharded_save=True, **_async_strategy())
+            if request.async_fn is not None:  # None: this rank has nothing to write
+                write = partial(write_and_digest, request.async_fn, checkpoint / POLICY, dist.get_rank())
+                request = request._replace(async_fn=write)
+            request.add_finalize_fn(self._finisher(checkpoint, state))
             if self._queue is None:
-                dist.barrier()
-                finish()
+                request.execute_sync()
             else:
-                request.add_finalize_fn(finish)
                 self._queue.schedule_async_request(request)
 
     def poll(self, *, blocking: bool = False) -> None:
@@ -235,12 +209,37 @@ class CheckpointWriter:
     def _finisher(self, checkpoint: Path, state: RunState) -> Callable[[], None]:
         def finish() -> None:
             if dist.get_rank() == 0:
-                _write_manifest(checkpoint, state, model_digest(self._weight_map))
+                _finish(checkpoint, state, model_digest(self._weight_map))
                 for old in whole_checkpoints(self._folder)[: -self._keep]:
-                    (old / MANIFEST).unlink()  # first, so that a half-deleted checkpoint never looks whole
-                    shutil.rmtree(old)
+                    remove_checkpoint(old)
 
         return finish
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint, whole or not, if there is one. Of a symbolic link only the link goes, not what it leads to."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
+    (checkpoint / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted checkpoint never looks whole
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint)  # does not follow links
+
+
+def _finish(checkpoint: Path, state: RunState, digest: str) -> None:
+    """Make a checkpoint whole whose files are written."""
+    digests = collect_digests(checkpoint / POLICY)
+    sync_files(checkpoint)
+    files = {name: digests.get(Path(name).name) if Path(name).parent.name == POLICY else None for name in files_below(checkpoint)}
+    manifest = Manifest(
+        model_digest=digest,
+        megatron_core=version("megatron-core"),
+        torch=torch.__version__,
+        state=state,
+        files={name: entry or digest_file(checkpoint / name) for name, entry in files.items()},
+    )
+    write_manifest(checkpoint, manifest, asdict(state))
+    sync_folder(checkpoint.parent)
 
 
 @contextmanager
@@ -248,6 +247,8 @@ def _write_errors(what: str, folder: Path) -> Iterator[None]:
     """Turn whatever goes wrong while writing into ``folder`` into a CheckpointError of one line."""
     try:
         yield
+    except CheckpointError:
+        raise
     except CheckpointException as error:  # no Exception; raised on every rank, but only rank 0 knows the reasons
         box = ["; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))]
         dist.broadcast_object_list(box, src=0)
@@ -260,7 +261,7 @@ def _write_error(what: str, folder: Path, reason: str) -> CheckpointError:
     # torch.save closes its archive after a failed write, fails again, and so hides that the disk is full
     free = shutil.disk_usage(folder).free
     return CheckpointError(
-        f"cannot write {what} ({free / 1e6:.1f} MB free there): {' '.join(reason.split())}; earlier checkpoints are untouched"
+        f"cannot write {what} ({free / 1e6:.1f} MB free there): {shortened(reason)}; earlier checkpoints are untouched"
     )
 
 
@@ -280,21 +281,3 @@ def _tensor_bytes(value: Any) -> int:
         any(value.replica_id) if isinstance(getattr(value, "replica_id", 0), tuple) else bool(getattr(value, "replica_id", 0))
     )
     return data.nbytes if isinstance(data, torch.Tensor) and not is_replica else 0
-
-
-def _write_manifest(checkpoint: Path, state: RunState, digest: str) -> None:
-    files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(checkpoint.rglob("*")) if path.is_file()}
-    manifest = {
-        "format": FORMAT,
-        "megatron_core": version("megatron-core"),
-        "torch": torch.__version__,
-        "model_digest": digest,
-        "state": asdict(state),
-        "files": files,
-    }
-    temporary = checkpoint / (MANIFEST + ".partial")
-    with temporary.open("w") as file:
-        json.dump(manifest, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, checkpoint / MANIFEST)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from megarl.errors import CheckpointError
-from megarl.weights.checkpoint import MANIFEST, POLICY
+from megarl.weights.checkpoint import POLICY
 from megarl.weights.distributed_checkpoint import CheckpointTensor, DistributedCheckpoint
+from megarl.weights.file_digests import size_damage
+from megarl.weights.manifest import read_manifest
 from megarl.weights.model_folder import FolderKind, folder_kind
 from megarl.weights.safetensors_files import SafetensorsFolder
 from megarl.weights.shard_folder import ShardFolder
@@ -75,11 +77,12 @@ def describe(path: Path) -> Description:
         weights = [TensorLine(name, folder.shapes[name], folder.dtypes[name], 1) for name in folder.shapes]
         return Description("Hugging Face safetensors", _config_facts(path), files, weights, [])
     in_run = (path / POLICY).is_dir()
+    facts = _run_facts(path) if in_run else _config_facts(path)
     checkpoint = DistributedCheckpoint(path / POLICY if in_run else path)
     lines = [_line(name, tensor) for name, tensor in sorted(checkpoint.tensors.items())]
     return Description(
         "Megatron torch_dist checkpoint" + (" of a run" if in_run else ""),
-        _run_facts(path) if in_run else _config_facts(path),
+        facts,
         files,
         [line for line in lines if not OPTIMIZER.match(line.name)],
         [line for line in lines if OPTIMIZER.match(line.name)],
@@ -100,16 +103,14 @@ def _config_facts(path: Path) -> dict[str, str]:
 
 
 def _run_facts(path: Path) -> dict[str, str]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        state = manifest["state"]
-        return {
-            "step": str(state["step"]),
-            "weight version": str(state["weight_version"]),
-            "megatron-core": manifest["megatron_core"],
-        }
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} has no readable {MANIFEST}: the save did not finish; use an older checkpoint") from error
+    manifest = read_manifest(path)
+    if problem := size_damage(path, manifest.files):
+        raise CheckpointError(f"{problem}; use another checkpoint")
+    return {
+        "step": str(manifest.state.step),
+        "weight version": str(manifest.state.weight_version),
+        "megatron-core": manifest.megatron_core,
+    }
 
 
 def totals_by_dtype(lines: list[TensorLine]) -> list[tuple[str, int, int, int]]:

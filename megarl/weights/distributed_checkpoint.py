@@ -2,12 +2,15 @@
 
 Such a folder is a torch.distributed.checkpoint: ``.metadata`` says for every chunk of every tensor which file has it where, as a
 small ``torch.save`` archive. Nothing of it is trusted: of ``.metadata`` only the plain records below are unpickled, of the
-archives only tensors (``weights_only``), and ``common.pt`` is not opened.
+archives and of ``common.pt`` only tensors and plain values (``weights_only``). megatron-core's own reader, which unpickles
+whatever it finds, is not used anywhere.
 """
 
 import io
 import pickle
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, EnumType
 from pathlib import Path
@@ -16,13 +19,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, TensorStorageMetadata
 
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, shortened
 from megarl.weights.stored_tensors import StoredTensor, read_into
 
 METADATA = ".metadata"
 MEGATRON_MARKER = "metadata.json"  # written last by megatron-core
+COMMON = "common.pt"  # what is no tensor, of megatron-core before 0.19
+COMMON_OBJECT = "common_state/shard_0_1"  # the same, since
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    RecursionError,
+    pickle.UnpicklingError,
+)
 RECORDS = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -92,18 +108,59 @@ class CheckpointTensor:
     chunks: tuple[Chunk, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointObject:
+    """An archive of values that are no tensors: ``length`` bytes from ``start`` on of a file."""
+
+    path: Path
+    start: int
+    length: int
+
+
 class DistributedCheckpoint:
     """One checkpoint folder.
+
+    Args:
+        folder: of ``.metadata``.
+        keep_cached: leave what is read in the operating system's cache, for other ranks that read it too.
 
     Raises:
         CheckpointError: it is no such folder, it is damaged, or its metadata asks for more than records.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, keep_cached: bool = False) -> None:
         self.folder = folder
-        self.tensors = _read_tensors(folder)
+        self.tensors, self._objects = _read_metadata(folder)
+        self._keep_cached = keep_cached
         self._stored: dict[Chunk, StoredTensor] = {}
         self._lock = threading.Lock()
+
+    def read_object(self, key: str) -> Any:
+        """The value that megatron-core saved as a ShardedObject of that unique key: tensors, numbers, texts and containers of them.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it holds something else.
+        """
+        stored = self._objects.get(key)
+        if stored is None:
+            raise CheckpointError(f"{self.folder} lacks {key}; use another checkpoint")
+        with _refused(stored.path, stored.start), stored.path.open("rb") as file:
+            values = torch.load(
+                io.BufferedReader(_Window(file, stored.start, stored.length)), map_location="cpu", weights_only=True
+            )
+            return values[0]
+
+    def common_state(self) -> dict[str, Any]:
+        """What was saved beside tensors and ShardedObjects, wherever this version of megatron-core keeps it; raises likewise."""
+        path = self.folder / COMMON
+        if COMMON_OBJECT in self._objects:
+            state = self.read_object(COMMON_OBJECT)
+        else:
+            with _refused(path, 0):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path} holds no state of a run; use another checkpoint")
+        return state
 
     def read_box(self, key: str, offsets: tuple[int, ...], target: Tensor) -> None:
         """Fill a contiguous CPU tensor from the box at ``offsets``, which has the target's shape and lies inside the tensor.
@@ -137,10 +194,10 @@ class DistributedCheckpoint:
         span = 1 + sum((length - 1) * stride for length, stride in zip(target.shape, strides, strict=True))
         offset = stored.offset + first * stored.dtype.itemsize
         if span == target.numel() and target.is_contiguous():
-            read_into(stored.path, offset, target)
+            read_into(stored.path, offset, target, keep_cached=self._keep_cached)
         else:
             elements = torch.empty(span, dtype=stored.dtype)
-            read_into(stored.path, offset, elements)
+            read_into(stored.path, offset, elements, keep_cached=self._keep_cached)
             target.copy_(elements.as_strided(target.shape, strides))
 
     def _locate(self, chunk: Chunk) -> StoredTensor:
@@ -151,16 +208,9 @@ class DistributedCheckpoint:
             return self._stored[chunk]
 
     def _open_archive(self, chunk: Chunk) -> StoredTensor:
-        try:
-            with chunk.path.open("rb") as file, FakeTensorMode():
-                # a fake tensor has no data, but its storage knows where in the archive they are
-                tensor = torch.load(
-                    io.BufferedReader(_Window(file, chunk.start, chunk.length)), map_location="cpu", weights_only=True
-                )
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{chunk.path} is truncated or corrupt at {chunk.start} ({str(error).splitlines()[0]}); use another checkpoint"
-            ) from error
+        with _refused(chunk.path, chunk.start), chunk.path.open("rb") as file, FakeTensorMode():
+            # a fake tensor has no data, but its storage knows where in the archive they are
+            tensor = torch.load(io.BufferedReader(_Window(file, chunk.start, chunk.length)), map_location="cpu", weights_only=True)
         if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != (chunk.shape, chunk.dtype):
             raise CheckpointError(f"{chunk.path} is corrupt at {chunk.start}: it holds no {chunk.dtype} of {list(chunk.shape)}")
         position = int(tensor.untyped_storage()._checkpoint_offset or 0) + int(tensor.storage_offset()) * tensor.dtype.itemsize
@@ -202,7 +252,17 @@ def is_distributed_checkpoint(folder: Path) -> bool:
     return (folder / MEGATRON_MARKER).is_file() and (folder / METADATA).is_file()
 
 
-def _read_tensors(folder: Path) -> dict[str, CheckpointTensor]:
+@contextmanager
+def _refused(path: Path, start: int) -> Iterator[None]:
+    """Turn whatever an archive that is damaged, or holds more than plain values, raises into a CheckpointError."""
+    try:
+        yield
+    except UNREADABLE as error:
+        reason = shortened(str(error).partition("\n")[0] or type(error).__name__)
+        raise CheckpointError(f"{path} is truncated or corrupt at {start} ({reason}); use another checkpoint") from error
+
+
+def _read_metadata(folder: Path) -> tuple[dict[str, CheckpointTensor], dict[str, CheckpointObject]]:
     path = folder / METADATA
     try:
         with path.open("rb") as file:
@@ -217,27 +277,42 @@ def _read_tensors(folder: Path) -> dict[str, CheckpointTensor]:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        objects = {
+            key: _object(folder, places[key, None])
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, BytesStorageMetadata)
+        }
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); give a folder that megatron-core saved") from error
     except Exception as error:  # a damaged pickle raises anything
-        raise CheckpointError(f"{path} is not the metadata of a checkpoint ({error}); use another checkpoint") from error
-    _check_files(tensors)
-    return tensors
+        raise CheckpointError(
+            f"{path} is not the metadata of a checkpoint ({shortened(str(error))}); use another checkpoint"
+        ) from error
+    _check_files([*(chunk for tensor in tensors.values() for chunk in tensor.chunks), *objects.values()])
+    return tensors, objects
 
 
-def _chunk(folder: Path, entry: TensorStorageMetadata, chunk: ChunkStorageMetadata, place: Any) -> Chunk:
+def _file(folder: Path, place: Any) -> Path:
     file = place.relative_path
     if Path(file).name != file or getattr(place, "transform_descriptors", None):
         raise ValueError(f"{file!r} is no plain file of the folder")
-    return Chunk(tuple(chunk.offsets), tuple(chunk.sizes), entry.properties.dtype, folder / file, place.offset, place.length)
+    return folder / file
 
 
-def _check_files(tensors: dict[str, CheckpointTensor]) -> None:
+def _chunk(folder: Path, entry: TensorStorageMetadata, chunk: ChunkStorageMetadata, place: Any) -> Chunk:
+    path = _file(folder, place)
+    return Chunk(tuple(chunk.offsets), tuple(chunk.sizes), entry.properties.dtype, path, place.offset, place.length)
+
+
+def _object(folder: Path, place: Any) -> CheckpointObject:
+    return CheckpointObject(_file(folder, place), place.offset, place.length)
+
+
+def _check_files(parts: Sequence[Chunk | CheckpointObject]) -> None:
     """Notice missing and shortened files before anything is read."""
     ends: dict[Path, int] = {}
-    for tensor in tensors.values():
-        for chunk in tensor.chunks:
-            ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.start + chunk.length)
+    for part in parts:
+        ends[part.path] = max(ends.get(part.path, 0), part.start + part.length)
     for path, end in ends.items():
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; use another checkpoint")

@@ -11,7 +11,7 @@ from megarl.errors import CheckpointError, ConfigError, WeightsError
 from megarl.models.architecture import Architecture, read_architecture
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.parallel.launch import single_rank_world
-from megarl.weights.checkpoint import POLICY, read_run_state
+from megarl.weights.checkpoint import POLICY, check_checkpoint
 from megarl.weights.checkpoint_map import CheckpointMap, MegatronFolder
 from megarl.weights.distributed_checkpoint import DistributedCheckpoint, is_distributed_checkpoint
 from megarl.weights.mapping import WeightMap, build_weight_map
@@ -114,7 +114,7 @@ def open_megatron(path: Path, config: Path | None = None) -> ModelFolder:
     with single_rank_world():
         checkpoint_map = CheckpointMap(architecture, pad_multiple)
     if in_run:
-        read_run_state(path, checkpoint_map.weight_map)
+        check_checkpoint(path, checkpoint_map.weight_map)
     checkpoint = DistributedCheckpoint(path / POLICY if in_run else path)
     layout = "Megatron torch_dist checkpoint" + (" of a run" if in_run else "")
     return ModelFolder(layout, MegatronFolder(checkpoint, checkpoint_map), config, tokenizer, checkpoint_map.weight_map)

@@ -1,5 +1,6 @@
 """One call in a process of its own inside a worker, for code that takes a response for a program."""
 
+import gc
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
         RuntimeError: the function raised, or answered with too much or nothing.
     """
     hide_from_other_processes()
+    gc.freeze()  # a collection in the fork would copy all memory of the worker
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:

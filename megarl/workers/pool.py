@@ -27,11 +27,7 @@ class WorkerFailure(Exception):
 
 
 class ProcessPool:
-    """Up to ``num_workers`` processes, started when first needed and used from one event loop.
-
-    Attributes:
-        num_replaced: workers that ended before they had answered, and were replaced.
-    """
+    """Up to ``num_workers`` processes, started when first needed and used from one event loop."""
 
     def __init__(
         self,
@@ -74,7 +70,7 @@ class ProcessPool:
             processes=sandbox.processes,
             section=section,
         )
-        self.num_replaced = 0
+        self._num_replaced = 0
 
     async def ask(self, request: Any, timeout: float, late: str) -> Any:
         """The answer to a request, a JSON value; ``timeout`` seconds count from when a worker takes it.
@@ -90,12 +86,17 @@ class ProcessPool:
                 try:
                     return await self._ask_once(request, timeout, late)
                 except BrokenAnswer as broken:
-                    self.num_replaced += 1
+                    self._num_replaced += 1
                     logger.warning("%s worker is replaced and asked again: %s", self._kind, broken)
             try:
                 return await self._ask_once(request, timeout, late)
             except BrokenAnswer as broken:
                 raise WorkerFailure(str(broken)) from broken
+
+    def take_num_replaced(self) -> int:
+        """How many workers ended before they had answered, and were replaced, since this was asked last."""
+        taken, self._num_replaced = self._num_replaced, 0
+        return taken
 
     async def close(self) -> None:
         """Kill all workers and wait for their end; calls of ``ask`` must have returned or been cancelled before."""

@@ -15,7 +15,7 @@ from megarl.workers.visible import visible_paths
 _PROBE_TIMEOUT = 60.0  # seconds
 _NETWORK_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ssl", "/etc/pki", "/run/systemd/resolve")
 _NOBODY = "65534"
-INSTALL = "install bubblewrap 0.8 or newer (apt install bubblewrap) on a machine that lets it make user namespaces"
+INSTALL = "install bubblewrap 0.8 or newer (apt install bubblewrap) where user namespaces are allowed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,7 +157,7 @@ def test_clip_fractions() -> None:
     algorithm = algorithm_of(clip={"low": 0.1, "high": 0.3})
     prepared = algorithm.prepare(batch.packed, batch.scores, 0).batches[0]
     logprobs = batch.scores.old + 0.4 * torch.randn(batch.scores.old.shape, generator=torch.Generator().manual_seed(0))
-    sums = objective_of(algorithm, prepared, logprobs, batch.scores.entropies, ALL).sums
+    sums = objective_of(algorithm, prepared, logprobs, batch.scores.entropies, ALL).metrics
     advantages = prepared.advantages
     assert advantages is not None
     low = high = 0
@@ -166,7 +166,7 @@ def test_clip_fractions() -> None:
         low += ratio < 0.9 and float(advantages[p]) < 0
         high += ratio > 1.3 and float(advantages[p]) > 0
     assert low > 0 and high > 0
-    assert float(sums["per_token/clip_fraction_low"]) == low and float(sums["per_token/clip_fraction_high"]) == high
+    assert float(sums["clip_fraction_low"]) == low and float(sums["clip_fraction_high"]) == high
 
 
 def test_length_reward_waits_for_its_first_step() -> None:

@@ -112,7 +112,7 @@ def test_value_gradient_and_metrics(name: str, micro_batches: list[list[int]]) -
         reference = logprobs_of(seed + 100) if config.has_reference else None
         objectives = [objective_of(config, logprobs, reference, pairs) for pairs in micro_batches]
         torch.stack([objective.loss for objective in objectives]).sum().backward()
-        sums = {name: sum(float(one.sums[name]) for one in objectives) for name in objectives[0].sums}
+        sums = {name: sum(float(one.metrics[name]) for one in objectives) for name in objectives[0].metrics}
 
         policy, frozen = logprobs.tolist(), [0.0] * NUM_TOKENS if reference is None else reference.tolist()
         gradient = [0.0] * NUM_TOKENS
@@ -164,7 +164,7 @@ def test_loss_of_a_reward_model(pairs: list[int]) -> None:
         gradient[ends[2 * pair + 1]] = ((1 - p) + 0.1 * (chosen + rejected)) / 4
         accuracy += (chosen > rejected) / 4
     assert float(objective.loss) == pytest.approx(loss, rel=1e-6)
-    assert float(objective.sums["accuracy"]) == pytest.approx(accuracy, abs=1e-6)
+    assert float(objective.metrics["accuracy"]) == pytest.approx(accuracy, abs=1e-6)
     assert values.grad is not None
     torch.testing.assert_close(values.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-6, atol=1e-9)
 

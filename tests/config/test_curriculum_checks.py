@@ -9,7 +9,7 @@ import pytest
 from megarl.config.checks import check
 from megarl.config.load import dump_config
 from megarl.config.schema import Config
-from megarl.config.stages import stages_of
+from megarl.config.stages import PlannedUpdates, planned_updates, stages_of
 from megarl.config.yaml_text import parse
 from megarl.errors import ConfigError
 from small_model import MODEL
@@ -51,6 +51,17 @@ def test_a_stage_is_the_run_with_its_changes(run: dict[str, Any]) -> None:
     assert long.config.policy.recompute == "full" and long.config.curriculum is None and long.config.steps == 10
     saved = Config.model_validate(parse(dump_config(config)))
     assert [stage.config for stage in stages_of(saved)] == [short.config, long.config]
+
+
+@pytest.mark.parametrize(("warmup", "policy"), [(0, 4 * 2 + 6 * 4), (3, 1 * 2 + 6 * 4), (5, 5 * 4)])
+def test_schedules_are_as_long_as_all_stages_updates(run: dict[str, Any], warmup: int, policy: int) -> None:
+    """Stages of 4 and 6 steps with 2 and 4 updates; in the run's first steps the critic alone learns."""
+    run["algorithm"] = {"preset": "ppo", "updates_per_step": 2}
+    run["critic"] = {"warmup_steps": warmup}
+    run["curriculum"]["stages"][1]["changes"] = {"algorithm": {"updates_per_step": 4}}
+    config = Config.model_validate(run)
+    assert planned_updates(config, stages_of(config)) == PlannedUpdates(policy=policy, critic=4 * 2 + 6 * 4)
+    assert planned_updates(config) == PlannedUpdates(policy=2 * (10 - warmup), critic=2 * 10)
 
 
 def test_a_stages_preset_is_the_whole_method(run: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 from megarl.config.load import load_config
 from megarl.config.stages import configs_of
 from megarl.rollout.vllm import VllmEngine
-from megarl.weights.checkpoint import MANIFEST
+from megarl.weights.manifest import MANIFEST
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))

@@ -15,7 +15,8 @@ from megarl.config.schema import Config
 from megarl.loop.parity import parse_layout, with_layout
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
-from megarl.weights.checkpoint import CheckpointWriter, RunState
+from megarl.weights.checkpoint import CheckpointWriter
+from megarl.weights.manifest import RunState
 from tiny import CLASSES, tiny_config
 from tools import SMALL_FILES, assert_same, make_model, tensors_of, tool
 

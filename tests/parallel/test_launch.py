@@ -38,7 +38,9 @@ def test_master_address_goes_before_slurm() -> None:
 
 
 def test_torchrun_goes_before_srun() -> None:
-    expected = LaunchedRank(rank=5, world_size=8, local_rank=1, address="head", port=29511, agent_serves_store=True)
+    expected = LaunchedRank(
+        rank=5, world_size=8, local_rank=1, address="head", port=29511, agent_serves_store=True, spans_machines=False
+    )
     assert launched_rank(SRUN | TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"}) == expected
 
 

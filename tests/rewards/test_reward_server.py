@@ -131,7 +131,7 @@ def test_a_server_that_cannot_score_ends_the_run_before_its_first_step(monkeypat
 
     with pytest.raises(RewardError, match=r"^scorer 'reward_server': http://127\.0\.0\.1:\d+/classify scores nothing") as refused:
         with_server("sglang", check)
-    assert "not one score: {'embedding': [0.0, 1.0]}" in str(refused.value)
+    assert "not one score: {" in str(refused.value)
     assert str(refused.value).endswith("python -m sglang.launch_server --model-path MODEL --is-embedding")
 
     async def hang(server: FakeServer, reward_scorer: RewardScorer) -> None:

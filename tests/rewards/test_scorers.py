@@ -85,7 +85,7 @@ def test_math_extracts_the_first_group_and_refuses_a_bad_reference(math):
     score = scorer("math", r"<answer>(.*?)</answer>")
     assert score("3 <answer>\\frac{1}{2}</answer> 4", {"answer": "0.5"}) == 1
     assert score("0.5", {"answer": "0.5"}) == 0
-    with pytest.raises(ValueError, match="is not mathematics"):
+    with pytest.raises(ValueError, match="is no answer"):
         math("3", {"answer": ""})
 
 
@@ -93,7 +93,8 @@ def test_math_extracts_the_first_group_and_refuses_a_bad_reference(math):
     "task", ["chain_sum", "basic_arithmetic", "gcd", "spell_backward", "decimal_arithmetic", "countdown", "leg_counting"]
 )
 def test_reasoning_gym_own_answers_score_one_and_wrong_ones_less(task):
-    score = scorer("reasoning_gym")
+    # countdown executes answers; these are harmless
+    score = build_scorer(ScorerSpec(name="score", type="reasoning_gym"), is_sandboxed=True)
     for entry in reasoning_gym.create_dataset(task, size=5, seed=7):
         reference = {"answer": entry["answer"], "task": task, "options": {}, "entry": entry}
         assert score(f"  {entry['answer']}\n", reference) == 1

@@ -200,7 +200,7 @@ def test_an_update_that_fails_anywhere_is_never_served(model_folder: Path, path:
             await engine.update_weights(weights, 1)
         message = str(failure.value)
         assert message.startswith("SGLang ") or (manner == "hangs" and message.startswith("weight transfer to SGLang failed: "))
-        assert ("not today; a server given by rollout.sglang.url must be started with" in message) == (manner == "refuses")
+        assert ("400: not today; start it as docs/engines.md says: MegaRL's PYTHONPATH" in message) == (manner == "refuses")
         assert manner == "refuses" or "rollout.sglang.update_timeout" in message or "weight transfer" in message
         assert len(message.splitlines()) == 1
         assert next(weights, None) is None  # read to its end, as the other trainer ranks need

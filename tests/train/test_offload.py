@@ -14,7 +14,8 @@ from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
 from megarl.train.roles import Critic, Learner, Policy, Reference, is_main_rank, score, share_results
 from megarl.types import PackedBatch
-from megarl.weights.checkpoint import CheckpointWriter, RunState, load_policy, whole_checkpoints
+from megarl.weights.checkpoint import CheckpointWriter, load_policy, whole_checkpoints
+from megarl.weights.manifest import RunState
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
 STEPS = 3

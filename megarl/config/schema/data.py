@@ -16,6 +16,11 @@ class JudgeConfig(Section):
     """A language model that judges answers, behind vLLM, SGLang or another server with the OpenAI interface; temperature 0."""
 
     url: str = key(..., "URL", "The server's address up to its version, e.g. http://judge:8000/v1.")
+    api_key_env: str | None = key(
+        None,
+        "environment variable",
+        "Holds the server's key, which is sent as Authorization: Bearer; no key when not given.",
+    )
     model: str = key(..., "-", "The model's name at the server.")
     prompt: str = key(
         "Question: {question}\n\nCorrect answer: {reference}\n\nGiven answer: {answer}\n\nDo the two answers mean the same? Do not "
@@ -95,17 +100,32 @@ class ScorerConfig(Section):
         "For reward_server: a running server of a ...ForSequenceClassification with one label that reads the policy's tokens.",
     )
     engine: Literal["vllm", "sglang"] | None = key(None, "-", "For reward_server: whose server it is.")
+    api_key_env: str | None = key(
+        None,
+        "environment variable",
+        "For reward_server: holds the server's key, which is sent as Authorization: Bearer; no key when not given.",
+    )
 
 
 class JsonlSource(Section):
-    """Rows of a JSON-lines file."""
+    """Rows of a file."""
 
-    type: Literal["jsonl"] = key("jsonl", "-", "The rows come from a JSON-lines file.")
-    path: Path = key(..., "file", "JSON-lines file, one object a line.")
-    prompt_field: str = key("prompt", "-", "Field with the question, a string or a list of chat messages.")
-    answer_field: str = key("answer", "-", "Field with the expected answer; SFT trains on it as the response.")
+    type: Literal["jsonl"] = key("jsonl", "-", "The rows come from a file.")
+    path: Path = key(..., "file", "JSON lines, a JSON array (.json), CSV, TSV or Parquet; text is UTF-8 and may be gzipped.")
+    prompt_field: str = key(
+        "prompt", "-", "Field with the question, a string or a list of chat messages; dotted for nested ones (extra.asked.0)."
+    )
+    answer_field: str = key(
+        "answer",
+        "-",
+        "Field with the expected answer, dotted likewise; SFT trains on it as the response. The name in prompt_field takes the "
+        "last message of its chats.",
+    )
     chosen_field: str = key(
-        "chosen", "-", "For kinds preference and reward_model, in place of answer_field: field with the preferred response."
+        "chosen",
+        "-",
+        "For kinds preference and reward_model, in place of answer_field: the preferred response, or a chat that ends with "
+        "it; the name in prompt_field takes the prompt from there.",
     )
     rejected_field: str = key("rejected", "-", "For these kinds: field with the response to the same prompt that is not preferred.")
 
@@ -114,12 +134,26 @@ class DatasetsSource(Section):
     """A Hugging Face dataset."""
 
     type: Literal["datasets"] = key("datasets", "-", "The rows come from a Hugging Face dataset.")
-    path: str = key(..., "name or folder", "Folder written by save_to_disk, or a name for datasets.load_dataset.")
+    path: str = key(
+        ...,
+        "name, folder or file",
+        "Folder written by save_to_disk, a folder or file with rows, or a name for datasets.load_dataset.",
+    )
     split: str = key("train", "-", "Split of the dataset.")
-    prompt_field: str = key("prompt", "-", "Field with the question, a string or a list of chat messages.")
-    answer_field: str = key("answer", "-", "Field with the expected answer; SFT trains on it as the response.")
+    prompt_field: str = key(
+        "prompt", "-", "Field with the question, a string or a list of chat messages; dotted for nested ones (extra.asked.0)."
+    )
+    answer_field: str = key(
+        "answer",
+        "-",
+        "Field with the expected answer, dotted likewise; SFT trains on it as the response. The name in prompt_field takes the "
+        "last message of its chats.",
+    )
     chosen_field: str = key(
-        "chosen", "-", "For kinds preference and reward_model, in place of answer_field: field with the preferred response."
+        "chosen",
+        "-",
+        "For kinds preference and reward_model, in place of answer_field: the preferred response, or a chat that ends with "
+        "it; the name in prompt_field takes the prompt from there.",
     )
     rejected_field: str = key("rejected", "-", "For these kinds: field with the response to the same prompt that is not preferred.")
 

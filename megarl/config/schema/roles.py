@@ -109,8 +109,10 @@ class OptimizerConfig(Section):
     """Adam (decoupled weight decay) and its learning-rate schedule."""
 
     learning_rate: float = key(1e-6, "-", "Peak learning rate.", gt=0)
-    min_learning_rate: float = key(0.0, "-", "Learning rate at the end of the decay.", ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = key("constant", "-", "Shape of the decay from peak to minimum.")
+    min_learning_rate: float = key(0.0, "-", "Learning rate at the end of the decay, one step behind the run's last.", ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = key(
+        "constant", "-", "Shape of the decay from peak to minimum, as transformers' schedules of these names."
+    )
     warmup_steps: int = key(0, "optimizer steps", "Linear warm-up from 0.", ge=0)
     weight_decay: float = key(0.01, "-", "Decoupled weight decay; not applied to biases and norms.", ge=0)
     beta1: float = key(0.9, "-", "Adam's first moment decay.", ge=0, lt=1)

@@ -23,7 +23,12 @@ class EngineServerConfig(Section):
         "Python of the environment that has the engine; when not given, the trainer's own if it has it, else the one built by "
         "make engine-vllm or engine-sglang.",
     )
-    url: str | None = key(None, "URL", "Use this running server instead of starting one.")
+    url: str | None = key(None, "URL", "Use this running server instead of starting one (docs/engines.md says how it is started).")
+    api_key_env: str | None = key(
+        None,
+        "environment variable",
+        "Holds the key of the server at url; one that the run starts gets a random key of its own.",
+    )
     port: int = key(0, "port", "Port of the started server; 0 takes a free one.", ge=0, le=65535)
     tensor_parallel_size: int = key(1, "ranks", "Tensor parallel size of the server.", ge=1)
     dtype: Literal["float32", "bfloat16"] | None = key(None, "-", "Type of the server's weights; the policy's when not given.")

@@ -4,10 +4,13 @@ Runs in the engine's own environment: its folder is put on PYTHONPATH, and every
 point in the folder beside this file (sglang/srt/plugins/__init__.py).
 """
 
+import os
 from collections.abc import Callable
+from multiprocessing import parent_process
 from typing import Any
 
 import torch
+from megarl_guard import KEY_VARIABLE, RequireKey, keep_stores_to_their_address
 from megarl_slice_receiver import SliceReceiver
 from megarl_weight_receiver import WeightReceiver
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -23,6 +26,10 @@ LATENT_PARTNERS = {"q_a_proj": "kv_a_proj_with_mqa", "kv_a_proj_with_mqa": "q_a_
 
 def register() -> None:
     """Called by SGLang at the start of every process."""
+    keep_stores_to_their_address()
+    if KEY_VARIABLE in os.environ and parent_process() is None:  # the one that answers requests
+        HookRegistry.register("sglang.srt.server_args.prepare_server_args", _with_key, HookType.AROUND)
+        HookRegistry.register("sglang.srt.entrypoints.http_server._setup_and_run_http_server", _guarded, HookType.AROUND)
     HookRegistry.register(f"{UPDATER}.init_weights_update_group", _join, HookType.AROUND)
     HookRegistry.register(f"{UPDATER}.receive_weights_from_distributed", _receive, HookType.AROUND)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _with_rope, HookType.AROUND)
@@ -30,13 +37,40 @@ def register() -> None:
     HookRegistry.register("sglang.srt.configs.model_config.ModelConfig._get_hf_eos_token_id", _no_stop_tokens, HookType.REPLACE)
 
 
+class _Secret(str):
+    """A text that is not shown where SGLang writes its arguments into its log."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def _with_key(original: Callable[..., Any], *arguments: Any) -> Any:
+    """SGLang's arguments with the run's key, which its own requests at start carry."""
+    server_args = original(*arguments)
+    server_args.api_key = _Secret(os.environ[KEY_VARIABLE])
+    return server_args
+
+
+def _guarded(original: Callable[..., None], *arguments: Any, **named: Any) -> None:
+    """Serve, to those who have the run's key."""
+    from sglang.srt.entrypoints.http_server import app
+
+    app.add_middleware(RequireKey)
+    original(*arguments, **named)
+
+
 def _no_stop_tokens(model_config: Any) -> set[int]:
     return set()
 
 
 def _with_rope(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
-    """What /server_info says of a worker, with the RoPE of its model."""
+    """What /server_info says of a worker, with the RoPE of its model and which log-probabilities it reports."""
+    from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB
+
     output = original(scheduler, request)
+    output.internal_state["megarl_original_logprobs"] = bool(SGLANG_RETURN_ORIGINAL_LOGPROB)
     model_config = scheduler.tp_worker.model_runner.model_config
     output.internal_state["megarl_rope_parameters"] = dict(model_config.hf_text_config.rope_parameters)
     return output

@@ -30,11 +30,13 @@ class MegaRLWorkerExtension:
     _megarl_slices: SliceReceiver
 
     def megarl_place(self) -> str:
-        """This worker's rank among the server's workers, how the server divides the model, and the model's RoPE, as JSON."""
+        """This worker's rank among the server's workers, how the server divides the model, the model's RoPE, and which
+        log-probabilities it reports, as JSON."""
         parallel = self.vllm_config.parallel_config
         sizes = {name: getattr(parallel, f"{name}_parallel_size") for name in ("tensor", "pipeline", "data")}
-        rope = self.vllm_config.model_config.hf_text_config.rope_parameters
-        return json.dumps({"rank": self.rank, "experts": parallel.enable_expert_parallel, "rope_parameters": rope, **sizes})
+        model = self.vllm_config.model_config
+        reported = {"rope_parameters": model.hf_text_config.rope_parameters, "logprobs_mode": model.logprobs_mode}
+        return json.dumps({"rank": self.rank, "experts": parallel.enable_expert_parallel, **reported, **sizes})
 
     def megarl_join(self, host: str, port: int, world_size: int, timeout: float) -> None:
         """Join the trainer's group for whole tensors, whose rank 0 is the sender."""

@@ -1,0 +1,31 @@
+"""Which tasks of reasoning_gym take an answer for a program, and their refusal where there is no sandbox."""
+
+from megarl.config.models_of import samples_responses
+from megarl.config.schema import Config, ReasoningGymSource
+from megarl.config.tasks import placed_tasks, scorers_of
+from megarl.errors import ConfigError
+from megarl.rewards.reading_tasks import READING_TASKS
+from megarl.workers.sandbox import INSTALL, find_sandbox
+
+
+def refuse_evaluating_tasks(config: Config) -> None:
+    """Refuse a run whose scorer would execute responses outside a sandbox.
+
+    Raises:
+        ConfigError: a task of its data does so, and the machine has no bubblewrap that works.
+    """
+    if not samples_responses(config) or find_sandbox().program is not None:
+        return
+    for path, task in placed_tasks(config):
+        source = task.source
+        if not isinstance(source, ReasoningGymSource) or source.task in READING_TASKS:
+            continue
+        if any(scorer.type == "reasoning_gym" for scorer in scorers_of(config, task)):
+            raise ConfigError(f"{path}.task: {refusal(source.task)}")
+
+
+def refusal(task: str) -> str:
+    """Why a task's answers are not scored here, and what helps."""
+    return (
+        f"scoring {task} of reasoning_gym executes the answer as code, and {find_sandbox().reason}; {INSTALL}, or take another task"
+    )

@@ -1,0 +1,61 @@
+"""A call of the user's own async code on the trainer's event loop, whatever it raises."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from megarl.errors import one_line
+from megarl.workers.child_processes import children_end_with_task
+
+T = TypeVar("T")
+
+_GRACE = 1.0  # seconds in which what was cancelled should end
+
+
+class CallFailure(Exception):
+    """The call raised or ran out of time; the message is the reason."""
+
+
+async def call_on_loop(function: Callable[[], Awaitable[T]], timeout: float, late: str) -> T:
+    """What the call gives within ``timeout`` seconds.
+
+    It runs in a task of its own, so that a CancelledError, a SystemExit or a KeyboardInterrupt that it lets out is its failure and
+    ends nothing else. Processes that it started through ``subprocess`` or asyncio, and all below them, end with a call that fails.
+
+    Raises:
+        CallFailure: it raised, or did not end in time; ``late`` is then the reason.
+    """
+    with children_end_with_task() as end_children:
+        task = asyncio.create_task(_guarded(function))
+        try:
+            await asyncio.wait({task}, timeout=timeout)
+            is_late = not task.done()
+        finally:
+            if not task.done():
+                task.cancel()
+                end_children()
+                await asyncio.wait({task}, timeout=_GRACE)
+        if is_late:
+            raise CallFailure(late)
+        if task.cancelled():
+            raise CallFailure("CancelledError: it was cancelled, by nobody here")
+        result = task.result()
+        if isinstance(result, _Raised):
+            end_children()
+            raise CallFailure(one_line(result.error)) from result.error
+        return result
+
+
+class _Raised:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+async def _guarded(function: Callable[[], Awaitable[T]]) -> T | _Raised:
+    """Asyncio would let some of what a task raises end the whole loop."""
+    try:
+        return await function()
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        return _Raised(error)
