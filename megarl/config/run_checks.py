@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date
 
 from megarl.config.algorithm_checks import check_algorithm
 from megarl.config.api_keys import check_api_keys
@@ -115,6 +116,23 @@ def check_data(config: Config) -> Iterator[str]:
             yield f"{path}.path: {source.path} is a folder; name a file in it, or set {path}.type: datasets for a dataset's folder"
         elif isinstance(source, JsonlSource) and not source.path.is_file():
             yield f"{path}.path: {source.path} does not exist; give a file of rows (relative to the current directory)"
+
+
+def check_chat_template(config: Config) -> Iterator[str]:
+    """The chat template's settings can be used."""
+    data = config.data
+    try:
+        date.fromisoformat(data.chat_template_date)
+    except ValueError:
+        yield f"data.chat_template_date: {data.chat_template_date!r} is no date; give for example 2024-07-26"
+    if data.chat_template is not None and not data.chat_template.is_file():
+        yield f"data.chat_template: {data.chat_template} does not exist; give a Jinja file (relative to the current directory)"
+    environment = config.rollout.environment
+    if data.template == "chat" or (environment is not None and environment.observation_template is None):
+        return
+    for name in ("chat_template", "chat_template_options"):
+        if getattr(data, name):
+            yield f"data.{name}: has no use with the text in data.template; set data.template to chat, or remove it"
 
 
 def check_routing_replay(config: Config) -> Iterator[str]:
@@ -247,6 +265,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_api_keys,
     check_weight_transfer,
     check_data,
+    check_chat_template,
     check_tasks,
     check_order,
     check_too_long,

@@ -13,7 +13,7 @@ from megarl.data.order import RowSampler, SuccessRates, TaskChooser, draw_by_wei
 from megarl.data.row_sizes import RowSizes, named
 from megarl.data.sampler import IndexedRows, PromptSource, TaskRows, excluded_texts, place_of, training_rows
 from megarl.data.sources import Row, read_rows
-from megarl.data.template import PromptTemplate
+from megarl.data.template import prompt_template
 from megarl.data.too_long import cut_in_the_middle
 from megarl.data.too_long import without_middle as without_middle
 from megarl.errors import CheckpointError, DataError
@@ -63,7 +63,7 @@ class LengthLimit:
         self.too_long: list[tuple[str, int]] = []
         self._cuts = config.curriculum.too_long == "cut_middle"
         self._tokenizer = tokenizer
-        self._template = PromptTemplate(tokenizer, config.data.template)
+        self._template = prompt_template(config, tokenizer)
 
     def measure(self, row: Row) -> int:
         """Tokens of the row's prompt, after the cut where it is cut."""

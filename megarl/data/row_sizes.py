@@ -12,7 +12,7 @@ import numpy
 
 from megarl.config.schema import Config
 from megarl.data.sources import Row
-from megarl.data.template import PromptTemplate, load_tokenizer
+from megarl.data.template import load_tokenizer, prompt_template
 from megarl.errors import DataError, MegaRLError, one_line
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def build(argument: Any) -> Callable[[Any], list[tuple[int, ...]]]:
 
 def measure_of(config: Config, tokenizer: "PreTrainedTokenizerBase", form: Form) -> Measure:
     """What measures a row of this run."""
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
     suffix, no_limit = config.data.response_suffix, 1 << 62
 
     def of_example(row: Row) -> tuple[int, ...]:
@@ -169,9 +169,9 @@ def _digest(config: Config, rows: Sequence[Row], form: Form) -> str:
     written = config.data.model_dump(mode="json", exclude={"train", "exclude", "sampling", "too_long"})
     libraries = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
     digest.update(json.dumps([_FORMAT, form, written, libraries]).encode())
-    folder = config.model.tokenizer or config.model.path
-    for path in sorted(folder.iterdir()):
-        if path.suffix in _TOKENIZER_FILES and path.is_file():
+    files = [path for path in sorted((config.model.tokenizer or config.model.path).rglob("*")) if path.suffix in _TOKENIZER_FILES]
+    for path in [*files, *([config.data.chat_template] if config.data.chat_template else [])]:
+        if path.is_file():
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             digest.update(path.read_bytes())
     for row in rows:

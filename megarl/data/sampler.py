@@ -12,7 +12,7 @@ from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, TaskChooser
 from megarl.data.row_sizes import Form, RowSizes, named
 from megarl.data.sources import Row, number_at, read_rows
-from megarl.data.template import PreferencePair, PromptTemplate, SFTExample
+from megarl.data.template import PreferencePair, SFTExample, prompt_template
 from megarl.data.too_long import cut_in_the_middle, pair_tokens, rows_in_limits
 from megarl.errors import CheckpointError, DataError
 from megarl.types import Prompt, RolloutGroup
@@ -152,7 +152,7 @@ def build_prompt_source(config: Config, tokenizer: "PreTrainedTokenizerBase", si
 
 
 def _prompt_encoder(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Callable[[Row], Prompt]:
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
     longest = config.rollout.max_prompt_tokens
 
     def encode(row: Row) -> Prompt:
@@ -169,7 +169,7 @@ def build_sft_source(config: Config, tokenizer: "PreTrainedTokenizerBase", sizes
     Raises:
         DataError: a row is malformed, an example too long, or no row remains after ``data.exclude``.
     """
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
 
     def encode(row: Row) -> SFTExample:
         return template.encode_example(row, config.data.response_suffix, config.sft.max_tokens)
@@ -185,7 +185,7 @@ def build_pair_source(config: Config, tokenizer: "PreTrainedTokenizerBase", size
         DataError: a row is malformed, a response too long, a pair too long for a micro-batch, or no row remains after
             ``data.exclude``.
     """
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
     policy, end = config.policy, int(config.kind == "reward_model")  # which reads one token behind each response
 
     def encode(row: Row) -> PreferencePair:
@@ -208,7 +208,7 @@ def build_evaluation_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase")
     """All pairs of ``evaluation.data`` in their order; none when it is not given. Raises DataError as the others do."""
     if config.evaluation.data is None:
         return []
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
     return [
         named(row, template.encode_pair, row, config.data.response_suffix, config.preference.max_tokens)
         for task in tasks_of(config.evaluation.data, EVALUATION)
@@ -220,7 +220,7 @@ def build_evaluation_prompts(config: Config, tokenizer: "PreTrainedTokenizerBase
     """All prompts of ``evaluation.data`` in their order; none when it is not given. Raises DataError as the others do."""
     if config.evaluation.data is None:
         return []
-    whole = PromptTemplate(tokenizer, config.data.template)
+    whole = prompt_template(config, tokenizer)
     rows = [row for task in tasks_of(config.evaluation.data, EVALUATION) for row in read_rows(task.source, task.name)]
     sizes = numpy.array([[len(named(row, whole.encode_prompt, row).token_ids)] for row in rows])
     encode = _prompt_encoder(config, tokenizer)

@@ -29,12 +29,13 @@ class _Generation(jinja2.ext.Extension):
         return [jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)]
 
 
-def build_renderer(argument: None) -> Callable[[tuple[str, Mapping[str, Any]]], str]:
-    """The function that answers requests ``(template, variables)`` with the text."""
+def build_renderer(argument: None) -> Callable[[tuple[str, Mapping[str, Any], str]], str]:
+    """Return the function that answers requests ``(template, variables, today's date)`` with the text."""
 
-    def render(request: tuple[str, Mapping[str, Any]]) -> str:
-        template, variables = request
-        text = _compiled(template).render(**variables)
+    def render(request: tuple[str, Mapping[str, Any], str]) -> str:
+        template, variables, today = request
+        # the clock of templates stands still: a resumed run must read the prompts that the interrupted one read
+        text = _compiled(template).render(strftime_now=datetime.fromisoformat(today).strftime, **variables)
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"it gives {len(text)} characters, above {MAX_CHARACTERS}")
         return text
@@ -49,7 +50,6 @@ def _compiled(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     return environment.from_string(template)
 
 
@@ -61,7 +61,3 @@ def _to_json(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)

@@ -9,9 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from megarl.config.schema import Config
 from megarl.config.stages import Stage, stages_of
 from megarl.config.tasks import task_scorers
+from megarl.data.chat_template import chat_settings
 from megarl.data.curriculum import LengthLimit, StagedPrompts
 from megarl.data.observations import ObservationTemplate
 from megarl.data.packing import pack_groups
+from megarl.data.response_text import find_end_tokens, response_decoder
 from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_prompt_source
 from megarl.environments.run import Environments, open_environments
 from megarl.errors import CheckpointError
@@ -144,10 +146,10 @@ class MainRankRollout:
         self.prompts = prompts.training
         self.evaluation_prompts = prompts.held_out
         self.stages = prompts.stages
-
-        def decode(token_ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(token_ids, skip_special_tokens=True))
-
+        ends = find_end_tokens(config, tokenizer)
+        for line in ends.notices:
+            warn(line)
+        decode = response_decoder(config, tokenizer, ends)
         warn(find_sandbox().describe())
         self.scorer = RewardScorer(config.rewards, task_scorers(config), decode)
         self.is_correct = correctness(config)
@@ -159,13 +161,13 @@ class MainRankRollout:
         if (environment := config.rollout.environment) is not None:
             score = EpisodeScorer(score, weight=environment.weight, on_failure=config.rewards.on_failure).score
             self.environments = open_environments(environment)
-            encode = ObservationTemplate(tokenizer, environment).encode
-            player = EpisodePlayer(self.environments, encode, decode, environment.max_turns)
-        stop_token_ids = {*config.rollout.stop_token_ids, tokenizer.eos_token_id}
+            observations = ObservationTemplate(tokenizer, environment, chat_settings(config))
+            prefill = observations.prefill if config.rollout.show_prefill else ""
+            player = EpisodePlayer(self.environments, observations.encode, decode, environment.max_turns, prefill)
         self.collector = _collector_class(config)(
             self.engine,
             config,
-            stop_token_ids=tuple(sorted(stop_token_ids)),
+            stop_token_ids=ends.stopping,
             decode=decode,
             score=score,
             warn=warn,

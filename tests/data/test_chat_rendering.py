@@ -1,6 +1,7 @@
 """Chat templates in their worker: the text that transformers gives, and an end to those that have none."""
 
 import os
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import psutil
 import pytest
 
 from megarl.data import chat_rendering
-from megarl.data.chat_rendering import ChatTemplate, TemplateRefusal
+from megarl.data.chat_rendering import ChatRenderer, TemplateRefusal
 from megarl.errors import DataError
 
 pytestmark = pytest.mark.timeout(60)
@@ -40,21 +41,21 @@ TEMPLATES = {
     ),
     "date": "{{ strftime_now('%Y-%m-%d') }} {{ date_string | default('none') }} {{ enable_thinking is defined }}",
 }
+TODAY = date(2024, 7, 26)
 OPTIONS: dict[str, Any] = {"tools": [{"type": "function", "function": {"name": "f<"}}], "enable_thinking": False}
+
+
+def renderer(tokenizer: Any) -> ChatRenderer:
+    return ChatRenderer(tokenizer, "chat template", "correct it")
 
 
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "options"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_text_is_that_of_transformers(name: str, options: dict[str, Any], tokenizer: Any) -> None:
-    tokenizer.chat_template = TEMPLATES[name]
-    expected = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False, **options)
-    assert ChatTemplate(tokenizer).render(CHAT, **options) == expected
-
-
-def test_a_template_by_name(tokenizer: Any) -> None:
-    tokenizer.chat_template = {"default": "plain", "tool_use": "with tools"}
-    template = ChatTemplate(tokenizer)
-    assert (template.render(CHAT), template.render(CHAT, **OPTIONS)) == ("plain", "with tools")
+    expected = tokenizer.apply_chat_template(
+        CHAT, chat_template=TEMPLATES[name], add_generation_prompt=True, tokenize=False, strftime_now=TODAY.strftime, **options
+    )
+    assert renderer(tokenizer).render(TEMPLATES[name], CHAT, TODAY, options) == expected
 
 
 ENDLESS = {
@@ -75,13 +76,11 @@ ENDLESS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_refused_in_one_line(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_rendering, "_TIMEOUT", 2.0)
-    tokenizer.chat_template = ENDLESS[name]
-    template = ChatTemplate(tokenizer)
-    with pytest.raises((DataError, TemplateRefusal)) as error:
-        template.render(CHAT)
+    template = renderer(tokenizer)
+    with pytest.raises(DataError) as error:
+        template.render(ENDLESS[name], CHAT, TODAY)
     assert len(str(error.value)) <= 300 and str(error.value).isprintable()
-    tokenizer.chat_template = "fine"
-    assert template.render(CHAT) == "fine"
+    assert template.render("fine", CHAT, TODAY) == "fine"
 
 
 HOSTILE = (
@@ -98,26 +97,24 @@ HOSTILE = (
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_a_template_may_not_do_is_a_refusal(text: str, tokenizer: Any, tmp_path: Path) -> None:
-    tokenizer.chat_template = text.replace("FILE", f"{tmp_path}/fired")
     try:
-        assert ChatTemplate(tokenizer).render(CHAT) == ""  # undefined, so nothing
+        assert renderer(tokenizer).render(text.replace("FILE", f"{tmp_path}/fired"), CHAT, TODAY) == ""  # undefined, so nothing
     except TemplateRefusal as refusal:
         assert str(refusal).isprintable()
     assert not (tmp_path / "fired").exists()
 
 
 def test_a_killed_worker_and_a_fork_cost_nothing(tokenizer: Any) -> None:
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    template = ChatTemplate(tokenizer)
-    assert template.render([{"content": "one"}]) == "one"
+    template, text = renderer(tokenizer), "{{ messages[0].content }}"
+    assert template.render(text, [{"content": "one"}], TODAY) == "one"
     workers = psutil.Process().children()
     for process in workers:
         process.kill()
-    assert template.render([{"content": "two"}]) == "two"
+    assert template.render(text, [{"content": "two"}], TODAY) == "two"
     fork = os.fork()
     if fork == 0:
-        os._exit(0 if template.render([{"content": "child"}]) == "child" else 1)
+        os._exit(0 if template.render(text, [{"content": "child"}], TODAY) == "child" else 1)
     assert os.waitpid(fork, 0)[1] == 0
-    assert template.render([{"content": "three"}]) == "three"
+    assert template.render(text, [{"content": "three"}], TODAY) == "three"
     del template
     assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
