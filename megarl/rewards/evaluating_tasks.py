@@ -27,6 +27,6 @@ def refuse_evaluating_tasks(config: Config) -> None:
 def refusal(task: str) -> str:
     """Why a task's answers are not scored here, and what helps."""
     return (
-        f"scoring {task} executes the answer as code, but {find_sandbox().reason}; install bubblewrap 0.8 or newer (docs/sandbox.md) "
-        "or take another task"
+        f"scoring {task} executes the answer as code, but {find_sandbox().reason}; install bubblewrap 0.8 or newer "
+        "(docs/sandbox.md) or take another task"
     )
