@@ -175,6 +175,9 @@ class MainRankRollout:
             player=player,
         )
         self.runner = asyncio.Runner() if config.rollout.asynchronous is None else BackgroundLoop()
+        self.runner.run(self.scorer.check_workers())
+        if self.environments is not None:
+            self.runner.run(self.environments.check())
         self.runner.run(self.scorer.check_servers())
         self.runner.run(self.engine.start())
 

@@ -101,6 +101,10 @@ class RewardScorer:
         """How many workers ended before they had answered, and were replaced, since this was asked last."""
         return self._pool.take_num_replaced()
 
+    async def check_workers(self) -> None:
+        """Start a worker; raises RewardError when it cannot be started."""
+        await self._pool.check()
+
     async def check_servers(self) -> None:
         """Let every reward server score something, and every judge judge something; raises RewardError when one cannot."""
         try:
