@@ -29,11 +29,11 @@ def check(config: Config, world_size: int) -> None:
         world_size: ranks of the run.
 
     Raises:
-        ConfigError: with one line for each mistake.
+        ConfigError: with each mistake.
     """
     failures = list(check_not_redacted(config)) or list(check_curriculum(config)) or list(_check_stages(config, world_size))
     if failures:
-        raise ConfigError("\n".join(failures))
+        raise ConfigError(*failures)
 
 
 def _check_stages(config: Config, world_size: int) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from megarl.config.algorithm_checks import check_algorithm
 from megarl.config.api_keys import check_api_keys
 from megarl.config.asynchronous_checks import check_asynchronous
-from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks
+from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks, check_too_long
 from megarl.config.document_qa_checks import check_document_qa, check_judges
 from megarl.config.environment_checks import check_environment
 from megarl.config.models_of import samples_responses
@@ -215,8 +215,6 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
     if scorer.type == "python" and (scorer.function is None or not FUNCTION_PATTERN.fullmatch(scorer.function)):
         given = "is required" if scorer.function is None else f"{scorer.function!r} is not module:function"
         yield f"function: {given} for type python; give for example my_package.rewards:score"
-    if scorer.url is not None and not scorer.url.startswith(("http://", "https://")):
-        yield f"url: {scorer.url!r} is not a URL; give for example http://127.0.0.1:8000"
     if scorer.type == "document_qa":
         yield from check_document_qa(scorer)
     if scorer.pattern is None:
@@ -251,6 +249,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_data,
     check_tasks,
     check_order,
+    check_too_long,
     check_mixture,
     check_surplus,
     check_repetition_stop,

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 from megarl.config.schema import EnvironmentConfig
-from megarl.errors import DataError, one_line
+from megarl.data.chat_rendering import ChatTemplate, TemplateRefusal
+from megarl.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,9 +64,9 @@ def _around(tokenizer: "PreTrainedTokenizerBase", role: str) -> tuple[str, str]:
     if not tokenizer.chat_template:
         raise DataError(f"the tokenizer of {name} has no chat template to write an environment's messages with; {advice}")
     try:
-        text = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # a template may refuse a chat with any error
-        raise DataError(f"the chat template of {name} refuses a message of role {role}: {one_line(error)}; {advice}") from error
+        text = ChatTemplate(tokenizer).render(chat)
+    except TemplateRefusal as refusal:
+        raise DataError(f"the chat template of {name} refuses a message of role {role}: {refusal}; {advice}") from refusal
     if text.count(_ANSWER) != 1 or text.count(_MESSAGE) != 1:
         raise DataError(f"the chat template of {name} changes the text of messages of role {role}; {advice}")
     before, after = text.split(_ANSWER)[1].split(_MESSAGE)

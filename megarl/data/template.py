@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megarl.data.chat_rendering import ChatTemplate, TemplateRefusal
 from megarl.data.sources import Row
 from megarl.data.tokenizer import load_tokenizer as load_tokenizer
 from megarl.errors import ConfigError, DataError
@@ -63,6 +64,7 @@ class PromptTemplate:
             raise DataError(f"the tokenizer of {tokenizer.name_or_path} has no eos_token; name one in its tokenizer_config.json")
         self._tokenizer = tokenizer
         self._template = template
+        self._chat = ChatTemplate(tokenizer)
 
     def encode_prompt(self, row: Row, max_prompt_tokens: int | None = None) -> Prompt:
         """The prompt as the model reads it.
@@ -115,10 +117,9 @@ class PromptTemplate:
             return self._template.replace(_PLACEHOLDER, row.prompt)
         messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
         try:
-            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template may refuse a chat with any error, e.g. for an unknown role
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise DataError(f"the tokenizer's chat template refuses prompt {row.row_id}: {reason}") from error
+            return self._chat.render(messages)
+        except TemplateRefusal as refusal:
+            raise DataError(f"the tokenizer's chat template refuses prompt {row.row_id}: {refusal}") from refusal
 
     def _prompt_tokens(self, row: Row, text: str) -> tuple[int, ...]:
         token_ids = self._encode(text)

@@ -13,6 +13,7 @@ from megarl.loop.learning import build_models
 from megarl.loop.promotion import StageProgress
 from megarl.loop.rl import train
 from megarl.loop.run import Run, StageRun
+from megarl.loop.start_checks import check_references, row_sizes
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.train.roles import Learner, is_main_rank
 from megarl.weights.checkpoint import whole_checkpoints
@@ -70,7 +71,9 @@ def _run_stage(
 
 def _measure_prompts(config: Config, stages: list[Stage]) -> StagedPrompts:
     """Read, measure and report them."""
-    prompts = StagedPrompts(config, stages, run_tokenizer(config))
+    tokenizer = run_tokenizer(config)
+    prompts = StagedPrompts(config, stages, tokenizer, row_sizes(config, tokenizer))
+    check_references(config, prompts.rows())
     path = config.run_dir / "curriculum.json"
     with writes(path):
         path.write_text(json.dumps(prompts.report(), indent=2) + "\n")

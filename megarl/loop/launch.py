@@ -12,6 +12,7 @@ from megarl.config.checks import check
 from megarl.config.models_of import trains_on_pairs
 from megarl.config.schema import Config
 from megarl.config.stages import configs_of
+from megarl.config.unused_settings import unused_settings
 from megarl.errors import ConfigError, RunStopped
 from megarl.loop.asynchronous import run_asynchronous_rl
 from megarl.loop.curriculum import run_curriculum
@@ -44,6 +45,8 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
         stack.enter_context(stop_on_signals(forks_ranks=place is None))
         if prepares:
             stack.enter_context(run_folder(config, resume=resume))
+            for line in unused_settings(config):
+                print(f"notice: {line}", flush=True)
         # ranks that a launcher placed read the models only after their rendezvous with rank 0, which comes after this
         scaled = [with_scaled_model(one, config.run_dir, writes=prepares) for one in configs_of(config)]
         run = scaled[0] if config.curriculum is None else config

@@ -24,10 +24,11 @@ from megarl.loop.pairs import HeldOutPairs, pack_for
 from megarl.loop.promotion import StageProgress
 from megarl.loop.rollout import Collected, Prompts, Rollout, accuracy_name, prompts_of_stage, read_prompts
 from megarl.loop.run_folder import accept_config
+from megarl.loop.start_checks import row_sizes
 from megarl.loop.stop_signals import stop_is_requested
 from megarl.observe.progress import RunProgress
 from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
-from megarl.observe.sinks import LOGS, MetricsWriter, RolloutWriter, TicketsWriter, read_log
+from megarl.observe.sinks import LOGS, MetricsWriter, RolloutWriter, TicketsWriter, first_value, read_log
 from megarl.observe.timers import PhaseTimer
 from megarl.train.roles import Critic, Learner, is_main_rank
 from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
@@ -52,8 +53,14 @@ class Examples:
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         self._config = config
-        self._examples = build_sft_source(config, tokenizer) if config.kind == "sft" and is_main_rank() else None
-        self._pairs = build_pair_source(config, tokenizer) if trains_on_pairs(config) and is_main_rank() else None
+        self._examples = (
+            build_sft_source(config, tokenizer, row_sizes(config, tokenizer)) if config.kind == "sft" and is_main_rank() else None
+        )
+        self._pairs = (
+            build_pair_source(config, tokenizer, row_sizes(config, tokenizer))
+            if trains_on_pairs(config) and is_main_rank()
+            else None
+        )
 
     def take(self, count: int) -> PackedBatch:
         """The next ``count`` examples or pairs."""
@@ -140,11 +147,13 @@ class Run:
         self.step = state.step if state else 0
         self.weight_version = state.weight_version if state else 0
         self._has_compared_logprobs = False
-        self._entropy_floor = EntropyFloor(config.observe.min_entropy)
         self._metrics: MetricsWriter | None = None
         self._rollouts: RolloutWriter | None = None
         self._tickets: TicketsWriter | None = None
         self._progress = _progress(config, self.step)
+        logged = config.run_dir / "metrics.jsonl"
+        first_entropy = first_value(logged, "entropy", self.step) if goes_on and is_main_rank() else None
+        self._entropy_floor = EntropyFloor(config.observe.min_entropy, config.observe.min_entropy_share, first_entropy)
         tokenizer = run_tokenizer(config)
         self._examples = Examples(config, tokenizer) if config.kind != "rl" else None
         samples = samples_responses(config)
@@ -329,14 +338,14 @@ class Run:
         entropy = float(scores.entropies[packed.loss_mask].double().mean())
         # tokens of older weights have other log-probabilities, which says nothing of the setup
         is_current = packed.loss_mask & (packed.weight_versions == self.weight_version - 1)
-        gap = masked_mean_gap(scores.old, packed.sampler_logprobs, is_current)
-        warnings = [self._entropy_floor.check(entropy, self.step)]
-        if gap is not None:
-            first, self._has_compared_logprobs = not self._has_compared_logprobs, True
-            warnings.append(check_logprob_gap(gap[0], self._config.observe.max_logprob_gap, self.step, first=first))
-        for warning in filter(None, warnings):
-            self.message(f"warning: {warning}")
-        return {} if gap is None else {"logprob_gap_mean": gap[0], "logprob_gap_max": gap[1]}
+        mean_gap, max_gap = masked_mean_gap(scores.old, packed.sampler_logprobs, is_current)
+        first = not self._has_compared_logprobs
+        self._has_compared_logprobs |= bool(is_current.any())
+        gap_warning = check_logprob_gap(mean_gap, self._config.observe.max_logprob_gap, self.step, first=first)
+        for warning in (gap_warning, self._entropy_floor.check(entropy, self.step)):
+            if warning:
+                self.message(f"warning: {warning}")
+        return {"logprob_gap_mean": mean_gap, "logprob_gap_max": max_gap}
 
     def _save(self) -> None:
         data = self._data.data_state()

@@ -67,6 +67,16 @@ class MetricsWriter:
         self.close()
 
 
+def first_value(path: Path, name: str, last_step: int) -> float | None:
+    """The metric in the first line of metrics.jsonl that has it; None where none up to a step has.
+
+    Raises:
+        CheckpointError: a line is not one of this log.
+    """
+    metrics = (json.loads(line).get("metrics", {}) for line in read_log(path, last_step))
+    return next((values[name] for values in metrics if values.get(name) is not None), None)
+
+
 def read_log(path: Path, last_step: int) -> list[bytes]:
     """The lines of a log up to a step, without a last line that a kill cut short.
 

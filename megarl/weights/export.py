@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megarl.errors import WeightsError
@@ -28,7 +29,7 @@ def write_hugging_face_folder(
 
     Args:
         tensors: Hugging Face names and full tensors; at most one shard of them is held in memory.
-        source: folder whose config is carried over.
+        source: folder whose config is carried over, with the dtype of the tensors in it.
         tokenizer: folder whose tokenizer files are carried over.
         output: the folder to write.
         with_value_head: the tensors are a critic's, and the folder is one of transformers' ...ForSequenceClassification.
@@ -44,7 +45,7 @@ def write_hugging_face_folder(
         copy_side_files(source, partial)
         if with_value_head:
             _describe_value_head(partial / "config.json")
-        _write_shards(tensors, partial)
+        set_dtype(partial, _write_shards(tensors, partial))
         if output.is_symlink():
             output.unlink()  # where it leads is not this run's
         shutil.rmtree(output, ignore_errors=True)
@@ -59,6 +60,16 @@ def copy_side_files(source: Path, output: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.suffix in CARRIED_SUFFIXES and path.name not in LEFT_BEHIND:
             shutil.copyfile(path, output / path.name)
+
+
+def set_dtype(folder: Path, dtype: torch.dtype | None) -> None:
+    """Have config.json name the dtype of the weights, under the key that it has: transformers 4 and 5 have each their own."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and any(config.get(key) != name for key in keys):
+        path.write_text(json.dumps(config | dict.fromkeys(keys, name), indent=2) + "\n", encoding="utf-8")
 
 
 def _describe_value_head(config: Path) -> None:
@@ -90,10 +101,13 @@ def write_index(folder: Path, files: list[list[str]], total_bytes: int) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
-def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> torch.dtype:
+    """Write the files and the index; returns the dtype of the first tensor, which is that of all but some buffers."""
     files: list[list[str]] = []
     total_bytes = 0
+    dtype = torch.float32
     for shard in _shards(tensors):
+        dtype = dtype if files else next(iter(shard.values())).dtype
         files.append(list(shard))
         # not safetensors' own save_file, whose files only their owner can read, whatever the umask says
         with (folder / f"shard-{len(files)}").open("wb") as stream:
@@ -102,6 +116,7 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     for number in range(1, len(files) + 1):
         os.replace(folder / f"shard-{number}", folder / shard_name(number, len(files)))
     write_index(folder, files, total_bytes)
+    return dtype
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -11,7 +11,7 @@ class EmbeddedEngineConfig(Section):
     """transformers' generate inside the rank 0 process, for laptops."""
 
     batch_size: int = key(64, "sequences", "Most sequences decoded together.", ge=1)
-    threads: int = key(0, "threads", "CPU threads while generating; 0 means all cores.", ge=0)
+    threads: int = key(0, "threads", "CPU threads while generating; 0 means all cores.", ge=0, le=4096)
 
 
 class EngineServerConfig(Section):
