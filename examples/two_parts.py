@@ -49,7 +49,9 @@ def train(name: str, hidden: int) -> tuple[Path, float]:
 def run(*command: str | Path) -> None:
     """Print a command and run it."""
     print("$", " ".join(map(str, command)), flush=True)
-    subprocess.run([str(part) for part in command], check=True)
+    status = subprocess.run([str(part) for part in command], check=False).returncode
+    if status:
+        raise SystemExit(status)  # it has said why
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -46,10 +46,22 @@ train() {
     elif [[ -e $run/metrics.jsonl ]]; then
         mv "$run" "$run-before-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
     fi
-    trap 'scontrol requeue "$SLURM_JOB_ID"' USR1  # before the time limit, see --signal; bash runs it while it waits
     srun --nodes="$nodes" --ntasks="$((nodes * SLURM_NTASKS_PER_NODE))" --ntasks-per-node="$SLURM_NTASKS_PER_NODE" \
         --nodelist="$(IFS=,; echo "${NODES[*]:0:nodes}")" --gpus-per-node="$SLURM_NTASKS_PER_NODE" \
         --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
         megarl train "$config" --run-dir "$run" "${resume[@]}" "${@:3}" &
-    wait $!
+    local step=$!
+    trap 'stop_and_requeue "$step"' USR1  # before the time limit, see --signal; bash runs it while it waits
+    wait "$step"
+}
+
+# stop_and_requeue PID: srun passes the signal on, and MegaRL saves a checkpoint at the end of its step and ends (status 75); a step
+# that takes longer is lost, and the job goes on from the checkpoint before
+stop_and_requeue() {
+    kill -USR1 "$1" 2>/dev/null || true
+    for ((second = 0; second < 540; second++)); do
+        kill -0 "$1" 2>/dev/null || break
+        sleep 1
+    done
+    scontrol requeue "$SLURM_JOB_ID"
 }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 
 from megarl.config.schema import SamplingConfig
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, quoted
 
 
 def seeded_random(*numbers: int) -> numpy.random.RandomState:
@@ -139,6 +139,17 @@ class RowSampler:
                 raise CheckpointError(
                     f"the checkpoint was made with {name} = {state[name]} for data.train but this run has {here}; "
                     "resume with the data, seed and order of the interrupted run"
+                )
+        num_rows, position = int(self._identity["num_rows"]), state["position"]
+        # beyond the rows of a pass a prioritised order draws
+        most = float("inf") if self._settings.order == "prioritised" else num_rows
+        places = [("epoch", state["epoch"], float("inf")), ("position", position, most)]
+        places += [("pending", row, num_rows - 1) for row in state["pending"]]
+        for name, value, largest in places:
+            if type(value) is not int or not 0 <= value <= largest:
+                raise CheckpointError(
+                    f"the checkpoint's data {name} is {quoted(value)}, which is no place in {num_rows} rows; "
+                    "resume from another checkpoint"
                 )
         self._epoch, self._position, self._pending = state["epoch"], state["position"], list(state["pending"])
         self.success.restore(state["success"])

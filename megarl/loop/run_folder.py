@@ -86,26 +86,35 @@ def _locked(folder: Path) -> Iterator[None]:
     where the file system has no flock, a living process of this machine is refused by that alone.
     """
     path = folder / LOCK
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise ConfigError(f"run_dir {folder} cannot be written ({error.strerror}); choose another --run-dir") from error
-    held = [descriptor]
+    held = [_open_lock(folder, path)]
     # ranks and workers are forks of this process: one that outlives it must not keep the lock
     os.register_at_fork(after_in_child=lambda: _close_all(held))
     try:
+        with writes(path):
+            os.ftruncate(held[0], 0)
+            os.pwrite(held[0], json.dumps(_this_process()).encode() + b"\n", 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        _close_all(held)
+
+
+def _open_lock(folder: Path, path: Path) -> int:
+    """The locked file; raises ConfigError where another run has it."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise ConfigError(f"run_dir {folder} cannot be written ({error.strerror}); choose another --run-dir") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in CANNOT_LOCK or _is_alive(_holder(path)):
+                os.close(descriptor)
                 raise ConfigError(_in_use(folder, _holder(path))) from error
-        with writes(path):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(_this_process()).encode() + b"\n", 0)
-        yield
-    finally:
-        held.clear()
-        os.close(descriptor)
+        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+            return descriptor
+        os.close(descriptor)  # the run that had it has just ended and removed it
 
 
 def _close_all(descriptors: list[int]) -> None:

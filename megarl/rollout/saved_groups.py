@@ -35,8 +35,8 @@ def refuse_damage() -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, zlib.error) as error:
         raise CheckpointError(
-            f"the checkpoint's groups cannot be read ({one_line(error)}); resume from an older checkpoint, with the data of the "
-            "interrupted run"
+            f"the checkpoint's groups (outstanding.json) cannot be read ({one_line(error)}); resume from an older checkpoint, "
+            "with the data of the interrupted run"
         ) from error
 
 
