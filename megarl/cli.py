@@ -8,10 +8,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megarl.command_line import run
+from megarl.command_line import finite, run
 from megarl.config.checks import check
 from megarl.config.explain import explain
 from megarl.config.load import load_config
+from megarl.config.redaction import redacted
 from megarl.config.schema import Config
 from megarl.config.stages import configs_of
 from megarl.config.unused_settings import unused_settings
@@ -24,14 +25,18 @@ app = typer.Typer(
 
 app.add_typer(plan_app, name="plan")
 
+MOST_LOCAL_RANKS = 1024
+
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")]
-NumRanks = Annotated[int, typer.Option("--nproc", min=1, help="Ranks to start on this machine; ignored under torchrun and srun.")]
+NumRanks = Annotated[
+    int,
+    typer.Option("--nproc", min=1, max=MOST_LOCAL_RANKS, help="Ranks to start on this machine; ignored under torchrun and srun."),
+]
 
 
 def _load(path: Path, overrides: list[str], run_dir: Path | None = None) -> Config:
-    extra = [f"run_dir={run_dir}"] if run_dir is not None else []
-    return load_config(path, [*overrides, *extra])
+    return load_config(path, overrides, {} if run_dir is None else {"run_dir": str(run_dir)})
 
 
 @app.command()
@@ -72,7 +77,7 @@ def show_config(config_path: ConfigPath, overrides: Overrides = [], nproc: NumRa
     """Print CONFIG resolved and explained, after checking it for --nproc ranks."""
     config = _load(config_path, overrides)
     check(config, nproc)
-    print(explain(config))
+    print(explain(redacted(config)))
     for line in unused_settings(config):
         print(f"# notice: {line}")
 
@@ -83,8 +88,10 @@ def parity(
     layouts: Annotated[list[str], typer.Option("--layouts", help='Layouts such as "tp=2" "tp=2,critic.pp=2".')],
     more_layouts: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,  # what follows the first one after --layouts
     overrides: Overrides = [],  # noqa: B006
-    bound: Annotated[float, typer.Option(help="Largest accepted gap of any parameter's gradient, relative to its norm.")] = 1e-5,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of the batch.")] = 4,
+    bound: Annotated[
+        float, typer.Option(help="Largest accepted gap of any parameter's gradient, relative to its norm.", min=0, callback=finite)
+    ] = 1e-5,
+    num_prompts: Annotated[int, typer.Option(min=1, max=10**6, help="Prompts of the batch.")] = 4,
 ) -> None:
     """Compare loss, gradients and every model's scores of one batch (with a curriculum of its last stage) between layouts and one
     rank; exit 1 where they differ."""

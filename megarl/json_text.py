@@ -18,7 +18,12 @@ def parse_json(text: str | bytes) -> Any:
             long.
     """
     try:
-        value = json.loads(text, parse_int=_whole_number, parse_float=_finite, parse_constant=_refuse_constant)
+        value = json.loads(
+            text if isinstance(text, str) else text.decode(),
+            parse_int=_whole_number,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+        )
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
     except UnicodeDecodeError as error:

@@ -38,6 +38,7 @@ class Prompt:
         text: the same, as a person reads it.
         reference: what scorers compare with (answer string, reasoning-gym entry ...).
         task: name of the data source that it is from.
+        prefill: end of the text that is the beginning of the response, e.g. ``"<think>\\n"``, and is shown in front of it.
     """
 
     prompt_id: str
@@ -45,6 +46,7 @@ class Prompt:
     text: str
     reference: Mapping[str, Any]
     task: str
+    prefill: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +96,7 @@ class Rollout:
         weight_versions: version of the policy weights that sampled each token; for an environment's that of the token
             before, NO_VERSION before the first.
         finish_reason: why sampling ended; LENGTH also where an environment's message left no room.
-        text: the decoded response without special tokens; of an episode the policy's last turn.
+        text: the prompt's prefill and the decoded response, without the tokens that end it; of an episode the policy's last turn.
         episode: its turns, where there is an environment.
         routed_experts: int16 [tokens read, num_moe_layers, top_k], the experts that the engine sent each token of prompt and
             response to when it read it; the last ones it never read. None when it was not asked.

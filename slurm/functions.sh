@@ -6,30 +6,34 @@ set -euo pipefail
 mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 LAST_NODE=${NODES[-1]}
 
+# Of this job's servers: requests must carry it. It is in the environment of the job's processes alone.
+MEGARL_API_KEY=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
+export MEGARL_API_KEY
+
 # serve NAME GPUS PORT MODEL [FLAG...]: a vLLM server on some GPUs of the last node; returns when it is healthy
 serve() {
     local name=$1 gpus=$2 port=$3 model=$4 log="$SLURM_JOB_NAME-$SLURM_JOB_ID-$1.log"
     : "${VLLM_PYTHON:?is not set: give the Python of an environment with vLLM}"
     srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$LAST_NODE" --exact --mem=0 --gpus-per-node="$gpus" \
         --cpus-per-task="$((gpus * SLURM_CPUS_PER_TASK))" --output="$log" --open-mode=append \
-        "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server --host 0.0.0.0 --port "$port" --model "$model" "${@:5}" &
+        "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server --host "$LAST_NODE" --port "$port" --model "$model" "${@:5}" &
     until curl --silent --fail --output /dev/null "http://$LAST_NODE:$port/health"; do
         kill -0 $! 2>/dev/null || { echo "the $name server ended before it was healthy, see $log" >&2; exit 1; }
         sleep 5
     done
 }
 
-# serve_policy MODEL MAX_MODEL_LEN: the engine of a run, at port 8000, with the flags by which MegaRL itself starts one
+# serve_policy MODEL MAX_MODEL_LEN [FLAG...]: the engine of a run, at port 8000, with the flags by which MegaRL itself starts one
 serve_policy() {
     VLLM_SERVER_DEV_MODE=1 PYTHONPATH="$PWD/megarl/rollout/engine_plugin" \
         serve policy 4 8000 "$1" --max-model-len "$2" --tensor-parallel-size 4 --dtype bfloat16 --load-format dummy \
         --skip-tokenizer-init --generation-config vllm --logprobs-mode processed_logprobs --enable-scale-out \
-        --worker-extension-cls megarl_vllm_worker.MegaRLWorkerExtension
+        --worker-extension-cls megarl_vllm_worker.MegaRLWorkerExtension --middleware megarl_guard.RequireKey "${@:3}"
 }
 
 # serve_judge MODEL: at port 8001
 serve_judge() {
-    serve judge 1 8001 "$1"
+    VLLM_API_KEY=$MEGARL_API_KEY serve judge 1 8001 "$1"
 }
 
 # train CONFIG NUM_NODES [--set KEY=VALUE...]: on the job's first nodes, one rank for each GPU. MegaRL finds rank 0 in SLURM's

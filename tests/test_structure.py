@@ -14,7 +14,7 @@ ALLOWED = {
     "weights": {"models", "parallel", "config", "errors", "death_signal", "json_text"},
     "reshard": {"weights", "models", "parallel", "config", "errors", "sockets"},
     "memory": {"weights", "models", "parallel", "config", "errors"},
-    "data": {"types", "config", "errors"},
+    "data": {"workers", "types", "config", "errors"},
     "workers": {"config", "errors"},
     "environments": {"workers", "types", "config", "errors"},
     "rewards": {"workers", "types", "config", "errors", "json_text", "server_answers"},

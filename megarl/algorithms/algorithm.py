@@ -54,7 +54,7 @@ class Algorithm:
         self._advantage = _advantage(config.advantage)
         self.needs_greedy_response = self._advantage.needs_greedy_response
         if self.needs_greedy_response and (lines := list(check_greedy_shaping(config))):
-            raise ConfigError("\n".join(lines))
+            raise ConfigError(*lines)
         self._surrogate = _surrogate_function(config.surrogate)
         self.kl_coefficient = config.kl.coefficient
         self._masks_negative = False

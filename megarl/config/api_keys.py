@@ -52,8 +52,8 @@ def _check_engine(path: str, section: EngineServerConfig) -> Iterator[str]:
     for name in section.arguments:
         if name.replace("-", "_") in OWN_KEY:
             yield (
-                f"{path}.arguments.{shortened(name, 40)}: a server that the run starts gets a random key of its own, which this would "
-                "replace, and the run folder would keep it; remove it"
+                f"{path}.arguments.{shortened(name, 40)}: a server that the run starts gets a random key of its own, which this "
+                "would replace, and the run folder would keep it; remove it"
             )
 
 

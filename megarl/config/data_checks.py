@@ -29,6 +29,15 @@ def check_tasks(config: Config) -> Iterator[str]:
             )
 
 
+def check_too_long(config: Config) -> Iterator[str]:
+    """What becomes of long rows can be done to them."""
+    policy = config.data.too_long
+    if policy == "cut_middle" and config.kind != "rl":
+        yield f"data.too_long: cut_middle cuts prompts of kind rl, and kind is {config.kind}; set it to leave_out or refuse"
+    if policy != "refuse" and config.curriculum is not None:
+        yield f"data.too_long: is {policy} and a curriculum leaves out or cuts by curriculum.too_long; remove data.too_long"
+
+
 def check_order(config: Config) -> Iterator[str]:
     """The order of rows has what it needs, and no settings without effect."""
     sampling = config.data.sampling

@@ -1,7 +1,8 @@
-"""Reading and writing configuration files; every mistake in one is one line with the key, the value, the reason and the fix."""
+"""Reading and writing configuration files; every mistake has the key, the value, the reason and the fix."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -11,10 +12,12 @@ from pydantic_core import ErrorDetails
 from megarl.config import yaml_text
 from megarl.config.fields import Place, meaning_of, nearest_key, place_of, source_name, type_in_words, unit_of
 from megarl.config.schema import Config
-from megarl.errors import ConfigError
+from megarl.errors import MESSAGE_LENGTH, ConfigError, cut, escaped, listed, without_secrets
+
+DEEPEST = 32  # parts of an override's key
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = (), options: Mapping[str, str] = MappingProxyType({})) -> Config:
     """Read a YAML file into a Config.
 
     Relative paths in the file stay relative to the current directory, not to the file.
@@ -22,19 +25,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: the YAML file.
         overrides: ``section.key=value`` texts, applied in order; the value is YAML, a number in the key is a list index.
+        options: top-level keys and their values, which go before all.
 
     Raises:
-        ConfigError: with one line for each mistake.
+        ConfigError: with each mistake.
     """
     data = _read_mapping(path)
     for override in overrides:
         _apply_override(data, override)
+    data |= options
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        overridden = [override.partition("=")[0].strip() for override in overrides]
+        overridden = [*(override.partition("=")[0].strip() for override in overrides), *options]
         lines = [describe(detail, str(path), overridden) for detail in error.errors(include_url=False)]
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError(*lines) from None
 
 
 def dump_config(config: Config) -> str:
@@ -53,7 +58,8 @@ def save_config(config: Config, path: Path) -> None:
 def _read_mapping(path: Path) -> dict[str, Any]:
     """Parse the file into plain YAML values."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(yaml_text.LARGEST_TEXT + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML config file") from None
     except UnicodeDecodeError as error:
@@ -62,7 +68,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         data = yaml_text.parse(text)
     except yaml.YAMLError as error:
         line, reason = yaml_text.problem_of(error)
-        raise ConfigError(f"{path}:{line or 1}: not valid YAML: {reason}") from None
+        raise ConfigError(f"{path}:{line or 1}: not valid YAML: {reason}; correct the file") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}:1: holds {_show(data)}, not 'key: value' lines; start from a file in configs/")
     return data
@@ -73,7 +79,10 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
     if not equals or not all(dotted.split(".")):
-        raise ConfigError(f"--set {override}: is not section.key=value, for example --set optimizer.learning_rate=1e-6")
+        raise ConfigError(f"--set {_brief(override)}: is not section.key=value, for example --set optimizer.learning_rate=1e-6")
+    override = _brief(override)
+    if dotted.count(".") >= DEEPEST:
+        raise ConfigError(f"--set {override}: the key has more than {DEEPEST} parts; give a key of megarl config's output")
     try:
         value = yaml_text.parse(text)
     except yaml.YAMLError as error:
@@ -95,9 +104,9 @@ def _index(node: Any, part: str, where: str, override: str) -> str | int:
         return part
     if not isinstance(node, list):
         raise ConfigError(f"--set {override}: {where} is {_show(node)}, which has no keys; set {where} itself")
-    if not (part.isdecimal() and int(part) < len(node)):
+    if part not in map(str, range(len(node))):
         raise ConfigError(
-            f"--set {override}: {where} is a list with {len(node)} items and {part} is not one's index; indices start at 0"
+            f"--set {override}: {where} is a list with {len(node)} items and {_brief(part)} is not one's index; indices start at 0"
         )
     return int(part)
 
@@ -118,19 +127,25 @@ def describe(detail: ErrorDetails, file: str, overridden: Sequence[str] = ()) ->
         given_type = given.get("type") if isinstance(given, dict) else None
         return f"{where}.type: {'is required' if given_type is None else f'is {_show(given_type)}'}; give {choices}"
     if kind == "missing":
-        return f"{where}: is required; give {_fix(place)}"
+        return _with_fix(f"{where}: is required", place)
     reason = "" if kind in ("literal_error", "model_type") else f", {_lower_first(detail['msg'])}"
-    return f"{where}: is {_show(given)}{reason}; give {_fix(place)}"
+    return _with_fix(f"{where}: is {_show(given)}{reason}", place)
 
 
-def _fix(place: Place) -> str:
+def _with_fix(problem: str, place: Place) -> str:
+    """The problem and what the value must be, without its meaning where that would make the line too long."""
+    whole = f"{problem}; give {_fix(place, with_meaning=True)}"
+    return whole if len(whole) <= MESSAGE_LENGTH - 30 else f"{problem}; give {_fix(place, with_meaning=False)}"
+
+
+def _fix(place: Place, *, with_meaning: bool) -> str:
     """What the value at a place must be."""
     if place.field is None:
         return "a value"
     if len(place.sections) == 1:
-        return f"a section with keys among {', '.join(place.sections[0].model_fields)}"
+        return f"a section with keys among {listed(list(place.sections[0].model_fields), 6)}"
     unit, meaning = unit_of(place.field), meaning_of(place.field)
-    return f"{type_in_words(place.field)}{f' ({unit})' if unit else ''}: {meaning}"
+    return f"{type_in_words(place.field)}{f' ({unit})' if unit else ''}{f': {meaning}' if with_meaning else ''}"
 
 
 def _lower_first(text: str) -> str:
@@ -138,6 +153,9 @@ def _lower_first(text: str) -> str:
 
 
 def _show(value: Any) -> str:
-    """A value as it stands in an error message, cut when it is long."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """A value as it stands in an error message, cut when it is long, without the password of an address."""
+    return cut(without_secrets("null" if value is None else repr(value)), 80)
+
+
+def _brief(text: str) -> str:
+    return cut(without_secrets(escaped(text)), 80)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megarl.config.model_values import check_values
 from megarl.config.rope_scaling import rope_parameters, stated_original, with_scaling
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, quoted
+from megarl.json_text import read_json_object
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3")
 
@@ -116,14 +118,16 @@ def read_config_json(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"{path} has no config.json; give the folder of a Hugging Face model")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = read_json_object(file)
+    except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON ({error}); copy the model again") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file} holds no JSON object; copy the model again")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}); copy the model again") from None
     model_type = raw.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ConfigError(f"{file}: model_type {model_type!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}")
+        shown = quoted(model_type)
+        raise ConfigError(f"{file}: model_type {shown} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}")
+    check_values(raw, file)
     _positive(raw, "max_position_embeddings", file)
     return raw
 

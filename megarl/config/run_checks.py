@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date
 
 from megarl.config.algorithm_checks import check_algorithm
 from megarl.config.api_keys import check_api_keys
 from megarl.config.asynchronous_checks import check_asynchronous
-from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks
+from megarl.config.data_checks import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks, check_too_long
 from megarl.config.document_qa_checks import check_document_qa, check_judges
 from megarl.config.environment_checks import check_environment
 from megarl.config.models_of import samples_responses
@@ -115,6 +116,23 @@ def check_data(config: Config) -> Iterator[str]:
             yield f"{path}.path: {source.path} does not exist; give a file of rows (relative to the current directory)"
 
 
+def check_chat_template(config: Config) -> Iterator[str]:
+    """The chat template's settings can be used."""
+    data = config.data
+    try:
+        date.fromisoformat(data.chat_template_date)
+    except ValueError:
+        yield f"data.chat_template_date: {data.chat_template_date!r} is no date; give for example 2024-07-26"
+    if data.chat_template is not None and not data.chat_template.is_file():
+        yield f"data.chat_template: {data.chat_template} does not exist; give a Jinja file (relative to the current directory)"
+    environment = config.rollout.environment
+    if data.template == "chat" or (environment is not None and environment.observation_template is None):
+        return
+    for name in ("chat_template", "chat_template_options"):
+        if getattr(data, name):
+            yield f"data.{name}: has no use with the text in data.template; set data.template to chat, or remove it"
+
+
 def check_routing_replay(config: Config) -> Iterator[str]:
     """The experts of tokens are kept where a response is one request and is trained on in its own step."""
     if not config.rollout.routing_replay:
@@ -213,8 +231,6 @@ def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
     if scorer.type == "python" and (scorer.function is None or not FUNCTION_PATTERN.fullmatch(scorer.function)):
         given = "is required" if scorer.function is None else f"{scorer.function!r} is not module:function"
         yield f"function: {given} for type python; give for example my_package.rewards:score"
-    if scorer.url is not None and not scorer.url.startswith(("http://", "https://")):
-        yield f"url: {scorer.url!r} is not a URL; give for example http://127.0.0.1:8000"
     if scorer.type == "document_qa":
         yield from check_document_qa(scorer)
     if scorer.pattern is None:
@@ -247,8 +263,10 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_api_keys,
     check_weight_transfer,
     check_data,
+    check_chat_template,
     check_tasks,
     check_order,
+    check_too_long,
     check_mixture,
     check_surplus,
     check_repetition_stop,

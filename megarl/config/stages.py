@@ -71,7 +71,7 @@ def stages_of(config: Config) -> list[Stage]:
             )
         )
     if failures:
-        raise ConfigError("\n".join(failures))
+        raise ConfigError(*failures)
     return stages
 
 
@@ -114,7 +114,7 @@ def _stage_config(config: Config, stage: StageConfig, path: str) -> Config:
     try:
         return Config.model_validate(_merged(base, changes))
     except ValidationError as error:
-        raise ConfigError("\n".join(describe(detail, path) for detail in error.errors(include_url=False))) from None
+        raise ConfigError(*(describe(detail, path) for detail in error.errors(include_url=False))) from None
 
 
 def _check_sections(changes: Mapping[str, Any], path: str) -> None:

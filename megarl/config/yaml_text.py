@@ -1,10 +1,30 @@
-"""YAML as MegaRL reads and writes it: duplicate keys refused, 1e-6 a number, texts on one line."""
+"""YAML as MegaRL reads and writes it: 1e-6 a number, texts on one line, duplicate keys and what grows without end refused."""
 
 import re
 import sys
 from typing import Any
 
 import yaml
+
+LARGEST_TEXT = 512 * 1024  # characters of a document; PyYAML reads about 100,000 a second
+MOST_VALUES = 20_000  # of a document, every use of an alias counted in full
+DEEPEST = 64  # lists and mappings within one another
+LONGEST_NUMBER = 40  # characters
+
+_CORE = "tag:yaml.org,2002:"
+_KINDS = {
+    f"{_CORE}{name}": words
+    for name, words in {
+        "str": "a text",
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "null": "null",
+        "seq": "a list",
+        "map": "a mapping",
+    }.items()
+}
+_MERGE = f"{_CORE}merge"
 
 # YAML 1.1 takes 1e-6 (no dot) for a text; people and Python write it for a number.
 FLOAT = re.compile(
@@ -18,25 +38,92 @@ FLOAT = re.compile(
 
 
 class Loader(yaml.SafeLoader):
-    """Safe loader that refuses duplicate keys."""
+    """Safe loader that bounds depth and size, and refuses duplicate keys and tags of other types."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node; raises yaml.MarkedYAMLError at a duplicate or non-text key."""
-        lines: dict[str, int] = {}
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            if key_node.tag != "tag:yaml.org,2002:str":
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key_node.value!r} is not a text: write it in quotes", problem_mark=key_node.start_mark
-                )
-            if key_node.value in lines:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key_node.value!r} is already given in line {lines[key_node.value]}: keep one of them",
-                    problem_mark=key_node.start_mark,
-                )
-            lines[key_node.value] = key_node.start_mark.line + 1
-        return super().construct_mapping(node, deep)
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._num_values = 0
+        self._depth = 0
+        self._sizes: dict[str, int] = {}  # of each anchor, in values
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """The next node; raises yaml.MarkedYAMLError where it is nested too deep, or all are too many."""
+        event = self.peek_event()
+        before = self._num_values
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in self.anchors and event.anchor not in self._sizes:
+                raise _problem(f"alias *{event.anchor} stands within what it is an alias of", event)
+            self._num_values += self._sizes.get(event.anchor, 1)
+        else:
+            self._num_values += 1
+        if self._num_values > MOST_VALUES:
+            raise _problem(f"has more than {MOST_VALUES:,} values, each use of an alias counted in full: leave some out", event)
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise _problem(f"is nested more than {DEEPEST} deep: use fewer brackets or indents", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if not isinstance(event, yaml.AliasEvent) and event.anchor is not None:
+            self._sizes[event.anchor] = self._num_values - before
+        return node
+
+    def only_document(self) -> Any:
+        """The value of the text's one document, None where there is none."""
+        node = self.get_single_node()
+        if node is None:
+            return None
+        self._check(node, "", set())
+        return self.construct_document(node)
+
+    def _check(self, node: yaml.Node, path: str, seen: set[int]) -> None:
+        """Refuse tags of other types, values that are not what their tag says, and keys given twice."""
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        if node.tag not in _KINDS:
+            name = node.tag.replace(_CORE, "!!")
+            raise _problem(f"{path or 'the document'}: has the tag {name}: write the value itself, without a tag", node)
+        if isinstance(node, yaml.ScalarNode):
+            self._check_scalar(node, path)
+        elif node.tag != f"{_CORE}{'seq' if isinstance(node, yaml.SequenceNode) else 'map'}":
+            raise _problem(f"{path or 'the document'}: is not {_KINDS[node.tag]}: leave its tag out", node)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                self._check(item, f"{path}.{index}".lstrip("."), seen)
+        else:
+            _check_keys(node)
+            for key, value in node.value:
+                if key.tag != _MERGE:
+                    self._check_scalar(key, path)
+                self._check(value, f"{path}.{key.value}".lstrip("."), seen)
+
+    def _check_scalar(self, node: yaml.ScalarNode, path: str) -> None:
+        place, text = path or "the value", node.value
+        if node.tag in (f"{_CORE}int", f"{_CORE}float") and len(text) > LONGEST_NUMBER:
+            raise _problem(f"{place}: is a number of {len(text)} digits: give at most {LONGEST_NUMBER}", node)
+        if node.tag == f"{_CORE}str" and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in text):
+            raise _problem(f"{place}: has a NUL character or half of a surrogate pair in it: leave it out", node)
+        try:
+            self.construct_object(node)
+        except (ValueError, KeyError, AttributeError):
+            raise _problem(f"{place}: {text[:40]!r} is not {_KINDS.get(node.tag, 'a value')}: leave its tag out", node) from None
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if key.tag == _MERGE:
+            continue
+        if key.tag != f"{_CORE}str":
+            shown = repr(key.value[:40]) if isinstance(key, yaml.ScalarNode) else "that is a list or mapping"
+            raise _problem(f"key {shown} is not a text: write it in quotes", key)
+        if key.value in lines:
+            raise _problem(f"key {key.value[:40]!r} is already given in line {lines[key.value]}: keep one of them", key)
+        lines[key.value] = key.start_mark.line + 1
+
+
+def _problem(text: str, place: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=text, problem_mark=place.start_mark)
 
 
 class Dumper(yaml.SafeDumper):
@@ -63,8 +150,14 @@ for _class in (Loader, Dumper):
 
 
 def parse(text: str) -> Any:
-    """Parse one YAML document; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=Loader)
+    """Parse one YAML document; raises yaml.YAMLError, also where it is larger or deeper than a config can be."""
+    if len(text) > LARGEST_TEXT:
+        raise yaml.YAMLError(f"is too large: {len(text) / 1e6:.1f} MB, a config has at most {LARGEST_TEXT / 1e6:.1f} MB")
+    loader = Loader(text)
+    try:
+        return loader.only_document()
+    finally:
+        loader.dispose()
 
 
 def problem_of(error: yaml.YAMLError) -> tuple[int | None, str]:

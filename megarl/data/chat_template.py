@@ -1,14 +1,175 @@
-"""The chat template of a tokenizer: reading its files."""
+"""The chat template of a tokenizer: its files, its options, and writing a chat with it."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jinja2
+import jinja2.ext
+import jinja2.meta
+
+from megarl.config.schema import Config
 from megarl.config.tokenizer_files import TOKENIZER_CONFIG
-from megarl.errors import DataError
+from megarl.data.chat_rendering import ChatRenderer, TemplateRefusal
+from megarl.errors import DataError, listed, one_line, shortened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"  # a folder of named ones, e.g. tool_use.jinja
+# what a template writes at the start of a response, at the end of a prompt: <think>, or <think></think> to answer without
+_OPENED_TAGS = re.compile(r"<([A-Za-z][\w.-]*)>\s*(?:</\1>\s*)?\Z")
+_QUESTION, _ANSWER = {"role": "user", "content": "a question"}, "what the policy said"
+_REASON_CHARACTERS = 80
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatSettings:
+    """How a run uses the chat template.
+
+    Attributes:
+        file: with another template than the tokenizer's.
+        options: variables of the template, e.g. ``enable_thinking``.
+        today: what the template takes for the current date.
+    """
+
+    file: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    today: date = date(2024, 7, 26)
+
+
+def chat_settings(config: Config) -> ChatSettings:
+    """Return what ``config.data`` says of the chat template."""
+    data = config.data
+    return ChatSettings(
+        file=data.chat_template, options=data.chat_template_options, today=date.fromisoformat(data.chat_template_date)
+    )
+
+
+class ChatTemplate:
+    """Writes chats as text.
+
+    Args:
+        tokenizer: of the model, whose template it is unless ``settings`` name another.
+        settings: of the run.
+        advice: what to do where there is no template, or one that cannot be used.
+
+    Raises:
+        DataError: there is no template, it is no Jinja, it does not know an option, or it writes the same chat in different ways.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", settings: ChatSettings, advice: str) -> None:
+        self._settings = settings
+        self._advice = advice
+        if settings.file is not None:
+            self.name = f"chat template {settings.file}"
+            self._text = read_template_file(settings.file)
+        else:
+            self.name = f"chat template of {tokenizer.name_or_path}"
+            self._text = _chosen(tokenizer, settings.options, advice)
+        self._renderer = ChatRenderer(tokenizer, self.name, advice)
+        self._check_options()
+        self._check_repeatable()
+        self.prefill = self._find_prefill()
+
+    def render(self, messages: Sequence[Mapping[str, Any]], what: str, *, add_generation_prompt: bool = True) -> str:
+        """Return a chat as text, with the beginning of the assistant's next turn unless that is not wanted.
+
+        Args:
+            messages: of the chat.
+            what: is written, for messages of errors.
+            add_generation_prompt: write that beginning.
+
+        Raises:
+            TemplateRefusal: the template refuses the chat or writes nothing.
+            DataError: it does not end in time, or gives too much.
+        """
+        settings = self._settings
+        try:
+            text = self._renderer.render(
+                self._text, messages, settings.today, settings.options, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateRefusal as refusal:  # e.g. for a role that it does not know
+            reason = shortened(str(refusal), _REASON_CHARACTERS)
+            raise TemplateRefusal(f"the {self.name} refuses {what}: {reason}; {self._advice}") from refusal
+        if not text:
+            raise TemplateRefusal(f"the {self.name} writes nothing for {what}; {self._advice}")
+        return text
+
+    def _check_options(self) -> None:
+        environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols, _GenerationTag])  # what transformers reads
+        try:
+            known = jinja2.meta.find_undeclared_variables(environment.parse(self._text))
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise DataError(f"the {self.name} is no Jinja template ({_reason(error)}); {self._advice}") from None
+        own = {"messages", "add_generation_prompt", "strftime_now", "raise_exception"}
+        if unknown := [name for name in self._settings.options if name not in known - own]:
+            options = f"its options are {listed(sorted(known - own))}" if known - own else "it has no options"
+            raise DataError(f"data.chat_template_options: the {self.name} does not use {listed(unknown)}; {options}")
+
+    def _check_repeatable(self) -> None:
+        try:
+            texts = {self.render([_QUESTION], "a question") for _ in range(3)}
+        except TemplateRefusal:  # it may want other messages than this one
+            return
+        if len(texts) > 1:
+            raise DataError(f"the {self.name} writes the same chat differently each time; {self._advice}")
+
+    def _find_prefill(self) -> str:
+        """What is written at the start of a response: what a next turn's beginning has more than one that was taken before."""
+        said = {"role": "assistant", "content": _ANSWER}
+        try:
+            asked = self.render([_QUESTION], "a question", add_generation_prompt=False)
+            begun = self.render([_QUESTION], "a question")
+        except TemplateRefusal:
+            return ""
+        beginning = begun.removeprefix(asked) if begun.startswith(asked) else ""
+        try:
+            whole = self.render([_QUESTION, said, _QUESTION], "a chat", add_generation_prompt=False)
+        except TemplateRefusal:
+            return opened_tags(beginning)
+        header = whole.removeprefix(asked).partition(_ANSWER)[0]
+        if whole.startswith(asked) and _ANSWER in whole and beginning.startswith(header):
+            prefill = beginning.removeprefix(header)
+            return prefill if prefill.strip() else ""
+        return opened_tags(beginning)
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}``, with which a template marks what the assistant said."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it on the instance)
+
+    def parse(self, parser: Any) -> Any:
+        """The statements in it."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def opened_tags(text: str) -> str:
+    """Return the opening tag that a text ends with, the empty pair of tags, or nothing."""
+    found = _OPENED_TAGS.search(text)
+    return "" if found is None else found.group()
+
+
+def _chosen(tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any], advice: str) -> str:
+    """The tokenizer's template; of several the one for tools where some are given, else the default."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        name = "tool_use" if options.get("tools") and "tool_use" in templates else "default"
+        if name not in templates:
+            raise DataError(
+                f"the tokenizer of {tokenizer.name_or_path} has the chat templates {listed(sorted(templates))} and none named "
+                f"default; {advice}"
+            )
+        return str(templates[name])
+    if not templates:
+        raise DataError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; {advice}")
+    return str(templates)
 
 
 def read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
@@ -26,7 +187,7 @@ def read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | dict[
     template = settings.get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         template = {entry.get("name"): entry.get("template") for entry in template}
-    texts = list(template.values()) if isinstance(template, dict) else [template]
+    texts = [*template, *template.values()] if isinstance(template, dict) else [template]
     if template is not None and not all(isinstance(text, str) for text in texts):
         raise DataError(
             f"{folder / TOKENIZER_CONFIG}: chat_template is neither a text nor a list of texts with names; correct it, or give the "
@@ -47,3 +208,7 @@ def read_template_file(file: Path) -> str:
 
 def _one_or_several(templates: dict[str, str]) -> str | dict[str, str]:
     return templates["default"] if list(templates) == ["default"] else templates
+
+
+def _reason(error: BaseException) -> str:
+    return one_line(error)[:_REASON_CHARACTERS]

@@ -1,6 +1,6 @@
 """The prompts of a run with a curriculum: which stage has which, by their lengths, and those of earlier stages among them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,12 @@ from megarl.config.schema import Config, CurriculumConfig
 from megarl.config.stages import Stage
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, SuccessRates, TaskChooser, draw_by_weight, seeded_random
-from megarl.data.sampler import PromptSource, TaskRows, excluded_texts, place_of, training_rows
+from megarl.data.row_sizes import RowSizes, named
+from megarl.data.sampler import IndexedRows, PromptSource, TaskRows, excluded_texts, place_of, training_rows
 from megarl.data.sources import Row, read_rows
-from megarl.data.template import PromptTemplate
+from megarl.data.template import prompt_template
+from megarl.data.too_long import cut_in_the_middle
+from megarl.data.too_long import without_middle as without_middle
 from megarl.errors import CheckpointError, DataError
 from megarl.types import Prompt, RolloutGroup
 
@@ -60,11 +63,14 @@ class LengthLimit:
         self.too_long: list[tuple[str, int]] = []
         self._cuts = config.curriculum.too_long == "cut_middle"
         self._tokenizer = tokenizer
-        self._template = PromptTemplate(tokenizer, config.data.template)
+        self._template = prompt_template(config, tokenizer)
 
     def measure(self, row: Row) -> int:
         """Tokens of the row's prompt, after the cut where it is cut."""
-        size = len(self._template.encode_prompt(row).token_ids)
+        return self.after_cut(row, len(named(row, self._template.encode_prompt, row).token_ids))
+
+    def after_cut(self, row: Row, size: int) -> int:
+        """Tokens that are left of the row's prompt where it is cut; ``size`` are those that it has."""
         if size > self.longest:
             self.too_long.append((row.row_id, size))
             if self._cuts:
@@ -73,12 +79,7 @@ class LengthLimit:
 
     def encode(self, row: Row) -> Prompt:
         """The prompt, without its middle where it is too long."""
-        prompt = self._template.encode_prompt(row)
-        if len(prompt.token_ids) <= self.longest:
-            return prompt
-        token_ids = without_middle(prompt.token_ids, self.longest)
-        text = str(self._tokenizer.decode(token_ids))
-        return Prompt(prompt_id=prompt.prompt_id, token_ids=token_ids, text=text, reference=prompt.reference, task=prompt.task)
+        return cut_in_the_middle(self._template.encode_prompt(row), self.longest, self._tokenizer)
 
     def held_out_prompts(self, config: Config) -> list[Prompt]:
         """Those of ``evaluation.data`` in their order, without what is left out; none when it is not given."""
@@ -95,26 +96,39 @@ class StagedPrompts:
         config: the run, with a curriculum.
         stages: of the run.
         tokenizer: of the policy.
+        sizes: measures the rows; in this process, every time, when not given.
 
     Raises:
         DataError: a row is malformed, or a stage has no prompt.
     """
 
-    def __init__(self, config: Config, stages: Sequence[Stage], tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self, config: Config, stages: Sequence[Stage], tokenizer: "PreTrainedTokenizerBase", sizes: RowSizes | None = None
+    ) -> None:
         assert config.curriculum is not None
+        sizes = sizes or RowSizes(config, tokenizer)
         self._config, self._curriculum, self._stages = config, config.curriculum, stages
         self._limit = LengthLimit(config, stages, tokenizer)
         self._tasks: dict[str, MeasuredTask] = {}
         excluded = excluded_texts(config)
         for task in tasks_of(config.data.train, TRAIN):
             rows, kept, difficulties = training_rows(config, task, excluded)
-            num_tokens = numpy.array([self._limit.measure(rows[int(index)]) for index in kept])
+            candidates = IndexedRows(rows, kept)
+            measured = sizes.measure(f"data.train {task.name}", candidates, "prompts")[:, 0]
+            num_tokens = measured.clip(max=self._limit.longest) if self._curriculum.too_long == "cut_middle" else measured
+            for place in numpy.flatnonzero(measured > self._limit.longest):
+                self._limit.after_cut(candidates[place], int(measured[place]))
             self._tasks[task.name] = MeasuredTask(
                 rows=rows, kept=kept, num_tokens=num_tokens, difficulties=difficulties, weight=task.weight
             )
         self._evaluation = self._limit.held_out_prompts(config)
         for stage in stages:
             self._check_filled(stage)
+
+    def rows(self) -> Iterator[Row]:
+        """All training rows that ``data.exclude`` does not name."""
+        for task in self._tasks.values():
+            yield from IndexedRows(task.rows, task.kept)
 
     def source(self, stage: Stage) -> "StageSource":
         """The prompts of a stage, at their beginning."""
@@ -320,13 +334,6 @@ class StageSource(PromptSource):
         drawn = [self._earlier[index] for index in draw_by_weight(random, weights, pending, count)]
         self._pending.update(drawn)
         return [self.prompt(f"{name}/{row}") for name, row in drawn]
-
-
-def without_middle(token_ids: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
-    """The first and the last tokens of a sequence that is longer than ``max_tokens``, as many of both: what is asked about a
-    document stands before or behind it (LongBench, arXiv 2308.14508)."""
-    tail = max_tokens // 2
-    return (*token_ids[: max_tokens - tail], *token_ids[len(token_ids) - tail :])
 
 
 def _in_range(num_tokens: numpy.ndarray, above: int, longest: int) -> numpy.ndarray:

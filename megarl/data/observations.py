@@ -3,12 +3,14 @@
 from typing import TYPE_CHECKING
 
 from megarl.config.schema import EnvironmentConfig
-from megarl.errors import DataError, one_line
+from megarl.data.chat_template import ChatSettings, ChatTemplate, opened_tags
+from megarl.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PLACEHOLDER = "{observation}"
+_ADVICE = "set rollout.environment.observation_template to a text with {observation}"
 _ANSWER = "what the policy said"
 _MESSAGE = 'what the\nenvironment "said"'  # a template that changes it, e.g. to JSON, cannot be followed token by token
 
@@ -23,15 +25,27 @@ class ObservationTemplate:
     sampled, it is not repeated.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: EnvironmentConfig) -> None:
-        """``config.observation_template``, or the tokenizer's chat template when it is not given.
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: EnvironmentConfig, chat: ChatSettings | None = None) -> None:
+        """``config.observation_template``, or the chat template, used as ``chat`` says, when it is not given.
+
+        Attributes:
+            prefill: end of what follows a message that is the beginning of the policy's next turn, e.g. ``"<think>\\n"``.
 
         Raises:
             DataError: the chat template cannot be followed.
         """
         self._tokenizer = tokenizer
         text = config.observation_template
-        before, after = _around(tokenizer, config.role) if text is None else text.split(_PLACEHOLDER)
+        if text is None:
+            if not tokenizer.chat_template and (chat is None or chat.file is None):
+                name = tokenizer.name_or_path
+                raise DataError(f"the tokenizer of {name} has no chat template to write an environment's messages with; {_ADVICE}")
+            template = ChatTemplate(tokenizer, chat or ChatSettings(), _ADVICE)
+            before, after = _around(template, config.role)
+            self.prefill = template.prefill if after.endswith(template.prefill) else ""
+        else:
+            before, after = text.split(_PLACEHOLDER)
+            self.prefill = opened_tags(after)
         self._before, self._after = self._encode(before), self._encode(after)
         self._closes_turn = text is None
 
@@ -51,22 +65,15 @@ class ObservationTemplate:
         return tuple(token_ids)
 
 
-def _around(tokenizer: "PreTrainedTokenizerBase", role: str) -> tuple[str, str]:
+def _around(template: ChatTemplate, role: str) -> tuple[str, str]:
     """What the chat template puts before and after a message that follows an answer."""
     chat = [
         {"role": "user", "content": "a question"},
         {"role": "assistant", "content": _ANSWER},
         {"role": role, "content": _MESSAGE},
     ]
-    advice = "set rollout.environment.observation_template to a text with {observation}"
-    name = tokenizer.name_or_path
-    if not tokenizer.chat_template:
-        raise DataError(f"the tokenizer of {name} has no chat template to write an environment's messages with; {advice}")
-    try:
-        text = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # a template may refuse a chat with any error
-        raise DataError(f"the chat template of {name} refuses a message of role {role}: {one_line(error)}; {advice}") from error
+    text = template.render(chat, f"a message of role {role}")
     if text.count(_ANSWER) != 1 or text.count(_MESSAGE) != 1:
-        raise DataError(f"the chat template of {name} changes the text of messages of role {role}; {advice}")
+        raise DataError(f"the {template.name} changes the text of messages of role {role}; {_ADVICE}")
     before, after = text.split(_ANSWER)[1].split(_MESSAGE)
     return before, after

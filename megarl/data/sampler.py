@@ -1,6 +1,6 @@
 """The rows of a run's tasks, and the prompts and examples made of them, in an endless, exactly resumable order."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -10,8 +10,10 @@ from megarl.config.models_of import trains_on_pairs
 from megarl.config.schema import Config, TaskConfig
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, TaskChooser
+from megarl.data.row_sizes import Form, RowSizes, named
 from megarl.data.sources import Row, number_at, read_rows
-from megarl.data.template import PreferencePair, PromptTemplate, SFTExample
+from megarl.data.template import PreferencePair, SFTExample, prompt_template
+from megarl.data.too_long import cut_in_the_middle, pair_tokens, rows_in_limits
 from megarl.errors import CheckpointError, DataError
 from megarl.types import Prompt, RolloutGroup
 
@@ -83,6 +85,12 @@ class _Source(Generic[Item]):
 class PromptSource(_Source[Prompt]):
     """Prompts for rollouts. A ``prompt_id`` comes back in each pass over its task's rows."""
 
+    def rows(self) -> Iterator[Row]:
+        """All rows that are trained on."""
+        for task in self._tasks.values():
+            for index in task.kept:
+                yield task.rows[int(index)]
+
     def prompt(self, prompt_id: str) -> Prompt:
         """The prompt of that id, wherever the order stands."""
         name, row = place_of(prompt_id)
@@ -127,66 +135,82 @@ class PairSource(_Source[PreferencePair]):
     """Pairs for training on preferences."""
 
 
-def build_prompt_source(config: Config, tokenizer: "PreTrainedTokenizerBase") -> PromptSource:
+def build_prompt_source(config: Config, tokenizer: "PreTrainedTokenizerBase", sizes: RowSizes | None = None) -> PromptSource:
     """The prompts of ``data.train``; every one is checked here, before any hour is spent.
+
+    Args:
+        config: the run.
+        tokenizer: of the policy.
+        sizes: measures the rows; in this process, every time, when not given.
 
     Raises:
         DataError: a row is malformed, a prompt too long, or no row remains after ``data.exclude``.
     """
-    template = PromptTemplate(tokenizer, config.data.template)
+    encode = _prompt_encoder(config, tokenizer)
+    tasks = _checked_training_rows(config, encode, sizes or RowSizes(config, tokenizer), "prompts")
+    return PromptSource(tasks, encode, _task_chooser(config))
+
+
+def _prompt_encoder(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Callable[[Row], Prompt]:
+    template = prompt_template(config, tokenizer)
+    longest = config.rollout.max_prompt_tokens
 
     def encode(row: Row) -> Prompt:
-        return template.encode_prompt(row, config.rollout.max_prompt_tokens)
+        if config.data.too_long == "cut_middle":
+            return cut_in_the_middle(template.encode_prompt(row), longest, tokenizer)
+        return template.encode_prompt(row, longest)
 
-    return PromptSource(_checked_training_rows(config, encode), encode, _task_chooser(config))
+    return encode
 
 
-def build_sft_source(config: Config, tokenizer: "PreTrainedTokenizerBase") -> ExampleSource:
+def build_sft_source(config: Config, tokenizer: "PreTrainedTokenizerBase", sizes: RowSizes | None = None) -> ExampleSource:
     """The examples of ``data.train``; every one is checked here, before any hour is spent.
 
     Raises:
         DataError: a row is malformed, an example too long, or no row remains after ``data.exclude``.
     """
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
 
     def encode(row: Row) -> SFTExample:
         return template.encode_example(row, config.data.response_suffix, config.sft.max_tokens)
 
-    return ExampleSource(_checked_training_rows(config, encode), encode, _task_chooser(config))
+    tasks = _checked_training_rows(config, encode, sizes or RowSizes(config, tokenizer), "examples")
+    return ExampleSource(tasks, encode, _task_chooser(config))
 
 
-def build_pair_source(config: Config, tokenizer: "PreTrainedTokenizerBase") -> PairSource:
+def build_pair_source(config: Config, tokenizer: "PreTrainedTokenizerBase", sizes: RowSizes | None = None) -> PairSource:
     """The pairs of ``data.train``; every one is checked here, before any hour is spent.
 
     Raises:
         DataError: a row is malformed, a response too long, a pair too long for a micro-batch, or no row remains after
             ``data.exclude``.
     """
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
     policy, end = config.policy, int(config.kind == "reward_model")  # which reads one token behind each response
 
     def encode(row: Row) -> PreferencePair:
         pair = template.encode_pair(row, config.data.response_suffix, config.preference.max_tokens)
-        lengths = [len(response.token_ids) + end for response in (pair.chosen, pair.rejected)]
-        multiple = 2 * policy.parallel.cp if policy.parallel.cp > 1 else 1  # as Layout.sequence_multiple
-        if sum(-(-length // multiple) * multiple for length in lengths) > policy.max_tokens_per_micro_batch:
-            padded = f", each padded to a multiple of {multiple} for cp {policy.parallel.cp}" if multiple > 1 else ""
+        lengths = [len(response.token_ids) for response in (pair.chosen, pair.rejected)]
+        if pair_tokens(config, numpy.array([lengths]))[0] > policy.max_tokens_per_micro_batch:
+            cp = policy.parallel.cp
+            padded = f", each padded to a multiple of {2 * cp} for cp {cp}" if cp > 1 else ""
             raise DataError(
-                f"the pair of row {row.row_id} has {lengths[0]} + {lengths[1]} tokens{padded}, which are computed together: above "
-                f"policy.max_tokens_per_micro_batch = {policy.max_tokens_per_micro_batch}; raise it or leave the row out"
+                f"the pair of row {row.row_id} has {lengths[0] + end} + {lengths[1] + end} tokens{padded}, computed together: "
+                f"above policy.max_tokens_per_micro_batch = {policy.max_tokens_per_micro_batch}; raise it or leave the row out"
             )
         return pair
 
-    return PairSource(_checked_training_rows(config, encode), encode, _task_chooser(config))
+    tasks = _checked_training_rows(config, encode, sizes or RowSizes(config, tokenizer), "pairs")
+    return PairSource(tasks, encode, _task_chooser(config))
 
 
 def build_evaluation_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[PreferencePair]:
     """All pairs of ``evaluation.data`` in their order; none when it is not given. Raises DataError as the others do."""
     if config.evaluation.data is None:
         return []
-    template = PromptTemplate(tokenizer, config.data.template)
+    template = prompt_template(config, tokenizer)
     return [
-        template.encode_pair(row, config.data.response_suffix, config.preference.max_tokens)
+        named(row, template.encode_pair, row, config.data.response_suffix, config.preference.max_tokens)
         for task in tasks_of(config.evaluation.data, EVALUATION)
         for row in read_rows(task.source, task.name, in_pairs=True)
     ]
@@ -196,11 +220,27 @@ def build_evaluation_prompts(config: Config, tokenizer: "PreTrainedTokenizerBase
     """All prompts of ``evaluation.data`` in their order; none when it is not given. Raises DataError as the others do."""
     if config.evaluation.data is None:
         return []
-    template = PromptTemplate(tokenizer, config.data.template)
-    tasks = tasks_of(config.evaluation.data, EVALUATION)
-    return [
-        template.encode_prompt(row, config.rollout.max_prompt_tokens) for task in tasks for row in read_rows(task.source, task.name)
-    ]
+    whole = prompt_template(config, tokenizer)
+    rows = [row for task in tasks_of(config.evaluation.data, EVALUATION) for row in read_rows(task.source, task.name)]
+    sizes = numpy.array([[len(named(row, whole.encode_prompt, row).token_ids)] for row in rows])
+    encode = _prompt_encoder(config, tokenizer)
+    kept = rows_in_limits(config, "evaluation.data", rows, sizes, "prompts", encode)
+    return [encode(row) for row, is_kept in zip(rows, kept, strict=True) if is_kept]
+
+
+class IndexedRows(Sequence[Row]):
+    """The rows of those indices, made when asked for."""
+
+    def __init__(self, rows: Sequence[Row], indices: numpy.ndarray) -> None:
+        self._rows, self._indices = rows, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self._rows[int(index)] for index in self._indices[place]]
+        return self._rows[int(self._indices[place])]
 
 
 def _task_chooser(config: Config) -> TaskChooser:
@@ -234,13 +274,16 @@ def training_rows(
     return rows, numpy.array(kept), numpy.array(difficulties)
 
 
-def _checked_training_rows(config: Config, encode: Callable[[Row], object]) -> dict[str, TaskRows]:
+def _checked_training_rows(config: Config, encode: Callable[[Row], object], sizes: RowSizes, form: Form) -> dict[str, TaskRows]:
     """Rows of ``data.train`` by task that ``data.exclude`` does not name, each of which ``encode`` accepts."""
     tasks, excluded = {}, excluded_texts(config)
     for number, task in enumerate(tasks_of(config.data.train, TRAIN)):
         rows, kept, difficulties = training_rows(config, task, excluded)
-        for index in kept:
-            encode(rows[int(index)])
+        name = "data.train" if task.name == TRAIN else f"data.train {task.name}"
+        candidates = IndexedRows(rows, kept)
+        is_kept = rows_in_limits(config, name, candidates, sizes.measure(name, candidates, form), form, encode)
+        kept = kept[is_kept]
+        difficulties = None if difficulties is None else difficulties[is_kept]
         sampler = RowSampler(len(kept), config.seed, config.data.sampling, task=number, difficulties=difficulties)
         tasks[task.name] = TaskRows(rows=rows, kept=kept, sampler=sampler)
     return tasks

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megarl.config.schema import Config
+from megarl.data.chat_template import ChatSettings, ChatTemplate, chat_settings, opened_tags
 from megarl.data.sources import Row
+from megarl.data.tokenizer import bos_prefix
 from megarl.data.tokenizer import load_tokenizer as load_tokenizer
 from megarl.errors import ConfigError, DataError
 from megarl.types import Prompt
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PLACEHOLDER = "{prompt}"
+_SHOWN_CHARACTERS = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,17 @@ class PreferencePair:
     rejected: SFTExample
 
 
+def prompt_template(config: Config, tokenizer: "PreTrainedTokenizerBase") -> "PromptTemplate":
+    """Return the template of a run; raises like ``PromptTemplate``."""
+    return PromptTemplate(
+        tokenizer,
+        config.data.template,
+        chat_settings(config),
+        add_bos=config.data.add_bos,
+        shows_prefill=config.rollout.show_prefill,
+    )
+
+
 class PromptTemplate:
     """Turns rows into tokens, the same for RL, SFT and evaluation.
 
@@ -45,24 +60,48 @@ class PromptTemplate:
     merges that a tokenizer would make across their border, so supervised examples must not have them either.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
-        """``template`` is 'chat' or a text with {prompt}.
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: str,
+        chat: ChatSettings | None = None,
+        *,
+        add_bos: bool | None = None,
+        shows_prefill: bool = True,
+    ) -> None:
+        """Prepare for one tokenizer.
+
+        Args:
+            tokenizer: of the model.
+            template: 'chat' or a text with {prompt}.
+            chat: of the chat template; as the tokenizer has it when not given.
+            add_bos: as in ``data.add_bos``.
+            shows_prefill: prompts say what of them is the beginning of the response.
 
         Raises:
             ConfigError: the text has no {prompt}.
-            DataError: the tokenizer lacks a chat template or an end-of-sequence token that is needed.
+            DataError: the tokenizer lacks a chat template, an end-of-sequence or a BOS token that is needed.
         """
-        if template == "chat" and not tokenizer.chat_template:
-            raise DataError(
-                f"data.template is 'chat' but the tokenizer of {tokenizer.name_or_path} has no chat template; "
-                "set data.template to a text such as 'Question: {prompt} Answer:'"
-            )
         if template != "chat" and _PLACEHOLDER not in template:
             raise ConfigError(f"data.template {template!r} has no {_PLACEHOLDER}; write 'chat' or a text with {_PLACEHOLDER} in it")
         if tokenizer.eos_token_id is None:
-            raise DataError(f"the tokenizer of {tokenizer.name_or_path} has no eos_token; name one in its tokenizer_config.json")
+            raise DataError(
+                f"the tokenizer of {tokenizer.name_or_path} has no eos_token, so no response would end; name one in its "
+                "tokenizer_config.json"
+            )
         self._tokenizer = tokenizer
         self._template = template
+        self._chat: ChatTemplate | None = None
+        if template == "chat":
+            advice = "set data.template to a text with {prompt}, or data.chat_template to a file"
+            self._chat = ChatTemplate(tokenizer, chat or ChatSettings(), advice)
+            self._prefill = self._chat.prefill
+        else:
+            self._prefill = opened_tags(template.rpartition(_PLACEHOLDER)[2])
+        self._shows_prefill = shows_prefill
+        # a chat template writes a BOS token where its chats have one
+        adds_bos = add_bos if self._chat is None else bool(add_bos)
+        self._bos = bos_prefix(tokenizer, adds_bos)
 
     def encode_prompt(self, row: Row, max_prompt_tokens: int | None = None) -> Prompt:
         """The prompt as the model reads it.
@@ -77,7 +116,14 @@ class PromptTemplate:
                 f"prompt {row.row_id} has {len(token_ids)} tokens, above rollout.max_prompt_tokens = {max_prompt_tokens}; "
                 "raise the limit or leave the row out"
             )
-        return Prompt(prompt_id=row.row_id, token_ids=token_ids, text=text, reference=row.reference, task=row.task)
+        return Prompt(
+            prompt_id=row.row_id,
+            token_ids=token_ids,
+            text=text,
+            reference=row.reference,
+            task=row.task,
+            prefill=self._prefill if self._shows_prefill else "",
+        )
 
     def encode_example(self, row: Row, response_suffix: str, max_tokens: int) -> SFTExample:
         """The prompt with the row's answer, ``response_suffix`` and the end-of-sequence token as its response.
@@ -105,28 +151,32 @@ class PromptTemplate:
 
     def _example(self, row: Row, text: str) -> SFTExample:
         prompt = self._prompt_tokens(row, self._render(row))
-        response = (*self._encode(text), self._tokenizer.eos_token_id)
+        response = (*self._encode(self._without_prefill(text)), self._tokenizer.eos_token_id)
         return SFTExample(row_id=row.row_id, token_ids=prompt + response, num_prompt_tokens=len(prompt))
 
+    def _without_prefill(self, text: str) -> str:
+        """A given response without its beginning where the prompt ends with that already."""
+        beginning = self._prefill.strip()
+        if text.startswith(self._prefill) or not beginning:
+            return text.removeprefix(self._prefill)
+        return text.lstrip().removeprefix(beginning) if text.lstrip().startswith(beginning) else text
+
     def _render(self, row: Row) -> str:
-        if self._template != "chat":
+        if self._chat is None:
             if not isinstance(row.prompt, str):
                 raise DataError(f"prompt {row.row_id} is a list of chat messages; set data.template to 'chat' or give a string")
             return self._template.replace(_PLACEHOLDER, row.prompt)
         messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-        try:
-            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template may refuse a chat with any error, e.g. for an unknown role
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise DataError(f"the tokenizer's chat template refuses prompt {row.row_id}: {reason}") from error
+        return self._chat.render(messages, f"prompt {row.row_id}")
 
     def _prompt_tokens(self, row: Row, text: str) -> tuple[int, ...]:
         token_ids = self._encode(text)
         if not token_ids:
             raise DataError(
-                f"prompt {row.row_id} has no tokens: the tokenizer knows none of {text!r}; change the prompt or the template"
+                f"prompt {row.row_id} has no tokens: the tokenizer knows none of {text[:_SHOWN_CHARACTERS]!r}; change the prompt "
+                "or the template"
             )
-        return token_ids
+        return token_ids if token_ids[: len(self._bos)] == self._bos else self._bos + token_ids
 
     def _encode(self, text: str) -> tuple[int, ...]:
         token_ids: Sequence[int] = self._tokenizer.encode(text, add_special_tokens=False)

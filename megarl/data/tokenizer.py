@@ -70,6 +70,7 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         raise
     except MegaRLError as error:
         raise DataError(f"cannot load a tokenizer: {error}") from error
+    tokenizer.init_kwargs["add_bos_token"] = settings.get("add_bos_token")
     tokenizer.name_or_path = str(path)
     tokenizer.clean_up_tokenization_spaces = False  # it would take spaces from what was generated
     return tokenizer
@@ -201,6 +202,32 @@ def _name_special_tokens(tokenizer: "PreTrainedTokenizerBase", settings: Mapping
     if tokenizer.eos_token is None:
         ids, _ = end_tokens_of_model(path)
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0]) if ids and ids[0] < len(tokenizer) else None
+
+
+def bos_prefix(tokenizer: "PreTrainedTokenizerBase", adds_bos: bool | None) -> tuple[int, ...]:
+    """Return the tokens that a text of the model begins with, one BOS token or none.
+
+    Args:
+        tokenizer: of ``load_tokenizer``.
+        adds_bos: whether there is one; None for what the tokenizer does: its post-processor, or ``add_bos_token`` of a
+            tokenizer_config.json whose tokenizer.json leaves that to it (DeepSeek's).
+
+    Raises:
+        DataError: one is wanted and the tokenizer has none.
+    """
+    if adds_bos is False:
+        return ()
+    text: list[int] = tokenizer.encode(PROBES[0], add_special_tokens=False)
+    whole: list[int] = tokenizer.encode(PROBES[0], add_special_tokens=True)
+    starts = [start for start in range(len(whole) - len(text) + 1) if whole[start : start + len(text)] == text]
+    before = tuple(whole[: starts[0]]) if text and starts else ()
+    if before or not (adds_bos or tokenizer.init_kwargs.get("add_bos_token") is True):
+        return before
+    if tokenizer.bos_token_id is not None:
+        return (tokenizer.bos_token_id,)
+    if adds_bos is None:
+        return ()
+    raise DataError(f"data.add_bos: the tokenizer of {tokenizer.name_or_path} has no BOS token; name one in its {TOKENIZER_CONFIG}")
 
 
 def _reason(error: BaseException) -> str:

@@ -29,6 +29,9 @@ class Environments(Protocol):
     async def step(self, state: Any, response: str) -> tuple[Any, Step]:
         """The next state and the answer. Raises EnvironmentFailure."""
 
+    async def check(self) -> None:
+        """Raise RolloutError when they cannot run."""
+
     def take_num_replaced(self) -> int:
         """How many workers ended before they had answered, and were replaced, since this was asked last."""
 
@@ -70,6 +73,10 @@ class ProcessEnvironments:
     async def step(self, state: Any, response: str) -> tuple[Any, Step]:
         """See Environments."""
         return await self._ask(read_step, "step", state, response)
+
+    async def check(self) -> None:
+        """See Environments."""
+        await self._processes.check()
 
     def take_num_replaced(self) -> int:
         """See Environments."""
@@ -113,6 +120,9 @@ class LocalEnvironments:
             return state, checked_step(await _finished(state.step(response)))
 
         return await self._limited(step)
+
+    async def check(self) -> None:
+        """They were made once already."""
 
     def take_num_replaced(self) -> int:
         """There are no workers."""

@@ -7,12 +7,13 @@ from megarl.config.schema import Config
 from megarl.config.stages import Stage, planned_updates, stages_of
 from megarl.data.curriculum import StagedPrompts
 from megarl.data.tokenizer import run_tokenizer
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, writes
 from megarl.loop.asynchronous import train_asynchronously
 from megarl.loop.learning import build_models
 from megarl.loop.promotion import StageProgress
 from megarl.loop.rl import train
 from megarl.loop.run import Run, StageRun
+from megarl.loop.start_checks import check_references, row_sizes
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.train.roles import Learner, is_main_rank
 from megarl.weights.checkpoint import whole_checkpoints
@@ -70,8 +71,12 @@ def _run_stage(
 
 def _measure_prompts(config: Config, stages: list[Stage]) -> StagedPrompts:
     """Read, measure and report them."""
-    prompts = StagedPrompts(config, stages, run_tokenizer(config))
-    (config.run_dir / "curriculum.json").write_text(json.dumps(prompts.report(), indent=2) + "\n")
+    tokenizer = run_tokenizer(config)
+    prompts = StagedPrompts(config, stages, tokenizer, row_sizes(config, tokenizer))
+    check_references(config, prompts.rows())
+    path = config.run_dir / "curriculum.json"
+    with writes(path):
+        path.write_text(json.dumps(prompts.report(), indent=2) + "\n")
     for line in prompts.lines():
         print(line, flush=True)
     return prompts

@@ -9,7 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megarl.command_line import finite
 from megarl.config.checks import check
+from megarl.config.layout_text import MOST_RANKS
 from megarl.config.load import load_config
 from megarl.config.schema import Config
 from megarl.config.stages import Stage, configs_of, stages_of
@@ -50,11 +52,15 @@ class Period:
 def memory(
     config_path: Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
     overrides: Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")] = [],  # noqa: B006
-    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks of the run; needed unless every layout fits on one.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, max=MOST_RANKS, help="Ranks of the run; needed unless every layout fits on one.")
+    ] = None,
     device: Annotated[
         Literal["cpu", "cuda"] | None, typer.Option(help="What the ranks will compute on; cuda where this machine has it.")
     ] = None,
-    limit_gib: Annotated[float | None, typer.Option(min=0.001, help="GiB of a rank; exit 1 where a rank needs more.")] = None,
+    limit_gib: Annotated[
+        float | None, typer.Option(min=0.001, max=1e12, callback=finite, help="GiB of a rank; exit 1 where a rank needs more.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, in bytes.")] = False,
 ) -> None:
     """Print the peak memory of CONFIG's ranks, in every stage of its curriculum, and, where it is above --limit-gib, what to

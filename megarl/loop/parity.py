@@ -21,10 +21,11 @@ from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.batches import build_preference_batch, build_supervised_batch
 from megarl.algorithms.objectives import ObjectiveFunction, supervised_objective
 from megarl.algorithms.preferences import build_pair_objective
+from megarl.config.layout_text import MOST_RANKS, dp_of, layout_items, parallel_of, quoted_layout
 from megarl.config.models_of import has_reference, models_of, trains_on_pairs
 from megarl.config.schema import Config, CriticConfig, ParallelConfig, ReferenceConfig, RewardModelConfig, RoleConfig
 from megarl.data.packing import no_routing, with_scored_ends
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, cut, quoted
 from megarl.models.architecture import read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
@@ -245,22 +246,19 @@ def parse_layout(text: str) -> dict[str, object]:
     """Read ``"tp=2,pp=2"`` or ``"tp=2,pp=2,critic.tp=4,critic.first_rank=4"``.
 
     Raises:
-        ConfigError: an item is not key=value, or the key is no layout key.
+        ConfigError: an item is not key=value, or the key is no layout key or given twice.
     """
     known = (*ParallelConfig.model_fields, "dp", "first_rank", "max_tokens_per_micro_batch")
-    layout: dict[str, object] = {}
-    for item in filter(None, text.split(",")):
-        name, separator, value = item.partition("=")
-        if not separator:
-            raise ConfigError(f"layout {text!r}: {item!r} is not key=value; write for example tp=2,pp=2")
+    where = quoted_layout(text)
+    items = layout_items(text, where)
+    for name in items:
         model, _, key = name.rpartition(".")
         if key not in known or model not in ("", *FOLLOWERS):
             raise ConfigError(
-                f"layout {text!r}: unknown key {name!r}; known: {', '.join(known)}, and for another model than the policy these "
-                f"with {', '.join(f'{follower}.' for follower in FOLLOWERS)} in front"
+                f"{where}: unknown key {cut(name, 40)!r}; give tp, pp, cp, ep or another key of policy.parallel, dp, first_rank or "
+                f"max_tokens_per_micro_batch, for another model with {', '.join(f'{follower}.' for follower in FOLLOWERS)} in front"
             )
-        layout[name] = value
-    return layout
+    return {**items}
 
 
 def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]:
@@ -276,21 +274,22 @@ def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]
     Raises:
         ConfigError: a value is of the wrong type, or the run has no such model.
     """
+    where = quoted_layout(",".join(f"{name}={value}" for name, value in layout.items()))
     keys: dict[str, dict[str, object]] = {}
     for name, value in layout.items():
         model, _, key = name.rpartition(".")
         keys.setdefault(model or "policy", {})[key] = value
     unused = sorted(keys.keys() - {*models_of(config)})
     if unused:
-        raise ConfigError(f"layout {layout}: the run has no {unused[0]}; leave out the keys that start with {unused[0]}.")
-    policy = _in_layout(config.policy, keys.get("policy", {}), layout)
+        raise ConfigError(f"{where}: the run has no {unused[0]}; leave out the keys that start with {unused[0]}.")
+    policy = _in_layout(config.policy, keys.get("policy", {}), where)
     place = policy.model_dump(include={"first_rank", "num_ranks", "parallel", "max_tokens_per_micro_batch", "offload"})
     changed: dict[str, RoleConfig] = {"policy": policy}
     for name, kind in FOLLOWERS.items():
         role = getattr(config, name)
         if name in keys:
             role = role or kind.model_validate(policy.model_dump())
-            changed[name] = _in_layout(role, keys[name], layout)
+            changed[name] = _in_layout(role, keys[name], where)
         elif role is not None:
             changed[name] = kind.model_validate(role.model_dump() | place)
     world = range(max(role.ranks(0).stop for role in changed.values()))
@@ -300,19 +299,22 @@ def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]
     return config.model_copy(update=changed), len(world)
 
 
-def _in_layout(role: RoleConfig, keys: dict[str, object], layout: dict[str, object]) -> RoleConfig:
-    """The role with only these layout keys set."""
+def _in_layout(role: RoleConfig, keys: dict[str, object], where: str) -> RoleConfig:
+    """The role with only these layout keys set; ``where`` begins its errors."""
     sizes = dict(keys)
-    dp = int(str(sizes.pop("dp", 1)))
+    dp = dp_of(sizes.pop("dp", 1), where)
     own = {key: sizes.pop(key) for key in ("max_tokens_per_micro_batch", "first_rank") if key in sizes}
+    parallel = parallel_of(sizes, where)
+    num_ranks = parallel.tp * parallel.pp * parallel.cp * dp
+    if num_ranks > MOST_RANKS:
+        raise ConfigError(f"{where}: is tp · pp · cp · dp = {num_ranks:.15g} ranks; give sizes of at most {MOST_RANKS} ranks")
+    place = {"first_rank": 0, "num_ranks": num_ranks, "parallel": parallel.model_dump(), "offload": "none"}
     try:
-        parallel = ParallelConfig.model_validate(sizes)
-        num_ranks = parallel.tp * parallel.pp * parallel.cp * dp
-        place = {"first_rank": 0, "num_ranks": num_ranks, "parallel": parallel.model_dump(), "offload": "none"}
         return type(role).model_validate(role.model_dump() | place | own)
     except ValidationError as error:
         problem = error.errors()[0]
-        raise ConfigError(f"layout {layout}: {problem['loc'][-1]} = {problem['input']!r}: {problem['msg']}") from error
+        shown = quoted(problem["input"])
+        raise ConfigError(f"{where}: {problem['loc'][-1]}: is {shown}, {problem['msg']}; give a whole number") from error
 
 
 def compare(reference: LayoutResult, result: LayoutResult) -> ParityRow:

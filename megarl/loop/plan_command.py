@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from megarl.command_line import finite
+from megarl.config.layout_text import MOST_RANKS, layout_items, parallel_of
 from megarl.config.load import load_config
 from megarl.config.schema import ParallelConfig
 from megarl.config.stages import configs_of
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, quoted
 
 if TYPE_CHECKING:
     from megarl.reshard.plan import Plan
@@ -28,20 +29,26 @@ def sync(
     config_path: Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
     overrides: Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")] = [],  # noqa: B006
     engine: Annotated[Literal["vllm", "sglang"] | None, typer.Option(help="Engine that gets the weights.")] = None,
-    tp: Annotated[int, typer.Option(min=1, help="Ranks that the engine's attention is cut over.")] = 1,
-    ep: Annotated[int, typer.Option(min=1, help="Ranks that its experts are distributed over; 1 cuts them over tp.")] = 1,
-    replicas: Annotated[int, typer.Option(min=1, help="Engines, all alike.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, max=MOST_RANKS, help="Ranks that the engine's attention is cut over.")] = 1,
+    ep: Annotated[
+        int, typer.Option(min=1, max=MOST_RANKS, help="Ranks that its experts are distributed over; 1 cuts them over tp.")
+    ] = 1,
+    replicas: Annotated[int, typer.Option(min=1, max=MOST_RANKS, help="Engines, all alike.")] = 1,
     to: Annotated[str | None, typer.Option(help='A Megatron layout instead of an engine, such as "tp=4,pp=2".')] = None,
     optimizer: Annotated[bool, typer.Option("--optimizer", help="With --to: one float32 tensor of optimizer state.")] = False,
     world_size: Annotated[
-        int | None, typer.Option(min=1, help="Ranks of the policy; as configured, or the fewest, by default.")
+        int | None, typer.Option(min=1, max=MOST_RANKS, help="Ranks of the policy; as configured, or the fewest, by default.")
     ] = None,
     disjoint: Annotated[bool, typer.Option("--disjoint", help="The engines have nodes of their own.")] = False,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node; training rank r is on GPU r.")] = 8,
-    intra_gbps: Annotated[float, typer.Option(min=0.001, help="Gigabits per second of a GPU within its node, each way.")] = 3600,
-    inter_gbps: Annotated[float, typer.Option(min=0.001, help="Gigabits per second of a GPU to other nodes, each way.")] = 400,
-    bucket_mib: Annotated[int, typer.Option(min=1, help="MiB that a rank sends, or receives, at a time.")] = 512,
-    num_copies: Annotated[int, typer.Option("--copies", min=0, help="Show so many of the first copies.")] = 0,
+    gpus_per_node: Annotated[int, typer.Option(min=1, max=MOST_RANKS, help="GPUs of a node; training rank r is on GPU r.")] = 8,
+    intra_gbps: Annotated[
+        float, typer.Option(min=0.001, max=1e9, callback=finite, help="Gigabits per second of a GPU within its node, each way.")
+    ] = 3600,
+    inter_gbps: Annotated[
+        float, typer.Option(min=0.001, max=1e9, callback=finite, help="Gigabits per second of a GPU to other nodes, each way.")
+    ] = 400,
+    bucket_mib: Annotated[int, typer.Option(min=1, max=1 << 20, help="MiB that a rank sends, or receives, at a time.")] = 512,
+    num_copies: Annotated[int, typer.Option("--copies", min=0, max=10**9, help="Show so many of the first copies.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with the bytes of every rank.")] = False,
 ) -> None:
     """Print how the weights of CONFIG's policy (with a curriculum in its last stage) get to engines or to another Megatron layout,
@@ -104,11 +111,8 @@ def _first_engine_gpu(world_size: int, num_engine_ranks: int, gpus_per_node: int
 
 
 def _parallel(text: str) -> ParallelConfig:
-    try:
-        return ParallelConfig.model_validate(dict(item.partition("=")[::2] for item in text.split(",")))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigError(f"plan sync --to {text!r}: {problem['loc'][0]}: {problem['msg']}; write for example tp=4,pp=2") from error
+    where = f"plan sync --to {quoted(text)}"
+    return parallel_of(layout_items(text, where), where)
 
 
 def _as_json(plan: "Plan", result: "PlanReport", num_copies: int) -> dict[str, Any]:

@@ -9,14 +9,17 @@ from transformers import PreTrainedTokenizerBase
 from megarl.config.schema import Config
 from megarl.config.stages import Stage, stages_of
 from megarl.config.tasks import task_scorers
+from megarl.data.chat_template import chat_settings
 from megarl.data.curriculum import LengthLimit, StagedPrompts
 from megarl.data.observations import ObservationTemplate
 from megarl.data.packing import pack_groups
+from megarl.data.response_text import find_end_tokens, response_decoder
 from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_prompt_source
 from megarl.environments.run import Environments, open_environments
 from megarl.errors import CheckpointError
 from megarl.loop.background import BackgroundLoop
 from megarl.loop.broadcast import broadcast_batch, broadcast_value
+from megarl.loop.start_checks import check_references, row_sizes
 from megarl.loop.weight_sync import MainRankEngine, WeightSync, check_transport
 from megarl.observe.metrics import accuracy_metrics, pass_at_k, pass_rates, rollout_metrics
 from megarl.rewards.combine import RewardScorer
@@ -74,9 +77,11 @@ class Prompts:
 
 
 def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """The prompts of a run without stages; raises DataError as ``build_prompt_source``."""
-    training = build_prompt_source(config, tokenizer) if config.kind == "rl" else None
-    return Prompts(training=training, held_out=build_evaluation_prompts(config, tokenizer))
+    """The prompts of a run without stages; raises DataError as ``build_prompt_source`` and ``check_references``."""
+    training = build_prompt_source(config, tokenizer, row_sizes(config, tokenizer)) if config.kind == "rl" else None
+    held_out = build_evaluation_prompts(config, tokenizer)
+    check_references(config, training.rows() if training else ())
+    return Prompts(training=training, held_out=held_out)
 
 
 def prompts_of_stage(prompts: StagedPrompts, stages: Sequence[Stage], stage: Stage) -> Prompts:
@@ -86,6 +91,7 @@ def prompts_of_stage(prompts: StagedPrompts, stages: Sequence[Stage], stage: Sta
 
 def read_held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     """The held-out prompts alone, with a curriculum those of all its stages."""
+    check_references(config, ())
     if config.curriculum is None:
         return Prompts(training=None, held_out=build_evaluation_prompts(config, tokenizer))
     stages = stages_of(config)
@@ -140,10 +146,10 @@ class MainRankRollout:
         self.prompts = prompts.training
         self.evaluation_prompts = prompts.held_out
         self.stages = prompts.stages
-
-        def decode(token_ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(token_ids, skip_special_tokens=True))
-
+        ends = find_end_tokens(config, tokenizer)
+        for line in ends.notices:
+            warn(line)
+        decode = response_decoder(config, tokenizer, ends)
         warn(find_sandbox().describe())
         self.scorer = RewardScorer(config.rewards, task_scorers(config), decode)
         self.is_correct = correctness(config)
@@ -155,13 +161,13 @@ class MainRankRollout:
         if (environment := config.rollout.environment) is not None:
             score = EpisodeScorer(score, weight=environment.weight, on_failure=config.rewards.on_failure).score
             self.environments = open_environments(environment)
-            encode = ObservationTemplate(tokenizer, environment).encode
-            player = EpisodePlayer(self.environments, encode, decode, environment.max_turns)
-        stop_token_ids = {*config.rollout.stop_token_ids, tokenizer.eos_token_id}
+            observations = ObservationTemplate(tokenizer, environment, chat_settings(config))
+            prefill = observations.prefill if config.rollout.show_prefill else ""
+            player = EpisodePlayer(self.environments, observations.encode, decode, environment.max_turns, prefill)
         self.collector = _collector_class(config)(
             self.engine,
             config,
-            stop_token_ids=tuple(sorted(stop_token_ids)),
+            stop_token_ids=ends.stopping,
             decode=decode,
             score=score,
             warn=warn,
@@ -169,6 +175,9 @@ class MainRankRollout:
             player=player,
         )
         self.runner = asyncio.Runner() if config.rollout.asynchronous is None else BackgroundLoop()
+        self.runner.run(self.scorer.check_workers())
+        if self.environments is not None:
+            self.runner.run(self.environments.check())
         self.runner.run(self.scorer.check_servers())
         self.runner.run(self.engine.start())
 

@@ -7,7 +7,7 @@ from typing import Literal
 from transformers import AutoConfig, PretrainedConfig
 
 from megarl.config.model_facts import SUPPORTED_MODEL_TYPES
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, one_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +115,8 @@ def read_architecture(path: Path) -> Architecture:
     """
     try:
         hf = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path {path}: config.json cannot be read ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # transformers checks values in its own way, and a folder's JSON may be anything
+        raise ConfigError(f"model.path {path}: config.json cannot be read ({one_line(error)})") from error
     if hf.model_type not in SUPPORTED_MODEL_TYPES:
         raise ConfigError(
             f"model.path {path}: family {hf.model_type!r} is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"

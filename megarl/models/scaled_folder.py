@@ -1,10 +1,12 @@
-"""The folder of a model with another RoPE scaling: its config.json with the scaling in it, and links to all other files.
+"""The folder of a model as the run uses it: its config.json with the run's RoPE scaling, and links to all other files.
 
-Trainer, embedded engine, vLLM, SGLang and the exported folder all read the RoPE of the run from this one config.json.
+Trainer, embedded engine, vLLM, SGLang and the exported folder all read the model from this one config.json. It lacks what MegaRL's
+trainer does not compute and engines refuse (``NOT_COMPUTED``).
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,10 +19,16 @@ from megarl.config.schema import Config
 from megarl.errors import ConfigError
 
 CONFIG = "config.json"
+# Qwen2.5-1M's config.json names an attention for more positions than it was trained on. transformers and the trainer compute full
+# attention, which is the same up to the length of training; vLLM and SGLang without its kernels die at start.
+NOT_COMPUTED = "dual_chunk_attention_config"
+
+logger = logging.getLogger(__name__)
 
 
 def with_scaled_model(config: Config, folder: Path, *, writes: bool) -> Config:
-    """The config with its model.rope_scaling in the model's folder, which is then ``folder``/models/…; itself where none is given.
+    """The config with its model.rope_scaling in the model's folder, which is then ``folder``/models/…; itself where the model is
+    used as it is.
 
     One run can have several: each scaling has a folder of its own.
 
@@ -32,24 +40,35 @@ def with_scaled_model(config: Config, folder: Path, *, writes: bool) -> Config:
     Raises:
         ConfigError: the model's folder cannot be read, or this one cannot be written.
     """
-    scaling = config.model.rope_scaling
-    if scaling is None:
+    scaling, has_other_attention = config.model.rope_scaling, _has_other_attention(config.model.path)
+    if scaling is None and not has_other_attention:
         return config
     scaled = scaled_folder(folder, scaling)
     if writes:
+        if has_other_attention:
+            logger.warning(
+                "%s: %s is not used: trainer and engine compute full attention", config.model.path / CONFIG, NOT_COMPUTED
+            )
         _write(config.model.path, scaling, scaled)
     return config.model_copy(update={"model": config.model.model_copy(update={"path": scaled, "rope_scaling": None})})
 
 
-def scaled_folder(folder: Path, scaling: Mapping[str, Any]) -> Path:
+def _has_other_attention(model: Path) -> bool:
+    return (model / CONFIG).is_file() and bool(read_config_json(model).get(NOT_COMPUTED))
+
+
+def scaled_folder(folder: Path, scaling: Mapping[str, Any] | None) -> Path:
     """Where ``with_scaled_model`` puts the model: a name of the scaling's type and digest, the same for 4 and 4.0."""
+    if scaling is None:
+        return folder / "models" / "full_attention"
     text = json.dumps(normalised(scaling), sort_keys=True)
     return folder / "models" / f"{scaling['rope_type']}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _write(source: Path, scaling: Mapping[str, Any], output: Path) -> None:
+def _write(source: Path, scaling: Mapping[str, Any] | None, output: Path) -> None:
     """Make the folder, which appears under its name only when it is whole; one that is as it should be is left alone."""
-    text = json.dumps(with_scaling(read_config_json(source), scaling), indent=2) + "\n"
+    used = {name: value for name, value in read_config_json(source).items() if name != NOT_COMPUTED}
+    text = json.dumps(used if scaling is None else with_scaling(used, scaling), indent=2) + "\n"
     try:
         links = {file.name: file.absolute() for file in source.iterdir() if file.name != CONFIG}
         if _holds(output, text, links):

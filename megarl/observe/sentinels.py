@@ -22,11 +22,10 @@ def check_logprob_gap(mean_gap: float, limit: float, step: int, *, first: bool) 
         return None
     line = (
         f"step {step}: trainer and sampler log-probabilities differ by {mean_gap:.4g} nats per token on average, above "
-        f"observe.max_logprob_gap {limit:g}; likely causes: the engine holds other weights or another dtype than the trainer, its "
-        "tokenizer or chat template differs, or it samples with a temperature or truncation that its log-probabilities leave out"
+        f"observe.max_logprob_gap {limit:g}; has the engine other weights, dtype, RoPE, or another temperature or top-p in them?"
     )
     if first:
-        raise TrainingError(f"{line}; look at the responses in rollouts/, or compare with rollout.engine: embedded")
+        raise TrainingError(f"{line} Compare with rollout.engine: embedded")
     return line
 
 

@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megarl.config.layout_text import MOST_RANKS
 from megarl.death_signal import end_with_parent_in_forks
-from megarl.errors import ConfigError, MegaRLError
+from megarl.errors import ConfigError, MegaRLError, quoted
 from megarl.sockets import LOCALHOST, address_towards, gloo_kept_to, is_loopback, keep_gloo_to, listen, serve_store
 
 GRACE_SECONDS = 5.0  # for the other ranks to end by themselves when one has failed
+LARGEST_PORT = 65535
 OMP_PAUSE_SOFT = 1  # omp_pause_resource_t of OpenMP 5.0
 
 
@@ -49,30 +51,46 @@ def launched_rank(environment: Mapping[str, str] = os.environ) -> LaunchedRank |
     """The rank that torchrun (RANK, WORLD_SIZE, …) or srun with several tasks (SLURM_PROCID, …) made of this process, if any.
 
     MASTER_ADDR and MASTER_PORT go before what is derived from SLURM: the first node of the step, and a port by job and step.
+
+    Raises:
+        ConfigError: a variable is not what a launcher sets it to.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
+        world_size = _whole(environment, "WORLD_SIZE", 1, MOST_RANKS)
         return LaunchedRank(
-            rank=int(environment["RANK"]),
-            world_size=int(environment["WORLD_SIZE"]),
-            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            rank=_whole(environment, "RANK", 0, world_size - 1),
+            world_size=world_size,
+            local_rank=_whole(environment, "LOCAL_RANK", 0, MOST_RANKS, "0"),
             address=environment.get("MASTER_ADDR", LOCALHOST),
-            port=int(environment.get("MASTER_PORT", "29500")),
+            port=_whole(environment, "MASTER_PORT", 0, LARGEST_PORT, "29500"),
             agent_serves_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            spans_machines=int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])) < int(environment["WORLD_SIZE"]),
+            spans_machines=_whole(environment, "LOCAL_WORLD_SIZE", 1, world_size, str(world_size)) < world_size,
         )
     # one task starts its ranks itself (--nproc), as does a batch script, which has SLURM_PROCID but is no step
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    if _whole(environment, "SLURM_STEP_NUM_TASKS", 1, MOST_RANKS, "1") == 1:
         return None
-    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    job, step = (_whole(environment, name, 0, 2**63) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    world_size = _whole(environment, "SLURM_STEP_NUM_TASKS", 1, MOST_RANKS)
     return LaunchedRank(
-        rank=int(environment["SLURM_PROCID"]),
-        world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
-        local_rank=int(environment["SLURM_LOCALID"]),
+        rank=_whole(environment, "SLURM_PROCID", 0, world_size - 1),
+        world_size=world_size,
+        local_rank=_whole(environment, "SLURM_LOCALID", 0, MOST_RANKS),
         address=environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
-        port=int(environment.get("MASTER_PORT") or 15000 + (job * 16 + step) % 15000),
+        port=_whole(environment, "MASTER_PORT", 0, LARGEST_PORT, str(15000 + (job * 16 + step) % 15000)),
         agent_serves_store=False,
-        spans_machines=int(environment.get("SLURM_STEP_NUM_NODES", "1")) > 1,
+        spans_machines=_whole(environment, "SLURM_STEP_NUM_NODES", 1, MOST_RANKS, "1") > 1,
     )
+
+
+def _whole(environment: Mapping[str, str], name: str, least: int, most: int, default: str = "") -> int:
+    """A launcher's variable; raises ConfigError where it is no whole number from ``least`` to ``most``."""
+    text = environment.get(name) or default
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
+        raise ConfigError(
+            f"{name} in the environment: is {quoted(text, 40)}, but has to be a whole number from {least} to {most}; "
+            "correct it, or unset RANK and WORLD_SIZE to start the ranks with --nproc"
+        )
+    return int(text)
 
 
 def first_host(node_list: str) -> str:

@@ -56,7 +56,7 @@ class RewardScorer:
         Args:
             config: its scorers are those of every task that has none of its own.
             task_scorers: the scorers of the other tasks, by the task's name.
-            decode: gives the text of a run of response tokens, as ``Rollout.text`` was made.
+            decode: gives the text of a run of response tokens, as ``Rollout.text`` was made behind the prompt's prefill.
 
         Raises:
             ConfigError: a scorer's pattern or function is wrong, or two of a task have one name.
@@ -100,6 +100,10 @@ class RewardScorer:
     def take_num_replaced(self) -> int:
         """How many workers ended before they had answered, and were replaced, since this was asked last."""
         return self._pool.take_num_replaced()
+
+    async def check_workers(self) -> None:
+        """Start a worker; raises RewardError when it cannot be started."""
+        await self._pool.check()
 
     async def check_servers(self) -> None:
         """Let every reward server score something, and every judge judge something; raises RewardError when one cannot."""
@@ -167,7 +171,7 @@ class RewardScorer:
         """The scores of a response's steps with the index of the last token of each."""
         assert scorer.step_separator is not None
         steps = split_steps(rollout.text, scorer.step_separator)
-        return zip(step_ends(steps, rollout.token_ids, self._decode), scores, strict=True)
+        return zip(step_ends(steps, rollout.token_ids, self._decode, rollout.prompt.prefill), scores, strict=True)
 
     async def _run_all(self, scorers: Sequence[_TaskScorer], rollout: Rollout) -> list[Outcome]:
         try:

@@ -5,7 +5,7 @@ from megarl.config.schema import Config, ReasoningGymSource
 from megarl.config.tasks import placed_tasks, scorers_of
 from megarl.errors import ConfigError
 from megarl.rewards.reading_tasks import READING_TASKS
-from megarl.workers.sandbox import INSTALL, find_sandbox
+from megarl.workers.sandbox import find_sandbox
 
 
 def refuse_evaluating_tasks(config: Config) -> None:
@@ -27,5 +27,6 @@ def refuse_evaluating_tasks(config: Config) -> None:
 def refusal(task: str) -> str:
     """Why a task's answers are not scored here, and what helps."""
     return (
-        f"scoring {task} of reasoning_gym executes the answer as code, and {find_sandbox().reason}; {INSTALL}, or take another task"
+        f"scoring {task} executes the answer as code, but {find_sandbox().reason}; install bubblewrap 0.8 or newer "
+        "(docs/sandbox.md) or take another task"
     )

@@ -21,6 +21,7 @@ class WorkerPool:
     """Up to ``num_workers`` processes, each with all scorers."""
 
     def __init__(self, specs: Sequence[ScorerSpec], num_workers: int, sandbox: SandboxConfig) -> None:
+        self._has_scorers = bool(specs)
         self._processes = ProcessPool(
             "megarl.rewards.worker:build_scorers",
             (list(specs), find_sandbox().program is not None),
@@ -31,6 +32,11 @@ class WorkerPool:
             section="rewards.sandbox",
             modules=[spec.function.partition(":")[0] for spec in specs if spec.function is not None],
         )
+
+    async def check(self) -> None:
+        """Start one worker; raises RewardError when it cannot be started."""
+        if self._has_scorers:
+            await self._processes.check()
 
     def take_num_replaced(self) -> int:
         """See ProcessPool."""

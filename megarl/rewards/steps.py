@@ -17,18 +17,21 @@ def split_steps(text: str, separator: str) -> list[str]:
     return re.findall(rf"{mark}*.+?(?:{mark}+|\Z)", text, re.DOTALL)
 
 
-def step_ends(steps: Sequence[str], token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[int]:
+def step_ends(
+    steps: Sequence[str], token_ids: Sequence[int], decode: Callable[[Sequence[int]], str], prefill: str = ""
+) -> list[int]:
     """Index of the last token of each step: the one with which the step's last character is there.
 
     The last step ends with the response, so that the token that stops it, which has no text, belongs to it. Steps that end within
     one token get the same index.
 
     Args:
-        steps: of ``decode(token_ids)``.
+        steps: of ``prefill + decode(token_ids)``.
         token_ids: of the whole response.
         decode: gives the text of any run of tokens.
+        prefill: text that stands before the first token; a step that ends in it gets that token.
     """
-    lengths = decoded_lengths(token_ids, decode)
+    lengths = [len(prefill) + length for length in decoded_lengths(token_ids, decode)]
     ends = [bisect_left(lengths, characters) for characters in accumulate(map(len, steps))]
     return [*ends[:-1], len(token_ids) - 1] if ends else []
 

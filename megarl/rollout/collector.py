@@ -51,7 +51,7 @@ class Collector:
             engine: started; its weights are pushed by the caller.
             config: the run.
             stop_token_ids: all that end a response.
-            decode: gives the text of a response without special tokens.
+            decode: gives the text of a response without the tokens that end it.
             score: None for a response means that its whole group is dropped; in training another prompt takes its place.
             warn: called with one line when something needs a person's eye.
             with_greedy: whether ``collect`` also answers each prompt at temperature 0. Such a response is part of its group: it
@@ -222,7 +222,7 @@ class Collector:
                 logprobs=generation.logprobs,
                 weight_versions=generation.weight_versions,
                 finish_reason=generation.finish_reason,
-                text=self._decode(generation.token_ids),
+                text=request.prompt.prefill + self._decode(generation.token_ids),
                 routed_experts=generation.routed_experts,
             )
             for (index, _), generation in zip(request.responses, generations, strict=True)

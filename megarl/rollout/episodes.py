@@ -59,15 +59,24 @@ class EpisodePlayer:
     Args:
         environments: started; closed by the caller.
         encode_observation: tokens of an environment's message after a turn's last token, or after the prompt (None).
-        decode: text of a turn without special tokens.
+        decode: text of a turn without the tokens that end it.
         max_turns: of the policy.
+        prefill: beginning of every turn but the first, whose own the prompt has, that stands before the tokens of the policy.
     """
 
-    def __init__(self, environments: Environments, encode_observation: EncodeObservation, decode: Decode, max_turns: int) -> None:
+    def __init__(
+        self,
+        environments: Environments,
+        encode_observation: EncodeObservation,
+        decode: Decode,
+        max_turns: int,
+        prefill: str = "",
+    ) -> None:
         self._environments = environments
         self._encode_observation = encode_observation
         self._decode = decode
         self._max_turns = max_turns
+        self._prefill = prefill
 
     async def play(self, prompt: Prompt, sample_index: int, sampling: SamplingParams, generate: Generate) -> Rollout:
         """One episode.
@@ -122,7 +131,8 @@ class EpisodePlayer:
                 seed=derived_seed(sampling.seed, f"{sample_index}/{turn}"),
             )
             generation = await generate((*prompt.token_ids, *trajectory.token_ids), request)
-            text = self._decode(generation.token_ids)
+            prefill = self._prefill if trajectory.token_ids else prompt.prefill
+            text = prefill + self._decode(generation.token_ids)
             trajectory.add_turn(generation, text)
             if generation.finish_reason is FinishReason.LENGTH:
                 return

@@ -81,8 +81,8 @@ class ServerConnection:
                     raise self._refusal(where, response.status, text)
                 return parse_answer(text) if response.content_type == "application/json" and text else None
         except (aiohttp.ClientError, OSError) as error:
-            problem = f"{self.name} at {shortened(self.url, 80)} does not answer {where}: {shortened(str(error), 100) or type(error).__name__}"
-            raise RolloutError(problem) from error
+            reason = shortened(str(error), 100) or type(error).__name__
+            raise RolloutError(f"{self.name} at {shortened(self.url, 80)} does not answer {where}: {reason}") from error
         except ValueError as error:
             raise RolloutError(self._with_fix(f"{self._who} answered {where}, but {error}")) from error
 

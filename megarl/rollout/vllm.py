@@ -197,9 +197,9 @@ class VllmEngine(ServerEngine):
         rollout = self.config.rollout
         if reported != self._logprobs_mode and (reported != "raw_logprobs" or rollout.temperature != 1):
             raise RolloutError(
-                f"vLLM runs with --logprobs-mode {shortened(reported, 40)}, which are no log-probabilities of sampling at temperature "
-                f"{rollout.temperature:g}, top_p {rollout.top_p:g}, top_k {rollout.top_k}; start it with --logprobs-mode "
-                f"{self._logprobs_mode}"
+                f"vLLM runs with --logprobs-mode {shortened(reported, 40)}, whose log-probabilities are not those of sampling at "
+                f"temperature {rollout.temperature:g}, top_p {rollout.top_p:g}, top_k {rollout.top_k}; start it with "
+                f"--logprobs-mode {self._logprobs_mode}"
             )
 
     @property

@@ -1,6 +1,7 @@
 """The models of a run: policy and critic, which learn, and reference and reward model, which do not."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from megarl.algorithms.objectives import ObjectiveFunction
 from megarl.config.schema import Config, CriticConfig, OptimizerConfig, RewardModelConfig, RoleConfig
 from megarl.data.packing import with_scored_ends
+from megarl.errors import TrainingError
 from megarl.models.architecture import read_architecture
 from megarl.models.build import ValueModel, build_model_chunks, use_transformer_engine
 from megarl.models.routing_replay import replay_routing
@@ -42,15 +44,16 @@ def _build_engine(
         architecture, config.model.vocabulary_pad_multiple, use_transformer_engine(config.model.transformer_impl)
     )
     layout = build_layout(role.parallel, role.ranks(dist.get_world_size()))
+    source: WeightSource | None = None  # made before the model: sizes that the weights do not have may not fit into memory
+    if with_weights and config.model.init == "random" and path == config.model.path:
+        source = RandomSource(weight_map, config.seed)
+    elif with_weights and not is_distributed_checkpoint(path):
+        source = SafetensorsSource(path, weight_map)
     chunks = build_model_chunks(architecture, config.model, role, layout, config.seed)
-    if not with_weights:
-        pass
-    elif config.model.init == "random" and path == config.model.path:
-        load_weights(chunks, RandomSource(weight_map, config.seed), weight_map, layout)
-    elif is_distributed_checkpoint(path):
+    if source is not None:
+        load_weights(chunks, source, weight_map, layout)
+    elif with_weights:
         load_megatron_weights(chunks, path, layout)
-    else:
-        load_weights(chunks, SafetensorsSource(path, weight_map), weight_map, layout)
     if replays_routing:
         replay_routing(chunks, architecture)
     temperature = config.rollout.temperature if config.kind == "rl" else 1.0
@@ -75,7 +78,6 @@ def _build_value_model(
     with_transformer_engine = use_transformer_engine(config.model.transformer_impl)
     weight_map = with_value_head(build_weight_map(architecture, config.model.vocabulary_pad_multiple, with_transformer_engine))
     layout = build_layout(role.parallel, role.ranks(dist.get_world_size()))
-    chunks = build_model_chunks(architecture, config.model, role, layout, config.seed, ValueModel)
     source: WeightSource
     if config.model.init == "random" and path is None:
         source = RandomSource(weight_map, config.seed)
@@ -83,6 +85,7 @@ def _build_value_model(
         source = value_head_source(folder, weight_map, config.seed)
     else:
         source = SafetensorsSource(folder, weight_map)
+    chunks = build_model_chunks(architecture, config.model, role, layout, config.seed, ValueModel)
     if with_weights:
         load_weights(chunks, source, weight_map, layout)
     return TrainingEngine(chunks, role, layout, head=ValueHead(role=role, layout=layout), trainable=trainable), weight_map
@@ -136,6 +139,7 @@ class Learner:
         self.weight_map = weight_map
         self._dtype = dtype
         self._optimizer = EngineOptimizer(engine, optimizer, total_updates) if engine.layout.is_member else None
+        self._has_learned = False
         enabled = engine.role.offload != "none"
         self._gradients = Offloaded(engine.gradient_buffers, "dropped", enabled=enabled)
         self._optimizer_state = Offloaded(self._optimizer_tensors, "changing", enabled=enabled)
@@ -191,7 +195,9 @@ class Learner:
         else:
             with self.on_device():
                 metrics = self.engine.forward_backward(batch, objective)
+                self._check_first_loss(metrics)
                 norm, learning_rate, skipped = self.optimizer.step()
+                self._has_learned |= not skipped
         return UpdateResult(
             metrics=metrics,
             gradient_norm=norm,
@@ -201,6 +207,18 @@ class Learner:
             num_tokens=num_tokens,
             num_sequences=batch.packed.num_sequences,
         )
+
+    def _check_first_loss(self, metrics: Mapping[str, float]) -> None:
+        """Refuse to begin with a loss that no update can be made of; later ones are skipped and counted by the optimizer.
+
+        Raises:
+            TrainingError: the loss is not finite, and no update has been made since the process started.
+        """
+        if not self._has_learned and not math.isfinite(metrics["loss"]):
+            raise TrainingError(
+                f"the loss of the first update is {metrics['loss']:g}; the model's numbers or its data are not finite or overflow: "
+                "look at the rows and at rope_theta and rms_norm_eps in config.json, or set model.dtype to float32"
+            )
 
     def hugging_face_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights as whole Hugging Face tensors on rank 0; every rank must exhaust it."""

@@ -1,6 +1,5 @@
 """Hugging Face folders to Megatron checkpoints and back, window by window, without holding the model."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from megarl.errors import WeightsError
 from megarl.parallel.launch import single_rank_world
 from megarl.weights.checkpoint_map import CheckpointMap, overlap
 from megarl.weights.distributed_writer import StreamingSave, Window, split_into_files
-from megarl.weights.export import copy_side_files, shard_name, write_index
+from megarl.weights.export import copy_side_files, set_dtype, shard_name, write_index
 from megarl.weights.mapping import WeightMap
 from megarl.weights.model_folder import PAD_MULTIPLE, FolderKind, folder_kind, open_megatron, readable_architecture
 from megarl.weights.partial_folder import PartialFolder
 from megarl.weights.safetensors_files import SafetensorsFolder, write_safetensors
 from megarl.weights.sources import check_tensors
-from megarl.weights.stored_tensors import Buffer, TensorFolder, read_ahead, windows
+from megarl.weights.stored_tensors import Buffer, TensorFolder, check_finite, read_ahead, windows
 
 Progress = Callable[[int, int], None]  # told the bytes just done and the bytes of all
 
@@ -185,6 +184,7 @@ def read_cast(tensors: TensorFolder, name: str, start: int, target: Tensor) -> N
         values = torch.empty(target.shape, dtype=stored)
         tensors.read_rows(name, start, values)
         target.copy_(values)
+    check_finite(target, name, tensors.folder)
 
 
 def write_file(
@@ -234,13 +234,3 @@ def purpose(conversion: str, source: Path, config: Path, options: Options) -> di
         "torch version": torch.__version__,
         "megatron-core version": version("megatron-core"),
     }
-
-
-def set_dtype(folder: Path, dtype: torch.dtype | None) -> None:
-    """Have config.json name the dtype of the weights."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 and 5
-    name = str(dtype).removeprefix("torch.")
-    if dtype is not None and config.get(key) != name:
-        path.write_text(json.dumps(config | {key: name}, indent=2) + "\n")

@@ -7,13 +7,12 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from megarl.errors import WeightsError
 from megarl.weights.distributed_checkpoint import MEGATRON_MARKER
-from megarl.weights.safetensors_files import INDEX
+from megarl.weights.safetensors_files import INDEX, write_safetensors
 from megarl.weights.shard_folder import SHARD_MAP
 
 SHARD_BYTES = 4 * 2**30
@@ -30,7 +29,7 @@ def write_hugging_face_folder(
 
     Args:
         tensors: Hugging Face names and full tensors; at most one shard of them is held in memory.
-        source: folder whose config is carried over.
+        source: folder whose config is carried over, with the dtype of the tensors in it.
         tokenizer: folder whose tokenizer files are carried over.
         output: the folder to write.
         with_value_head: the tensors are a critic's, and the folder is one of transformers' ...ForSequenceClassification.
@@ -46,10 +45,12 @@ def write_hugging_face_folder(
         copy_side_files(source, partial)
         if with_value_head:
             _describe_value_head(partial / "config.json")
-        _write_shards(tensors, partial)
+        set_dtype(partial, _write_shards(tensors, partial))
+        if output.is_symlink():
+            output.unlink()  # where it leads is not this run's
         shutil.rmtree(output, ignore_errors=True)
         os.replace(partial, output)
-    except (OSError, SafetensorError) as error:  # safetensors wraps the full disk in an error of its own
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise WeightsError(f"cannot write the Hugging Face folder {output}: {error}") from error
 
@@ -59,6 +60,16 @@ def copy_side_files(source: Path, output: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.suffix in CARRIED_SUFFIXES and path.name not in LEFT_BEHIND:
             shutil.copyfile(path, output / path.name)
+
+
+def set_dtype(folder: Path, dtype: torch.dtype | None) -> None:
+    """Have config.json name the dtype of the weights, under the key that it has: transformers 4 and 5 have each their own."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and any(config.get(key) != name for key in keys):
+        path.write_text(json.dumps(config | dict.fromkeys(keys, name), indent=2) + "\n", encoding="utf-8")
 
 
 def _describe_value_head(config: Path) -> None:
@@ -90,16 +101,22 @@ def write_index(folder: Path, files: list[list[str]], total_bytes: int) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
-def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> torch.dtype:
+    """Write the files and the index; returns the dtype of the first tensor, which is that of all but some buffers."""
     files: list[list[str]] = []
     total_bytes = 0
+    dtype = torch.float32
     for shard in _shards(tensors):
+        dtype = dtype if files else next(iter(shard.values())).dtype
         files.append(list(shard))
-        save_file(shard, folder / f"shard-{len(files)}", metadata={"format": "pt"})
+        # not safetensors' own save_file, whose files only their owner can read, whatever the umask says
+        with (folder / f"shard-{len(files)}").open("wb") as stream:
+            write_safetensors(stream, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in shard.items()}, shard.values())
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
     for number in range(1, len(files) + 1):
         os.replace(folder / f"shard-{number}", folder / shard_name(number, len(files)))
     write_index(folder, files, total_bytes)
+    return dtype
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from megarl.models.build import CausalLM
 from megarl.parallel.layout import Layout
 from megarl.weights.distributed_checkpoint import DistributedCheckpoint
 from megarl.weights.sharded_state import fill_from
+from megarl.weights.stored_tensors import check_finite
 
 
 @torch.no_grad()
@@ -18,6 +19,7 @@ def load_megatron_weights(chunks: list[CausalLM], folder: Path, layout: Layout) 
 
     Raises:
         CheckpointError: it is damaged, or of another model.
+        WeightsError: it holds numbers that are not finite.
     """
     checkpoint = DistributedCheckpoint(folder)
     for chunk in chunks:
@@ -26,3 +28,5 @@ def load_megatron_weights(chunks: list[CausalLM], folder: Path, layout: Layout) 
         for sharded in nested_values(state):
             if isinstance(sharded, ShardedTensor):
                 fill_from(checkpoint, sharded)
+                if sharded.data is not None:
+                    check_finite(sharded.data, sharded.key, folder)

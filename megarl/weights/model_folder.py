@@ -7,7 +7,7 @@ from pathlib import Path
 from megarl.config.load import load_config
 from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import ModelConfig
-from megarl.errors import CheckpointError, ConfigError, WeightsError
+from megarl.errors import CheckpointError, ConfigError, WeightsError, shortened
 from megarl.models.architecture import Architecture, read_architecture
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.parallel.launch import single_rank_world
@@ -122,5 +122,10 @@ def open_megatron(path: Path, config: Path | None = None) -> ModelFolder:
 
 def readable_architecture(folder: Path) -> Architecture:
     """The architecture of a config.json, after the checks that tell what is wrong with it in one line."""
-    read_model_facts(folder)
+    facts = read_model_facts(folder)
+    if facts.quantization is not None:
+        raise ConfigError(
+            f"{folder / 'config.json'}: the weights are quantized ({shortened(facts.quantization, 40)}); give the model in "
+            "bfloat16 or float32"
+        )
     return read_architecture(folder)

@@ -9,11 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.errors import WeightsError, listed
+from megarl.errors import WeightsError, listed, shortened, with_fix
+from megarl.weights.families.blocks import EMBEDDING, LM_HEAD
 from megarl.weights.mapping import WeightMap
 from megarl.weights.rules import Slice, Start
 from megarl.weights.safetensors_files import SafetensorsFolder
-from megarl.weights.stored_tensors import TensorFolder, read_columns, read_rows
+from megarl.weights.stored_tensors import TensorFolder, check_finite, read_columns, read_rows, windows
+
+VOCABULARY = (EMBEDDING, LM_HEAD)
+QUANTIZED_ENDINGS = ("weight_scale_inv", "weight_scale", ".qweight", ".qzeros", ".scales", ".absmax", "_blocks", "_scales")
 
 logger = logging.getLogger(__name__)
 
@@ -43,31 +47,71 @@ class SafetensorsSource:
         """Read the slice from its file."""
         stored = self._tensors.tensors[piece.name]
         if piece.dim == 1:
-            return read_columns(stored, piece.start, piece.stop)
-        rows = torch.empty((piece.stop - piece.start, *stored.shape[1:]), dtype=stored.dtype)
-        read_rows(stored, piece.start, rows, keep_cached=True)  # other ranks read the neighbouring rows
-        return rows
+            values = read_columns(stored, piece.start, piece.stop)
+        else:
+            values = torch.empty((piece.stop - piece.start, *stored.shape[1:]), dtype=stored.dtype)
+            read_rows(stored, piece.start, values, keep_cached=True)  # other ranks read the neighbouring rows
+        check_finite(values, piece.name, self._tensors.folder)
+        return values
 
 
 def check_tensors(tensors: TensorFolder, weight_map: WeightMap) -> None:
     """Refuse a folder whose tensors are not those of the model.
 
     Raises:
-        WeightsError: tensors are missing, extra or mis-shaped; all are listed.
+        WeightsError: they are quantized; tensors are missing, extra or mis-shaped; or a tied output layer is not the embedding.
     """
+    _check_plain(tensors)
     expected = weight_map.hugging_face_shapes()
     missing = sorted(expected.keys() - tensors.shapes.keys())
     extra = sorted(weight_map.unknown(tensors.shapes.keys() - expected.keys()))
     wrong = [
-        f"{name} is {list(tensors.shapes[name])}, config.json says {list(shape)}"
+        f"{name} is {list(tensors.shapes[name])}, config.json says {list(shape)}{' (vocab_size)' * (name in VOCABULARY)}"
         for name, shape in expected.items()
         if tensors.shapes.get(name, shape) != shape
     ]
     problems = [
-        f"{what}: {listed(names)}" for what, names in (("missing", missing), ("extra", extra), ("mis-shaped", wrong)) if names
+        f"{what}: {shortened(listed(names, 2), 160)}"
+        for what, names in (("missing", missing), ("extra", extra), ("mis-shaped", wrong))
+        if names
     ]
+    if missing == [LM_HEAD]:
+        problems.append("tie_word_embeddings is false")
     if problems:
-        raise WeightsError(f"{tensors.folder}: weights do not fit config.json; {'; '.join(problems)}")
+        raise WeightsError(
+            with_fix(f"{tensors.folder}: weights do not fit config.json; {'; '.join(problems)}", "copy the model again")
+        )
+    if weight_map.architecture.tied_embeddings:
+        _check_tied(tensors)
+
+
+def _check_plain(tensors: TensorFolder) -> None:
+    """Refuse quantized weights."""
+    for name, dtype in tensors.dtypes.items():
+        if name.endswith(QUANTIZED_ENDINGS) or dtype.itemsize == 1:
+            raise WeightsError(
+                f"{tensors.folder}: its weights are quantized ({shortened(name, 100)}, {str(dtype).removeprefix('torch.')}); give "
+                "the model in bfloat16 or float32"
+            )
+
+
+def _check_tied(tensors: TensorFolder) -> None:
+    """Refuse an output layer of its own where config.json says that it is the embedding: transformers and vLLM would keep it."""
+    head, embedding = tensors.shapes.get(LM_HEAD), tensors.shapes.get(EMBEDDING)
+    if head is None or embedding is None:
+        return
+    is_same = head == embedding
+    for start, stop in windows(embedding, tensors.dtypes[EMBEDDING]) if is_same else ():
+        parts = []
+        for name in (LM_HEAD, EMBEDDING):
+            parts.append(torch.empty((stop - start, *embedding[1:]), dtype=tensors.dtypes[name]))
+            tensors.read_rows(name, start, parts[-1])
+        is_same &= torch.equal(parts[0].float(), parts[1].float())
+    if not is_same:
+        raise WeightsError(
+            f"{tensors.folder}: {LM_HEAD} differs from {EMBEDDING}, and config.json has tie_word_embeddings true; set it to false "
+            f"to use {LM_HEAD}, or remove {LM_HEAD}"
+        )
 
 
 class RandomSource:

@@ -138,6 +138,19 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+def check_finite(values: Tensor, name: str, folder: Path) -> None:
+    """Refuse weights with NaN or infinite numbers in them.
+
+    Raises:
+        WeightsError: naming the tensor.
+    """
+    if not values.is_floating_point() or values.numel() == 0:
+        return
+    low, high = (values if values.element_size() > 1 else values.float()).aminmax()  # one pass; a NaN is both
+    if not bool(low.isfinite() & high.isfinite()):
+        raise WeightsError(f"{folder}: {name} holds NaN or infinite numbers; give a model whose weights are all finite")
+
+
 class Buffer:
     """Memory that one tensor after another is read into: touching fresh memory takes longer than the reading."""
 

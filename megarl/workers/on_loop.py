@@ -1,6 +1,7 @@
 """A call of the user's own async code on the trainer's event loop, whatever it raises."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -35,6 +36,9 @@ async def call_on_loop(function: Callable[[], Awaitable[T]], timeout: float, lat
                 task.cancel()
                 end_children()
                 await asyncio.wait({task}, timeout=_GRACE)
+                if not task.done():  # it goes on after a cancellation, and the run could never close its loop
+                    with contextlib.suppress(BaseException):
+                        task.get_coro().close()
         if is_late:
             raise CallFailure(late)
         if task.cancelled():

@@ -93,6 +93,15 @@ class ProcessPool:
             except BrokenAnswer as broken:
                 raise WorkerFailure(str(broken)) from broken
 
+    async def check(self) -> None:
+        """Start one worker, so that what keeps workers from starting is known before it costs anything.
+
+        Raises:
+            MegaRLError: of the pool's kind: it cannot be started.
+        """
+        if not self._alive:
+            self._idle.append(await self._start())
+
     def take_num_replaced(self) -> int:
         """How many workers ended before they had answered, and were replaced, since this was asked last."""
         taken, self._num_replaced = self._num_replaced, 0

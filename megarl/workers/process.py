@@ -79,7 +79,7 @@ class WorkerProcess:
             (length,) = FRAME_LENGTH.unpack(await self._answers.readexactly(FRAME_LENGTH.size))
             payload = await self._answers.readexactly(check_length(length))
         except (asyncio.IncompleteReadError, ConnectionError):
-            raise BrokenAnswer(_end(await self._exit_code())) from None
+            raise BrokenAnswer(told_end(await self._exit_code())) from None
         return read_answer(payload, token)
 
     async def kill(self) -> None:
@@ -112,7 +112,8 @@ class WorkerProcess:
                     print(f"(a worker has printed {_MAX_PRINTED} characters; the rest is left out)", file=sys.stderr)
 
 
-def _end(code: int) -> str:
+def told_end(code: int) -> str:
+    """What became of a process that ended with this code."""
     number = -code if code < 0 else code - 128  # bubblewrap ends with 128 and the signal that ended the worker
     if 0 < number < signal.NSIG:
         with contextlib.suppress(ValueError):

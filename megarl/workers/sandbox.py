@@ -10,12 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from megarl.config.schema import SandboxConfig
+from megarl.workers.answers import clean
 from megarl.workers.visible import visible_paths
 
 _PROBE_TIMEOUT = 60.0  # seconds
+_MAX_REASON = 60  # characters
 _NETWORK_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ssl", "/etc/pki", "/run/systemd/resolve")
 _NOBODY = "65534"
-INSTALL = "install bubblewrap 0.8 or newer (apt install bubblewrap) where user namespaces are allowed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class Sandbox:
             return f"scorers, environments and chat templates run in sandboxes of {self.program}"
         return (
             f"scorers, environments and chat templates run WITHOUT a sandbox, only with limits: {self.reason}; tasks of "
-            f"reasoning_gym that evaluate answers are refused; {INSTALL}"
+            f"reasoning_gym that execute answers are refused; install bubblewrap 0.8 or newer (docs/sandbox.md)"
         )
 
     def command(self, arguments: Sequence[str], config: SandboxConfig, modules: Iterable[str]) -> list[str]:
@@ -106,7 +107,7 @@ def find_sandbox() -> Sandbox:
         reason = _fault(sandbox)
         if not reason:
             return sandbox
-    return Sandbox(program=None, has_proc=False, reason=f"{program} does not work here ({reason})")
+    return Sandbox(program=None, has_proc=False, reason=f"bwrap does not work here ({reason})")
 
 
 def _fault(sandbox: Sandbox) -> str:
@@ -125,8 +126,13 @@ def _fault(sandbox: Sandbox) -> str:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return " ".join(str(error).split())[:160]
+        return _shortened(str(error))
     if result.returncode == 0:
         return ""
     lines = result.stderr.strip().splitlines() or [f"it ended with code {result.returncode}"]
-    return " ".join(lines[-1].split())[:160]
+    return _shortened(lines[-1])
+
+
+def _shortened(text: str) -> str:
+    line = clean(text)
+    return line if len(line) <= _MAX_REASON else line[: _MAX_REASON - 1] + "…"

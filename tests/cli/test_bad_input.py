@@ -41,52 +41,44 @@ def sets(*overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "num_ranks", "lines"),
+    ("overrides", "num_ranks", "line"),
     [
         (
             ["optimizer.learning_rat=1"],
             2,
-            ["--set: optimizer.learning_rat: unknown key; the nearest valid key is optimizer.learning_rate"],
+            "--set: optimizer.learning_rat: unknown key; the nearest valid key is optimizer.learning_rate",
         ),
         (
             ["policy.parallel.tp=3"],
             3,
-            [
-                f"policy.parallel.tp: tp 3 does not divide the model's {name}; "
-                "tp must divide num_attention_heads 4, num_key_value_heads 2, intermediate_size 96"
-                for name in ("num_attention_heads 4", "num_key_value_heads 2")
-            ],
+            "policy.parallel.tp: tp 3 does not divide the model's num_attention_heads 4; "
+            "tp must divide num_attention_heads 4, num_key_value_heads 2, intermediate_size 96; "
+            "and 1 more: policy.parallel.tp",
         ),
         (
             ["policy.parallel.tp=4"],
             4,
-            [
-                "policy.parallel.tp: tp 4 does not divide the model's num_key_value_heads 2; "
-                "tp must divide num_attention_heads 4, num_key_value_heads 2, intermediate_size 96"
-            ],
+            "policy.parallel.tp: tp 4 does not divide the model's num_key_value_heads 2; "
+            "tp must divide num_attention_heads 4, num_key_value_heads 2, intermediate_size 96",
         ),
         (
             [],
             3,
-            [
-                "policy.parallel: world size 3 = tp 2 × pp 1 × cp 1 × dp ?: 3 is not divisible by 2; "
-                "use 2 or 4 ranks, or smaller tp, pp or cp"
-            ],
+            "policy.parallel: world size 3 = tp 2 × pp 1 × cp 1 × dp ?: 3 is not divisible by 2; "
+            "use 2 or 4 ranks, or smaller tp, pp or cp",
         ),
         (
             ["rewards.scorers=[{type: python, function: no_such_module}]"],
             2,
-            [
-                "rewards.scorers.0.function: 'no_such_module' is not module:function for type python; "
-                "give for example my_package.rewards:score"
-            ],
+            "rewards.scorers.0.function: 'no_such_module' is not module:function for type python; "
+            "give for example my_package.rewards:score",
         ),
     ],
 )
-def test_config(workspace: Path, tmp_path: Path, capfd: Capture, overrides: list[str], num_ranks: int, lines: list[str]) -> None:
+def test_config(workspace: Path, tmp_path: Path, capfd: Capture, overrides: list[str], num_ranks: int, line: str) -> None:
     path = changed(tmp_path, workspace)
     error = refusal(capfd, "train", path, "--nproc", num_ranks, *sets(*overrides))
-    assert error.splitlines() == [f"configuration error: {line}" for line in lines]
+    assert error == f"configuration error: {line}"
     assert not (tmp_path / "run").exists()
 
 
@@ -244,7 +236,7 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
 
 @pytest.mark.parametrize("small_disk", [1024], indirect=True)
 def test_disk_too_small_for_a_checkpoint(workspace: Path, tmp_path: Path, small_disk: Path, capfd: Capture) -> None:
-    path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={})
+    path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={}, optimizer={})
     error = refusal(capfd, "train", path, "--nproc", 2, "--run-dir", small_disk / "run")
     checkpoints = small_disk / "run" / "checkpoints"
     assert error.startswith(f"error: cannot write {checkpoints / 'step_00000001'}: it needs up to 0.00 GB and {checkpoints} has ")
@@ -258,7 +250,7 @@ def test_disk_full_while_exporting(workspace: Path, tmp_path: Path, small_disk: 
     run.mkdir()
     (tmp_path / "checkpoints").mkdir()
     (run / "checkpoints").symlink_to(tmp_path / "checkpoints")
-    path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={})
+    path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={}, optimizer={})
     error = refusal(capfd, "train", path, "--nproc", 2, "--run-dir", run)
     assert error.startswith(f"error: cannot write the Hugging Face folder {run / 'hf'}: ")
     assert "No space left on device" in error
@@ -277,7 +269,7 @@ def test_disk_full_while_writing_a_checkpoint(
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoints").symlink_to(small_disk)
-    path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={}, checkpoint={"asynchronous": asynchronous})
+    path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={}, optimizer={}, checkpoint={"asynchronous": asynchronous})
     error = refusal(capfd, "train", path, "--nproc", 2)
     what = f"a checkpoint into {run / 'checkpoints'}" if asynchronous else run / "checkpoints" / "step_00000001"
     match = re.match(rf"error: cannot write {re.escape(str(what))} \((\d+\.\d) MB free there\): .", error)

@@ -140,7 +140,14 @@ def test_policy_server_is_like_one_that_megarl_starts(script: Path, tmp_path: Pa
     config = last.model_copy(update={"rollout": last.rollout.model_copy(update={"vllm": vllm})})
     (_, *command), environment = VllmEngine(config, tmp_path, {}).command(8000)
     (_, *served) = server.command
-    assert as_flags(served) == as_flags(command) | {"--host": "0.0.0.0"}
+    flags = as_flags(served)
+    overrides = flags.pop(
+        "--hf-overrides", None
+    )  # MegaRL starts its own with a config.json without the key (models/scaled_folder.py)
+    assert overrides == ('{"dual_chunk_attention_config": null}' if script.stem == "long_context_1m" else None)
+    assert flags == as_flags(command) | {"--host": server.options["nodelist"]}
+    assert training.command[training.command.index("rollout.vllm.api_key_env=MEGARL_API_KEY") - 1] == "--set"
+    assert not re.search(r"[0-9a-f]{64}", " ".join(served))  # the key is in the environment alone
     assert [word for word in served if word in ("-m", "vllm.entrypoints.openai.api_server")] == command[:2]
     assert Path(server.environment["PYTHONPATH"]).resolve() == Path(environment["PYTHONPATH"]).resolve()
     assert server.environment["VLLM_SERVER_DEV_MODE"] == environment["VLLM_SERVER_DEV_MODE"]

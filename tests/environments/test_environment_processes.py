@@ -104,6 +104,10 @@ def test_a_failure_has_its_reason_and_costs_no_other_episode_anything(how: str, 
     [
         ("Bad", {"options": {"how": "reset_number"}}, r"reset returned 3, not a text or None"),
         ("Bad", {"options": {"how": "unpicklable"}}, r"cannot be pickled between turns .*; set rollout.environment.in_process to"),
+        ("AsyncCancelled", {"in_process": True}, "CancelledError"),
+        ("AsyncExits", {"in_process": True}, "SystemExit: 3"),
+        ("AsyncCancelled", {}, "CancelledError"),
+        ("AsyncExits", {}, "SystemExit: 3"),
         ("AsyncHanging", {"in_process": True, "timeout": 0.1}, r"no answer within rollout\.environment\.timeout = 0\.1 seconds"),
     ],
 )

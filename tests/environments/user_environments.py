@@ -76,6 +76,18 @@ class AsyncHanging:
         await asyncio.Event().wait()
 
 
+class AsyncCancelled(AsyncHanging):
+    async def step(self, response):
+        import asyncio
+
+        raise asyncio.CancelledError
+
+
+class AsyncExits(AsyncHanging):
+    async def step(self, response):
+        raise SystemExit(3)
+
+
 class NoStep:
     def reset(self, prompt, reference, seed):
         return None

@@ -101,19 +101,33 @@ FAILURES = [
     ("reads_level", "KeyError: 'level'"),
     ("async_never", r"no score within rewards.timeout = 0.2 seconds"),
     ("async_raises", "TimeoutError: the judge is away"),
+    ("async_lets_cancellation_out", "CancelledError"),
+    ("async_cancels_itself", "CancelledError"),
+    ("async_exits", "SystemExit: 3"),
+    ("async_interrupts", "KeyboardInterrupt"),
+    ("async_takes_no_reference", "TypeError: .*takes 1 positional argument"),
+    ("async_swallows_cancellation", r"no score within rewards.timeout = 0.2 seconds"),
+    ("async_leaves_processes", r"no score within rewards.timeout = 0.2 seconds"),
+    ("async_fails_and_leaves_processes", "ValueError: no score"),
+    ("exits_by_exception", "SystemExit: 3"),
+    ("is_cancelled", "CancelledError"),
+    ("interrupts", "KeyboardInterrupt"),
 ]
+SHORT = ("async_never", "async_swallows_cancellation", "async_leaves_processes")
 
 
 @pytest.mark.parametrize(("function", "reason"), FAILURES)
 def test_failure_policies(function, reason, caplog):
     scorers = [python(function), python("length", weight=2.0)]
-    scored = score_one(scorers, on_failure="zero", timeout=0.2 if function == "async_never" else 10)
+    scored = score_one(scorers, on_failure="zero", timeout=0.2 if function in SHORT else 10)
     assert scored.reward == 8.0
     assert scored.parts == {"length": 4.0}
     (failure,) = scored.failures
     assert failure.startswith(f"{function} failed on train/3 sample 5: ")
     assert re.search(reason, failure)
     assert failure in caplog.messages
+    left = [process for process in psutil.process_iter(["cmdline", "status"]) if "65432" in (process.info["cmdline"] or ())]
+    assert not [process for process in left if process.info["status"] != psutil.STATUS_ZOMBIE]
 
 
 def test_drop_and_stop_and_the_count():

@@ -1,8 +1,10 @@
 """Reward functions as a user would write them, good and bad."""
 
 import asyncio
+import contextlib
 import os
 import random
+import subprocess
 
 WORKER = random.random()  # tells worker processes apart: in a sandbox all have the same process id
 
@@ -57,6 +59,55 @@ async def async_never(response, reference):
 
 async def async_raises(response, reference):
     raise TimeoutError("the judge is away")
+
+
+async def async_lets_cancellation_out(response, reference):
+    raise asyncio.CancelledError
+
+
+async def async_cancels_itself(response, reference):
+    asyncio.current_task().cancel()
+    await asyncio.sleep(0)
+
+
+async def async_exits(response, reference):
+    raise SystemExit(3)
+
+
+async def async_interrupts(response, reference):
+    raise KeyboardInterrupt
+
+
+async def async_takes_no_reference(response):
+    return 1.0
+
+
+async def async_swallows_cancellation(response, reference):
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+
+async def async_leaves_processes(response, reference):
+    process = await asyncio.create_subprocess_exec("sh", "-c", "sleep 65432 & sleep 65432")
+    await process.wait()
+
+
+async def async_fails_and_leaves_processes(response, reference):
+    subprocess.Popen(["sleep", "65432"])
+    raise ValueError("no score")
+
+
+def exits_by_exception(response, reference):
+    raise SystemExit(3)
+
+
+def is_cancelled(response, reference):
+    raise asyncio.CancelledError
+
+
+def interrupts(response, reference):
+    raise KeyboardInterrupt
 
 
 def step_lengths(steps, reference):

@@ -11,10 +11,12 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply
 
 from engine_plugin import load_plugin
 from megarl.config.schema import Config
+from megarl.errors import RolloutError
 from megarl.rollout.build import build_engine
 from megarl.rollout.server_engine import ServerEngine
 from megarl.rollout.server_launch import cores_of_ranks
 from megarl.rollout.sglang import CPU_FOLDER
+from megarl.rollout.vllm import VllmEngine
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the settings of CPU servers")
 
@@ -141,3 +143,47 @@ def test_the_rotary_embedding() -> None:
     load_plugin("_custom_ops", CPU_FOLDER / "vllm").rotary_embedding(positions, query, key, head_size, cache, True)
     torch.testing.assert_close(query, expected_query.transpose(1, 2).reshape(tokens, -1))
     torch.testing.assert_close(key, expected_key.transpose(1, 2).reshape(tokens, -1))
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_what_is_local_goes_by_no_proxy(model_folder: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "intranet")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    flags, environment = started_with(model_folder, engine)
+    assert environment["http_proxy"] == "http://proxy:3128"
+    assert environment["no_proxy"] == "intranet,127.0.0.1,localhost,::1"
+    assert environment["NO_PROXY"] == "127.0.0.1,localhost,::1"
+    assert flags["--host"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("reported", "sampling", "needed"),
+    [
+        ("processed_logprobs", {"temperature": 0.9}, None),
+        ("raw_logprobs", {"temperature": 0.9}, "processed_logprobs"),
+        ("raw_logprobs", {}, None),  # at temperature 1 both are the same
+        ("raw_logprobs", {"top_p": 0.9}, None),
+        ("processed_logprobs", {"top_p": 0.9}, "raw_logprobs"),
+        ("processed_logprobs", {"top_k": 20}, "raw_logprobs"),
+        ("raw_logits", {}, "processed_logprobs"),
+        ("processed_logits\x1b[2J" * 50, {}, "processed_logprobs"),
+    ],
+)
+def test_a_vllm_that_reports_other_log_probabilities_is_refused(
+    model_folder: Path, reported: str, sampling: dict[str, Any], needed: str | None
+) -> None:
+    values = {
+        "kind": "rl",
+        "steps": 1,
+        "model": {"path": model_folder},
+        "data": {"train": {"type": "jsonl", "path": "unused.jsonl"}},
+        "rollout": {"engine": "vllm", "vllm": {"url": "http://127.0.0.1:9"}, **sampling},
+    }
+    engine = VllmEngine(Config.model_validate(values), model_folder, {})
+    if needed is None:
+        engine._require_logprobs_mode(reported)
+        return
+    with pytest.raises(RolloutError, match=f"start it with --logprobs-mode {needed}$") as refused:
+        engine._require_logprobs_mode(reported)
+    assert len(str(refused.value)) <= 300 and str(refused.value).isprintable()

@@ -169,7 +169,7 @@ def test_wrong_expert_tensors_are_listed(tmp_path: Path, change: str, expected: 
     save_file(tensors, file)
     with pytest.raises(WeightsError) as error:
         SafetensorsSource(tmp_path, map_of(tmp_path))
-    assert str(error.value).endswith(expected)
+    assert expected in str(error.value)
 
 
 def test_layers_for_multi_token_prediction_are_left_out_with_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

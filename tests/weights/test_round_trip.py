@@ -99,6 +99,7 @@ def breaks(model: Path, what: str) -> str:
             save_file(tensors | {"model.norm.weight": torch.zeros(3)}, file)
             return "model.norm.weight is [3], config.json says [64]"
         case "index names a missing file":
+            file.unlink()
             index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
             (model / "model.safetensors.index.json").write_text(json.dumps(index))
             return "model-00001-of-00001.safetensors is named by the index and missing"

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from megarl.command_line import Dtype, progress_of_bytes, run
+from megarl.command_line import Dtype, finite, progress_of_bytes, run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -26,7 +26,9 @@ def main(
         typer.Option(metavar="DIR", help="Folder with config.json and tokenizer.", show_default="CKPT's, or the run's model"),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Cast the weights.", show_default="as they are")] = None,
-    file_size: Annotated[float, typer.Option(metavar="GB", min=1e-6, help="About how large each file gets.")] = 4.0,
+    file_size: Annotated[
+        float, typer.Option(metavar="GB", min=1e-6, max=1e6, callback=finite, help="About how large each file gets.")
+    ] = 4.0,
 ) -> None:
     """Write the weights of CKPT as safetensors with index, config and tokenizer files.
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megarl.command_line import Dtype, progress_of_bytes, run
+from megarl.command_line import Dtype, finite, progress_of_bytes, run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -22,14 +22,18 @@ def main(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A Megatron checkpoint or Hugging Face folder.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make; it must not exist.")],
     engine: Annotated[Literal["vllm", "sglang"], typer.Option(help="Engine that is to load the shards.")],
-    tp: Annotated[int, typer.Option(min=1, help="Ranks that the engine's attention is cut over.")],
-    ep: Annotated[int, typer.Option(min=1, help="Ranks that its experts are distributed over; 1 cuts them over tp.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, max=100_000, help="Ranks that the engine's attention is cut over.")],
+    ep: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Ranks that its experts are distributed over; 1 cuts them over tp.")
+    ] = 1,
     config: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder with config.json and tokenizer.", show_default="CKPT's, or the run's model"),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Cast the weights.", show_default="as they are")] = None,
-    file_size: Annotated[float, typer.Option(metavar="GB", min=1e-6, help="About how large each file gets.")] = 4.0,
+    file_size: Annotated[
+        float, typer.Option(metavar="GB", min=1e-6, max=1e6, callback=finite, help="About how large each file gets.")
+    ] = 4.0,
 ) -> None:
     """Write the weights of CKPT as each rank's shards of an engine, with the config and tokenizer files.
 

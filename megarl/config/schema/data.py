@@ -228,8 +228,29 @@ class DataConfig(Section):
     exclude: list[RowSource] = key(list, "-", "Rows whose prompt text appears here are left out of training.")
     sampling: SamplingConfig = key(SamplingConfig, "-", "Order of the training rows.")
     template: str = key("chat", "-", "'chat' for the tokenizer's chat template, or a text with {prompt} in it.")
+    add_bos: bool | None = key(
+        None,
+        "-",
+        "Whether prompts begin with the tokenizer's BOS token, never with two. When not given, a text template's do where the "
+        "tokenizer adds one to a text, and a chat template's where the template writes one.",
+    )
+    chat_template: Path | None = key(None, "file", "Jinja file in place of the tokenizer's chat template.")
+    chat_template_options: dict[str, Any] = key(
+        dict, "-", "Variables of the chat template, e.g. enable_thinking: false, tools: [...] or date_string: 26 Jul 2024."
+    )
+    chat_template_date: str = key(
+        "2024-07-26",
+        "date",
+        "Day that a chat template reads from the clock, YYYY-MM-DD; the same on every day, so that prompts never change.",
+    )
     response_suffix: str = key(
         "", "-", "Text put after each response that data.train gives (all kinds but rl), before the end-of-sequence token."
+    )
+    too_long: Literal["refuse", "leave_out", "cut_middle"] = key(
+        "refuse",
+        "-",
+        "Rows above rollout.max_prompt_tokens, sft.max_tokens or preference.max_tokens: do not begin, naming one; leave them out, "
+        "and say how many; or, for prompts of kind rl, cut tokens out of their middle. A curriculum has its own.",
     )
 
 

@@ -11,7 +11,7 @@ class EmbeddedEngineConfig(Section):
     """transformers' generate inside the rank 0 process, for laptops."""
 
     batch_size: int = key(64, "sequences", "Most sequences decoded together.", ge=1)
-    threads: int = key(0, "threads", "CPU threads while generating; 0 means all cores.", ge=0)
+    threads: int = key(0, "threads", "CPU threads while generating; 0 means all cores.", ge=0, le=4096)
 
 
 class EngineServerConfig(Section):
@@ -133,7 +133,20 @@ class RolloutConfig(Section):
     temperature: float = key(1.0, "-", "Softmax temperature of sampling; the trainer's log-probabilities use it too.", gt=0)
     top_p: float = key(1.0, "-", "Nucleus sampling mass; 1 means off.", gt=0, le=1)
     top_k: int = key(0, "tokens", "Sample among the k most probable tokens; 0 means off.", ge=0)
-    stop_token_ids: list[int] = key(list, "token ids", "More stop tokens than the tokenizer's end-of-sequence token.")
+    stop_token_ids: list[int] = key(
+        list,
+        "token ids",
+        "More stop tokens than the tokenizer's end-of-sequence token and those of the model's generation_config.json.",
+    )
+    show_special_tokens: bool = key(
+        True,
+        "-",
+        "Keep special tokens such as <think> in the text of a response, which scorers, environments and rollouts/ see; tokens that "
+        "end it or only pad are never in it.",
+    )
+    show_prefill: bool = key(
+        True, "-", "Begin that text with what the template ends the prompt with as the response's beginning, e.g. <think>."
+    )
     repetition_stop: RepetitionStopConfig | None = key(
         None, "-", "End responses that repeat themselves (Kimi k1.5, arXiv 2501.12599); none are ended when not given."
     )

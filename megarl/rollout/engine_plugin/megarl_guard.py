@@ -58,7 +58,7 @@ def keep_stores_to_their_address() -> None:
 
     torch's own listens on every interface, and asks nobody who connects.
     """
-    rendezvous = importlib.import_module("torch.distributed.rendezvous")  # its package has a function of the same name
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # its package has a function of the same name
     if not isinstance(rendezvous.TCPStore, functools.partial):
         rendezvous.TCPStore = functools.partial(_store, rendezvous.TCPStore)
 
