@@ -41,9 +41,7 @@ def check_optimizer(config: Config) -> Iterator[str]:
     updates = config.algorithm.updates_per_step if config.kind == "rl" else 1
     total = config.steps * updates
     # steps: 0 only evaluates, and must not ask for another schedule.
-    if optimizer.warmup_steps == total == 1:
-        yield "optimizer.warmup_steps: 1 is the run's only optimizer step, which a warm-up from 0 would make at rate 0; set it to 0"
-    elif optimizer.warmup_steps > total > 0:
+    if optimizer.warmup_steps > total > 0:
         words = f"steps {config.steps} × updates_per_step {updates} = {total}" if updates > 1 else f"steps {total}"
         yield f"optimizer.warmup_steps: {optimizer.warmup_steps} optimizer steps exceed the run's {words}; lower it or train longer"
 

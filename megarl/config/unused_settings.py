@@ -84,6 +84,11 @@ OF_METHODS = (
     ),
 )
 OF_THE_REST = (
+    Rule(
+        keys=("optimizer.learning_rate",),
+        is_used=lambda c: not c.optimizer.warmup_steps or c.steps * (c.algorithm.updates_per_step if c.kind == "rl" else 1) != 1,
+        only="an update behind the first of a warm-up, which starts from 0, and the run has one,",
+    ),
     Rule(keys=("optimizer.min_learning_rate",), is_used=_has_schedule, only="a schedule that decays, linear or cosine,"),
     Rule(
         keys=("critic.optimizer.min_learning_rate",),

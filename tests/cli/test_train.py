@@ -28,6 +28,8 @@ from runs import (
 )
 from tiny import write_tiny_model
 
+RATES = ("accuracy", "pass@2", "pass@4")
+
 
 def test_the_run_folder_is_complete(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
@@ -91,7 +93,7 @@ def test_rl_goes_on_in_another_layout(finished: Path, tmp_path: Path, overrides:
     )
     if num_ranks == 3:
         last = launch_evaluation(config, whole_checkpoints(tmp_path / "run" / "checkpoints")[-1], num_ranks=3)
-        assert last == {name: metrics[name] for name in ("accuracy", "pass@4")}
+        assert last == {name: metrics[name] for name in RATES}
         exported = launch_evaluation(config, tmp_path / "run" / "hf", num_ranks=3)
         assert exported == last
 
@@ -235,16 +237,16 @@ def test_sft_resumed_in_another_layout_gives_the_same_weights(workspace: Path, t
 
 def test_eval_gives_the_accuracy_that_the_run_logged(finished: Path) -> None:
     last = logged(finished)[-1][1]
-    assert 0 < last["accuracy"] < last["pass@4"]
+    assert 0 < last["accuracy"] < last["pass@2"] < last["pass@4"]
     path = finished.parent / "config.yaml"
     checkpoint = whole_checkpoints(finished / "checkpoints")[-1]
     result = megarl("eval", path, "--checkpoint", checkpoint, "--nproc", 2)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines()[-2:] == [f"accuracy: {last['accuracy']:.4f}", f"pass@4: {last['pass@4']:.4f}"]
+    assert result.stdout.splitlines()[-3:] == [f"{name}: {last[name]:.4f}" for name in RATES]
     exported = launch_evaluation(load_config(path, ["policy.parallel.tp=1"]), finished / "hf", num_ranks=1)
-    assert exported == {name: last[name] for name in ("accuracy", "pass@4")}
+    assert exported == {name: last[name] for name in RATES}
     earlier = launch_evaluation(load_config(path), finished.parent / "model", num_ranks=2)
-    assert earlier == {name: logged(finished)[0][1][name] for name in ("accuracy", "pass@4")} != exported
+    assert earlier == {name: logged(finished)[0][1][name] for name in RATES} != exported
 
 
 def test_transformers_loads_the_export_and_computes_what_the_trainer_does(finished: Path, tmp_path: Path) -> None:

@@ -313,7 +313,6 @@ RUN = [
         "rollout.weight_transfer.transport: gloo has no use with method broadcast",
     ),
     (["optimizer.min_learning_rate=0.1"], "optimizer.min_learning_rate: 0.1 is above learning_rate 1e-06"),
-    (["steps=1", "optimizer.warmup_steps=1"], "optimizer.warmup_steps: 1 is the run's only optimizer step"),
     (["optimizer.warmup_steps=11"], "optimizer.warmup_steps: 11 optimizer steps exceed the run's steps 10"),
     (["algorithm.updates_per_step=2", "optimizer.warmup_steps=21"], "exceed the run's steps 10 × updates_per_step 2 = 20"),
     (["rollout.stop_token_ids=[5, 100, -1]"], "token id 100 is outside the model's vocabulary of 100", "token id -1"),

@@ -42,6 +42,7 @@ CASES: list[tuple[str, list[str], str, str]] = [
     ("rl", [], "algorithm.reward_shaping.length_start=5", "reward_shaping.length_weight"),
     ("rl", [], "algorithm.reward_shaping.correct_reward=0.5", "reward_shaping.length_weight"),
     ("rl", [], "algorithm.max_sampling_waves=3", "dynamic_sampling: true"),
+    ("rl", ["steps=1", "optimizer.warmup_steps=1"], "optimizer.learning_rate=0.001", "the first of a warm-up, which starts from 0"),
     ("rl", [], "optimizer.min_learning_rate=1e-08", "a schedule that decays"),
     ("rl", [], "data.sampling.priority_floor=0.1", "data.sampling.order: prioritised"),
     ("rl", [], "evaluation.temperature=0.5", "evaluation.data of prompts"),
