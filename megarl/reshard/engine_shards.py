@@ -120,8 +120,7 @@ def write_engine_shards(
                 pieces = _pieces(model.tensors, shards, rank, dtypes, names)
                 write_file(partial, rank_file(rank, part), described, pieces, lambda done: progress(done, total))
         with partial.errors():
-            copy_side_files(model.tokenizer, partial.path)
-            copy_side_files(model.config, partial.path)
+            copy_side_files(model.config, model.tokenizer, partial.path)
             set_dtype(partial.path, dtypes["model.norm.weight"])
             shards.write(partial.path)
         partial.publish()

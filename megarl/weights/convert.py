@@ -80,7 +80,7 @@ def hugging_face_to_megatron(source: Path, output: Path, options: Options, progr
         with PartialFolder(output, purpose("Hugging Face to Megatron", source, source, options)) as partial:
             partial.check_space(total)
             with partial.errors():
-                copy_side_files(source, partial.path)
+                copy_side_files(source, source, partial.path)
                 set_dtype(partial.path, options.dtype)
                 strategy = StreamingSave(partial, files, read, lambda done: progress(done, total))
                 dist_checkpointing.save(checkpoint_map.sharded_state, str(partial.path), strategy)
@@ -138,8 +138,7 @@ def megatron_to_hugging_face(checkpoint: Path, output: Path, config: Path | None
             pieces = _pieces(tensors, names, dtypes)
             write_file(partial, shard_name(number, len(files)), described, pieces, lambda done: progress(done, total))
         with partial.errors():
-            copy_side_files(model.tokenizer, partial.path)
-            copy_side_files(model.config, partial.path)
+            copy_side_files(model.config, model.tokenizer, partial.path)
             set_dtype(partial.path, dtypes[next(iter(tensors.shapes))])
             write_index(partial.path, files, total)
         partial.publish()

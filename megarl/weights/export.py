@@ -18,6 +18,11 @@ from megarl.weights.shard_folder import SHARD_MAP
 SHARD_BYTES = 4 * 2**30
 CARRIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # config, generation config, tokenizer files, chat template
 LEFT_BEHIND = (INDEX, MEGATRON_MARKER, SHARD_MAP)
+OF_THE_MODEL = ("config.json", "generation_config.json")  # of the files that stand beside a tokenizer's
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json"),
+)
 
 
 def write_hugging_face_folder(
@@ -41,8 +46,7 @@ def write_hugging_face_folder(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        copy_side_files(tokenizer, partial)
-        copy_side_files(source, partial)
+        copy_side_files(source, tokenizer, partial)
         if with_value_head:
             _describe_value_head(partial / "config.json")
         set_dtype(partial, _write_shards(tensors, partial))
@@ -55,11 +59,31 @@ def write_hugging_face_folder(
         raise WeightsError(f"cannot write the Hugging Face folder {output}: {error}") from error
 
 
-def copy_side_files(source: Path, output: Path) -> None:
-    """Carry config, tokenizer files and chat template over."""
-    for path in source.iterdir():
-        if path.is_file() and path.suffix in CARRIED_SUFFIXES and path.name not in LEFT_BEHIND:
+def copy_side_files(config: Path, tokenizer: Path, output: Path) -> None:
+    """Carry config, tokenizer files and chat templates over.
+
+    Args:
+        config: folder whose config.json and generation_config.json are taken.
+        tokenizer: folder whose tokenizer files are taken, and none that only ``config`` has.
+        output: the folder to write to.
+    """
+    is_one_folder = config.resolve() == tokenizer.resolve()
+    for path in _carried(config):
+        if is_one_folder or path.name not in TOKENIZER_FILES:
             shutil.copyfile(path, output / path.name)
+    if not is_one_folder:
+        for path in _carried(tokenizer):
+            if path.name not in OF_THE_MODEL:
+                shutil.copyfile(path, output / path.name)
+    for path in (tokenizer / "additional_chat_templates").glob("*.jinja"):
+        (output / path.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(path, output / path.parent.name / path.name)
+
+
+def _carried(folder: Path) -> list[Path]:
+    return [
+        path for path in folder.iterdir() if path.is_file() and path.suffix in CARRIED_SUFFIXES and path.name not in LEFT_BEHIND
+    ]
 
 
 def set_dtype(folder: Path, dtype: torch.dtype | None) -> None:
