@@ -12,8 +12,10 @@ from megarl.command_line import finite, run
 from megarl.config.checks import check
 from megarl.config.explain import explain
 from megarl.config.load import load_config
+from megarl.config.redaction import redacted
 from megarl.config.schema import Config
 from megarl.config.stages import configs_of
+from megarl.config.unused_settings import unused_settings
 from megarl.loop import memory_command  # noqa: F401  (adds plan memory)
 from megarl.loop.plan_command import plan_app
 
@@ -75,7 +77,9 @@ def show_config(config_path: ConfigPath, overrides: Overrides = [], nproc: NumRa
     """Print CONFIG resolved and explained, after checking it for --nproc ranks."""
     config = _load(config_path, overrides)
     check(config, nproc)
-    print(explain(config))
+    print(explain(redacted(config)))
+    for line in unused_settings(config):
+        print(f"# notice: {line}")
 
 
 @app.command()

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megarl.crash import write_crash
-from megarl.errors import MESSAGE_LENGTH, ConfigError, MegaRLError, cut, escaped, fitted, listed, one_line
+from megarl.errors import MESSAGE_LENGTH, ConfigError, MegaRLError, RunStopped, cut, escaped, fitted, listed, one_line
 
 FAILED = 1  # a comparison found a difference, or something happened that no error of ours describes
 REFUSED = 2
+STOPPED = 75  # a signal ended the run: EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130  # as a shell has it for SIGINT
 
 _UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # typer exports its subclasses only
@@ -43,6 +44,8 @@ def run(app: typer.Typer) -> None:
     _silence_libraries()
     try:
         status = app(standalone_mode=False)
+    except RunStopped as error:
+        _end(STOPPED, fitted(f"stopped: {error}"))
     except MegaRLError as error:
         _end(REFUSED, line_of(error))
     except _UsageError as error:

@@ -1,10 +1,32 @@
 """Every error a user can cause or meet. The command line prints one as one line and exits with status 2."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 MESSAGE_LENGTH = 300  # characters of a message, at most
 _SHORT_WORD = 48  # characters; a word that long may be a path whose end matters, and longer ones are cut first
 _GAP = "..."
+REMOVED = "***"  # stands for a secret
+_URL_PASSWORD = re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s'\"]*@")
+_URL_KEY = re.compile(r"([?&][\w-]*(?:key|token|secret|password|signature)=)[^&\s#'\"]+", re.IGNORECASE)
+_NAMED = re.compile(
+    r"((?:api[_-]?key|secret|password|passwd|passphrase|(?:access|auth|hf)[_-]?token)(?:\.\w+)*['\"]?"
+    r"(?:\s*[=:]\s*['\"]?|\s+is\s+['\"]))[^\s'\",;}]+",
+    re.IGNORECASE,
+)
+_BEARER = re.compile(r"(\bBearer\s+)[^\s'\",;]+")
+
+
+def without_secrets(text: str) -> str:
+    """The text with ``***`` for passwords and keys in URLs, and for values that are called keys or passwords."""
+    for pattern, replacement in (
+        (_URL_PASSWORD, rf"\g<1>{REMOVED}@"),
+        *((one, rf"\g<1>{REMOVED}") for one in (_URL_KEY, _NAMED, _BEARER)),
+    ):
+        text = pattern.sub(replacement, text)
+    return text
 
 
 class MegaRLError(Exception):
@@ -50,6 +72,14 @@ class RewardError(MegaRLError):
     """A scorer failed and the configured policy is to stop."""
 
 
+class FileError(MegaRLError):
+    """A file of the run cannot be written, for example because the disk is full."""
+
+
+class RunStopped(MegaRLError):
+    """A signal asked the run to end; it saved a checkpoint and ended. The command's exit status is 75 (EX_TEMPFAIL)."""
+
+
 class TrainingError(MegaRLError):
     """Training cannot go on, for example after too many skipped steps."""
 
@@ -64,6 +94,16 @@ def listed(names: list[str], limit: int = 5) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
+@contextmanager
+def writes(path: Path) -> Iterator[None]:
+    """Raise FileError, naming the path, where the system refuses what is written in the block."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FileError(f"{path} cannot be written ({reason}); free some space there or choose another --run-dir") from error
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The error's type and message on one line, cut when it is long."""
     return shortened(f"{type(error).__name__}: {error}", limit)
@@ -76,7 +116,7 @@ def with_fix(problem: str, fix: str) -> str:
 
 def shortened(text: str, limit: int = 120) -> str:
     """A text of others as it fits into an error of one line: without characters that a terminal acts on, cut to ``limit``."""
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 20 * limit]).split())
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in without_secrets(text[: 20 * limit])).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -100,11 +140,11 @@ def cut(text: str, limit: int) -> str:
 
 
 def fitted(text: str, limit: int = MESSAGE_LENGTH) -> str:
-    """A message on one printable line of at most ``limit`` characters.
+    """A message on one printable line of at most ``limit`` characters, without secrets.
 
     Its longest words, which are paths, addresses and values, lose their middle first, so that the reason and the fix stay.
     """
-    text = escaped(text)
+    text = escaped(without_secrets(text))
     if len(text) <= limit:
         return text
     parts = re.split(r"( +)", text)

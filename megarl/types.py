@@ -196,6 +196,7 @@ class PackedBatch:
         greedy_rewards: float32 [num_sequences], reward of the greedy response to the sequence's prompt; NaN where none was
             generated.
         greedy_lengths: int64 [num_sequences], tokens of that response that the policy sampled; 0 where none was generated.
+        correct: bool [num_sequences], whether the answer is right; None where nobody said so and rewards must tell.
     """
 
     token_ids: Tensor
@@ -211,6 +212,7 @@ class PackedBatch:
     truncated: Tensor
     greedy_rewards: Tensor
     greedy_lengths: Tensor
+    correct: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -230,7 +232,7 @@ class TokenScores:
     Attributes:
         old: float32 [num_tokens], log-probabilities under the policy, by the trainer.
         entropies: float32 [num_tokens], of the same policy at each token.
-        reference: float32 [num_tokens], log-probabilities under the reference model; None when the algorithm has no KL term.
+        reference: float32 [num_tokens], log-probabilities under the reference model; None without one.
         values: float32 [num_tokens], reward that the critic expects from the token on; None when the algorithm has no critic.
     """
 

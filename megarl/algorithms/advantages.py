@@ -106,9 +106,23 @@ def group_mean(inputs: AdvantageInput) -> Tensor:
 
 def group_mean_std(inputs: AdvantageInput) -> Tensor:
     """(R - mean of the group) / (standard deviation of the group + 1e-6) (GRPO, arXiv 2402.03300, section 4.1.2)."""
-    returns = inputs.returns()
-    mean, std, _ = mean_std_count(returns, inputs.group_ids)
-    return inputs.per_token((returns - mean) / (std + EPSILON))
+    return _normalised(inputs, inputs.group_ids, inputs.group_ids)
+
+
+def _normalised(inputs: AdvantageInput, centered_over: Tensor, scaled_over: Tensor) -> Tensor:
+    """(r - mean) / (standard deviation of r + 1e-6) of the rewards r, plus K - mean of the sums K of token rewards, not scaled.
+
+    A penalty in the reward keeps its coefficient, as one in the loss does beside normalised rewards. Scaled with them it would
+    be all there is in a group of equal ones, and a KL of 1e-5 as much as a right answer elsewhere.
+
+    Args:
+        centered_over, scaled_over: int64 [num_sequences], equal for members of the set whose mean, or deviation, counts.
+    """
+    rewards, penalties = inputs.rewards.double(), inputs.returns() - inputs.rewards.double()
+    mean, _, _ = mean_std_count(rewards, centered_over)
+    _, std, _ = mean_std_count(rewards, scaled_over)
+    mean_penalty, _, _ = mean_std_count(penalties, centered_over)
+    return inputs.per_token((rewards - mean) / (std + EPSILON) + penalties - mean_penalty)
 
 
 def leave_one_out(inputs: AdvantageInput) -> Tensor:
@@ -120,25 +134,18 @@ def leave_one_out(inputs: AdvantageInput) -> Tensor:
 
 def batch_mean_std(inputs: AdvantageInput) -> Tensor:
     """(R - mean of the batch) / (standard deviation of the batch + 1e-6), over responses."""
-    returns = inputs.returns()
-    mean, std, _ = mean_std_count(returns, torch.zeros_like(inputs.group_ids))
-    return inputs.per_token((returns - mean) / (std + EPSILON))
+    everything = torch.zeros_like(inputs.group_ids)
+    return _normalised(inputs, everything, everything)
 
 
 def group_mean_batch_std(inputs: AdvantageInput) -> Tensor:
     """(R - mean of the group) / (standard deviation of all R of the batch + 1e-6) (Lite PPO, arXiv 2508.08221, section 4)."""
-    returns = inputs.returns()
-    mean, _, _ = mean_std_count(returns, inputs.group_ids)
-    _, std, _ = mean_std_count(returns, torch.zeros_like(inputs.group_ids))
-    return inputs.per_token((returns - mean) / (std + EPSILON))
+    return _normalised(inputs, inputs.group_ids, torch.zeros_like(inputs.group_ids))
 
 
 def group_mean_task_std(inputs: AdvantageInput) -> Tensor:
     """(R - mean of the group) / (standard deviation of the task's R in the batch + 1e-6) (QwenLong-L1.5, arXiv 2512.12967)."""
-    returns = inputs.returns()
-    mean, _, _ = mean_std_count(returns, inputs.group_ids)
-    _, std, _ = mean_std_count(returns, inputs.task_ids)
-    return inputs.per_token((returns - mean) / (std + EPSILON))
+    return _normalised(inputs, inputs.group_ids, inputs.task_ids)
 
 
 def process_rewards(inputs: AdvantageInput) -> Tensor:

@@ -139,8 +139,8 @@ class Algorithm:
             metrics["overlong_penalty_mean"] = float(penalties.mean())
             rewards = rewards + penalties
         if shaping.length_weight > 0 and step >= shaping.length_start:
-            is_correct = packed.rewards >= shaping.correct_reward
-            bonus = shaping.length_weight * length_rewards(lengths, is_correct, packed.group_ids)
+            correct = packed.rewards >= shaping.correct_reward if packed.correct is None else packed.correct
+            bonus = shaping.length_weight * length_rewards(lengths, correct, packed.group_ids)
             metrics["length_reward_mean"] = float(bonus.mean())
             rewards = rewards + bonus
         return rewards

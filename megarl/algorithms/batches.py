@@ -85,15 +85,15 @@ def split_into_updates(
     return batches
 
 
-PER_SEQUENCE = ("group_ids", "task_ids", "rewards", "truncated", "greedy_rewards", "greedy_lengths")
+PER_SEQUENCE = ("group_ids", "task_ids", "rewards", "truncated", "greedy_rewards", "greedy_lengths", "correct")
 
 
 def slice_sequences(packed: PackedBatch, first: int, last: int) -> PackedBatch:
     """Sequences ``first:last`` as a batch of their own."""
     tokens = slice(int(packed.cu_seqlens[first]), int(packed.cu_seqlens[last]))
     parts = {
-        field.name: getattr(packed, field.name)[first:last] if field.name in PER_SEQUENCE else getattr(packed, field.name)[tokens]
+        field.name: values[first:last] if field.name in PER_SEQUENCE else values[tokens]
         for field in fields(packed)
-        if field.name != "cu_seqlens"
+        if field.name != "cu_seqlens" and (values := getattr(packed, field.name)) is not None
     }
     return replace(packed, **parts, cu_seqlens=packed.cu_seqlens[first : last + 1] - packed.cu_seqlens[first])

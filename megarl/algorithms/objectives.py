@@ -139,7 +139,7 @@ def value_objective(values: Tensor, data: TokenData, *, clip_range: float) -> Ob
     return Objective(loss, metrics)
 
 
-def masked_mean_gap(first: Tensor, second: Tensor, mask: Tensor) -> tuple[float, float] | None:
-    """Mean, in float64, and maximum of |first - second| over the mask; None when the mask is empty."""
+def masked_mean_gap(first: Tensor, second: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Mean, in float64, and maximum of |first - second| over the mask; 0 when the mask is empty."""
     gap = (first - second).abs()[mask].double()
-    return (float(gap.mean()), float(gap.max())) if gap.numel() else None
+    return (float(gap.mean()), float(gap.max())) if gap.numel() else (0.0, 0.0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from megarl.config.schema import AlgorithmConfig, Config, RolloutConfig
-from megarl.config.tasks import TRAIN, scorers_of, tasks_of
+from megarl.config.tasks import TRAIN, correct_scorers, scorers_of, tasks_of
 
 GROUP_ADVANTAGES = ("group_mean_std", "group_mean", "leave_one_out", "group_mean_batch_std", "group_mean_task_std")
 GREEDY_ADVANTAGES = ("greedy_baseline",)
@@ -79,6 +79,7 @@ def check_algorithm(config: Config) -> Iterator[str]:
     yield from check_groups(algorithm, config.rollout)
     yield from check_task_std(config)
     yield from check_process_rewards(config)
+    yield from check_correctness(config)
 
 
 def check_clashes(algorithm: AlgorithmConfig) -> Iterator[str]:
@@ -192,6 +193,27 @@ def check_task_std(config: Config) -> Iterator[str]:
             "algorithm.advantage: group_mean_task_std needs a mixture of several tasks, and data.train holds one; give data.train "
             "type: mixture, or choose group_mean_batch_std"
         )
+
+
+def check_correctness(config: Config) -> Iterator[str]:
+    """With a length reward it is clear which scorer says that an answer is right."""
+    shaping = config.algorithm.reward_shaping
+    tasks = tasks_of(config.data.train, TRAIN) if shaping.length_weight > 0 else []
+    known = {scorer.name or scorer.type for task in tasks for scorer in scorers_of(config, task)}
+    for name in shaping.correct_scorers:
+        if tasks and name not in known:
+            yield (
+                f"algorithm.reward_shaping.correct_scorers: no scorer of the training tasks is called {name!r}; give names among "
+                f"{', '.join(sorted(known)) or '(none)'}"
+            )
+            return
+    for task in tasks:
+        names = [scorer.name or scorer.type for scorer in scorers_of(config, task)]
+        if names and not correct_scorers(config, task):
+            yield (
+                f"algorithm.reward_shaping.correct_scorers: of the scorers {', '.join(names)} of task {task.name} none is known to "
+                "say that an answer is right, which the length reward needs; name those that do"
+            )
 
 
 def check_process_rewards(config: Config) -> Iterator[str]:

@@ -11,6 +11,7 @@ from megarl.config.curriculum_checks import check_curriculum
 from megarl.config.engine_checks import check_engine
 from megarl.config.model_facts import ModelFacts, read_model_facts
 from megarl.config.models_of import has_reference, models_of
+from megarl.config.redaction import check_not_redacted
 from megarl.config.role_checks import Role, check_role
 from megarl.config.rope_checks import check_rope_scaling
 from megarl.config.run_checks import check_run
@@ -30,7 +31,7 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: with each mistake.
     """
-    failures = list(check_curriculum(config)) or list(_check_stages(config, world_size))
+    failures = list(check_not_redacted(config)) or list(check_curriculum(config)) or list(_check_stages(config, world_size))
     if failures:
         raise ConfigError(*failures)
 

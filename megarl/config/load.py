@@ -1,6 +1,5 @@
 """Reading and writing configuration files; every mistake has the key, the value, the reason and the fix."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,10 +12,9 @@ from pydantic_core import ErrorDetails
 from megarl.config import yaml_text
 from megarl.config.fields import Place, meaning_of, nearest_key, place_of, source_name, type_in_words, unit_of
 from megarl.config.schema import Config
-from megarl.errors import MESSAGE_LENGTH, ConfigError, cut, escaped, listed
+from megarl.errors import MESSAGE_LENGTH, ConfigError, cut, escaped, listed, without_secrets
 
 DEEPEST = 32  # parts of an override's key
-CREDENTIALS = re.compile(r"//[^/@\s]*@")
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), options: Mapping[str, str] = MappingProxyType({})) -> Config:
@@ -156,8 +154,8 @@ def _lower_first(text: str) -> str:
 
 def _show(value: Any) -> str:
     """A value as it stands in an error message, cut when it is long, without the password of an address."""
-    return CREDENTIALS.sub("//***@", cut("null" if value is None else repr(value), 80))
+    return cut(without_secrets("null" if value is None else repr(value)), 80)
 
 
 def _brief(text: str) -> str:
-    return CREDENTIALS.sub("//***@", cut(escaped(text), 80))
+    return cut(without_secrets(escaped(text)), 80)

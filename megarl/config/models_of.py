@@ -18,7 +18,7 @@ def has_reference(config: Config) -> bool:
     """Whether something is compared with the reference model."""
     match config.kind:
         case "rl":
-            return config.algorithm.kl.place != "none"
+            return config.algorithm.kl.place != "none" or config.observe.kl_reference
         case "preference":
             return config.preference.has_reference
     return False

@@ -35,6 +35,24 @@ def placed_scorers(config: Config) -> Iterator[tuple[str, Sequence[ScorerConfig]
             yield f"{path.removesuffix('source')}scorers", task.scorers
 
 
+VERIFYING = ("exact", "math", "reasoning_gym", "document_qa")  # types of scorers that compare with the right answer
+
+
+def correct_scorers(config: Config, task: TaskConfig) -> tuple[str, ...]:
+    """Names of the scorers of a task that say whether a response is correct.
+
+    Returns:
+        Those that ``correct_scorers`` names, else those of a type that compares with the right answer, else the task's only one;
+        none where it has several and none of these says so, or none at all.
+    """
+    names = {scorer.name or scorer.type: scorer.type for scorer in scorers_of(config, task)}
+    given = config.algorithm.reward_shaping.correct_scorers
+    if given:
+        return tuple(name for name in names if name in given)
+    verifying = tuple(name for name, kind in names.items() if kind in VERIFYING)
+    return verifying or (tuple(names) if len(names) == 1 else ())
+
+
 def scorers_of(config: Config, task: TaskConfig) -> Sequence[ScorerConfig]:
     """The scorers of a task's responses."""
     return task_scorers(config).get(task.name, config.rewards.scorers)

@@ -3,7 +3,7 @@
 import heapq
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -139,16 +139,22 @@ def _first_fit(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) 
     return bins
 
 
-def pack_groups(groups: Sequence[RolloutGroup]) -> PackedBatch:
+def pack_groups(groups: Sequence[RolloutGroup], is_correct: Callable[[ScoredRollout], bool] | None = None) -> PackedBatch:
     """Concatenate all sampled responses of the groups, in order, each after its prompt; group ``i`` has group id ``i``.
+
+    ``is_correct`` says so of each response; without it the batch does not.
 
     Tasks are numbered in the order in which they first come. A response without tokens is legal and adds nothing to
     ``loss_mask``. Of a greedy response only reward and length are kept.
     """
     task_ids = {task: number for number, task in enumerate(dict.fromkeys(group.prompt.task for group in groups))}
-    return _pack(
+    packed = _pack(
         [_response(scored, group_id, task_ids, group.greedy) for group_id, group in enumerate(groups) for scored in group.rollouts]
     )
+    if is_correct is None:
+        return packed
+    correct = [is_correct(scored) for group in groups for scored in group.rollouts]
+    return replace(packed, correct=torch.tensor(correct, dtype=torch.bool))
 
 
 def pack_examples(examples: Sequence[SFTExample]) -> PackedBatch:

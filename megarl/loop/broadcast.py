@@ -14,15 +14,15 @@ def broadcast_batch(batch: Batch | None, kind: type[Batch]) -> Batch:
     """Give every rank rank 0's batch.
 
     Args:
-        batch: on rank 0 a dataclass whose fields are CPU tensors; None elsewhere.
+        batch: on rank 0 a dataclass whose fields are CPU tensors, or None; None elsewhere.
         kind: its class.
     """
     assert is_dataclass(kind)
-    names = [field.name for field in fields(kind)]
-    layout: list[Any] = [None] if batch is None else [[(getattr(batch, n).dtype, getattr(batch, n).shape) for n in names]]
+    given = [(field.name, getattr(batch, field.name, None)) for field in fields(kind)]
+    layout: list[Any] = [[(name, value.dtype, value.shape) for name, value in given if value is not None]]
     dist.broadcast_object_list(layout, src=0)
-    tensors = {}
-    for name, (dtype, shape) in zip(names, layout[0], strict=True):
+    tensors: dict[str, Any] = {field.name: None for field in fields(kind)}
+    for name, dtype, shape in layout[0]:
         tensor = torch.empty(shape, dtype=dtype) if batch is None else getattr(batch, name).contiguous()
         # neither gloo nor NCCL knows int16
         dist.broadcast(tensor.view(torch.uint8) if dtype == torch.int16 else tensor, src=0)

@@ -7,7 +7,7 @@ from megarl.config.schema import Config
 from megarl.config.stages import Stage, planned_updates, stages_of
 from megarl.data.curriculum import StagedPrompts
 from megarl.data.tokenizer import run_tokenizer
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, writes
 from megarl.loop.asynchronous import train_asynchronously
 from megarl.loop.learning import build_models
 from megarl.loop.promotion import StageProgress
@@ -74,7 +74,9 @@ def _measure_prompts(config: Config, stages: list[Stage]) -> StagedPrompts:
     tokenizer = run_tokenizer(config)
     prompts = StagedPrompts(config, stages, tokenizer, row_sizes(config, tokenizer))
     check_references(config, prompts.rows())
-    (config.run_dir / "curriculum.json").write_text(json.dumps(prompts.report(), indent=2) + "\n")
+    path = config.run_dir / "curriculum.json"
+    with writes(path):
+        path.write_text(json.dumps(prompts.report(), indent=2) + "\n")
     for line in prompts.lines():
         print(line, flush=True)
     return prompts

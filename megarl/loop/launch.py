@@ -1,26 +1,32 @@
 """From a command to ranks: checks, run folder, processes."""
 
 import json
+import logging
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from megarl.config.checks import check
-from megarl.config.load import save_config
 from megarl.config.models_of import trains_on_pairs
 from megarl.config.schema import Config
 from megarl.config.stages import configs_of
-from megarl.errors import CheckpointError, ConfigError
+from megarl.config.unused_settings import unused_settings
+from megarl.errors import ConfigError, RunStopped
 from megarl.loop.asynchronous import run_asynchronous_rl
 from megarl.loop.curriculum import run_curriculum
 from megarl.loop.evaluate import evaluate_checkpoint, is_checkpoint, with_checkpoint_model, with_start_as_reference
 from megarl.loop.preference import run_preference
 from megarl.loop.rl import run_rl
+from megarl.loop.run_folder import run_folder
 from megarl.loop.sft import run_sft
+from megarl.loop.stop_signals import stop_on_signals
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.parallel.launch import launched_rank, run_ranks
 from megarl.rewards.evaluating_tasks import refuse_evaluating_tasks
-from megarl.weights.checkpoint import whole_checkpoints
+
+logger = logging.getLogger(__name__)
 
 
 def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
@@ -34,11 +40,33 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
     prepares = place is None or place.rank == 0
     if prepares:
         refuse_evaluating_tasks(config)
-        _prepare_run_folder(config, resume=resume)
-    # ranks that a launcher placed read the models only after their rendezvous with rank 0, which comes after this
-    scaled = [with_scaled_model(one, config.run_dir, writes=prepares) for one in configs_of(config)]
-    run = scaled[0] if config.curriculum is None else config
-    run_ranks(_loop_of(config), (run, resume), place, num_ranks, config.distributed_timeout)
+        _warn_of_lost_work(config)
+    with ExitStack() as stack:
+        stack.enter_context(stop_on_signals(forks_ranks=place is None))
+        if prepares:
+            stack.enter_context(run_folder(config, resume=resume))
+            for line in unused_settings(config):
+                print(f"notice: {line}", flush=True)
+        # ranks that a launcher placed read the models only after their rendezvous with rank 0, which comes after this
+        scaled = [with_scaled_model(one, config.run_dir, writes=prepares) for one in configs_of(config)]
+        run = scaled[0] if config.curriculum is None else config
+        try:
+            run_ranks(_loop_of(config), (run, resume), place, num_ranks, config.distributed_timeout)
+        except RunStopped:
+            if prepares:  # one line, and one exit status that says so
+                raise
+
+
+def _warn_of_lost_work(config: Config, environment: Mapping[str, str] = os.environ) -> None:
+    """A launcher that starts the command again can do so only from a checkpoint."""
+    slurm, restarts = "SLURM_JOB_ID" in environment, environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if config.checkpoint.every == 0 and (slurm or restarts):
+        launcher = "SLURM may requeue this job" if slurm else "torchrun may start this run again"
+        logger.warning(
+            "warning: checkpoint.every is 0 and %s: a run that is killed without a signal begins again from its first step; "
+            "set checkpoint.every",
+            launcher,
+        )
 
 
 def _loop_of(config: Config) -> Callable[[Config, bool], None]:
@@ -49,22 +77,6 @@ def _loop_of(config: Config) -> Callable[[Config, bool], None]:
     if trains_on_pairs(config):
         return run_preference
     return run_rl if config.rollout.asynchronous is None else run_asynchronous_rl
-
-
-def _prepare_run_folder(config: Config, *, resume: bool) -> None:
-    folder = config.run_dir
-    has_run = (folder / "metrics.jsonl").exists()
-    if resume and not whole_checkpoints(folder / "checkpoints"):
-        raise CheckpointError(
-            f"--resume: {folder / 'checkpoints'} has no finished checkpoint; start without --resume in another --run-dir"
-        )
-    if has_run and not resume:
-        raise ConfigError(f"run_dir {folder} already holds a run; add --resume to go on with it or choose another --run-dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run_dir {folder} cannot be made: {error}") from error
-    save_config(config, folder / "config.yaml")
 
 
 def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.staleness import staleness_metrics
+from megarl.config.models_of import has_reference
 from megarl.config.schema import Config
 from megarl.config.stages import PlannedUpdates, planned_updates
 from megarl.loop.relayout import free_memory, move_learner
@@ -68,7 +69,7 @@ def build_models(config: Config, previous: dict[str, Learner] | None = None, pla
     return Models(
         algorithm=Algorithm(config.algorithm, config.rollout.max_new_tokens),
         policy=policy,
-        reference=Reference(config) if config.algorithm.kl.place != "none" else None,
+        reference=Reference(config) if has_reference(config) else None,
         reward_model=RewardModel(config, config.reward_model) if config.reward_model is not None else None,
         critic=critic,
         critic_warmup=config.critic.warmup_steps if config.critic else 0,

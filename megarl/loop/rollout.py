@@ -19,8 +19,9 @@ from megarl.loop.background import BackgroundLoop
 from megarl.loop.broadcast import broadcast_batch, broadcast_value
 from megarl.loop.start_checks import check_references, row_sizes
 from megarl.loop.weight_sync import MainRankEngine, WeightSync, check_transport
-from megarl.observe.metrics import accuracy_metrics, pass_at_k, rollout_metrics
+from megarl.observe.metrics import accuracy_metrics, pass_at_k, pass_rates, rollout_metrics
 from megarl.rewards.combine import RewardScorer
+from megarl.rewards.correctness import correctness
 from megarl.rewards.episodes import EpisodeScorer
 from megarl.rollout.asynchronous_collector import AsynchronousCollector
 from megarl.rollout.build import build_engine
@@ -149,6 +150,7 @@ class MainRankRollout:
 
         warn(find_sandbox().describe())
         self.scorer = RewardScorer(config.rewards, task_scorers(config), decode)
+        self.is_correct = correctness(config)
         self.engine = build_engine(config, config.run_dir, weight_shapes)
 
         score: Score = self.scorer.score
@@ -173,6 +175,14 @@ class MainRankRollout:
         self.runner = asyncio.Runner() if config.rollout.asynchronous is None else BackgroundLoop()
         self.runner.run(self.scorer.check_servers())
         self.runner.run(self.engine.start())
+
+    def pass_rates(self, result: CollectResult) -> dict[str, float]:
+        """``rollout/pass@k`` of all groups that a step sampled, those that dynamic sampling dropped among them."""
+        config = self.config
+        if not result.sampled:
+            return {}
+        rates = pass_rates(result.sampled, config.evaluation.pass_threshold, config.rollout.samples_per_prompt)
+        return {f"rollout/{name}": value for name, value in rates.items()}
 
     def worker_metrics(self) -> dict[str, float]:
         """``rollout/replaced_workers``: of scorers and environments, that ended before they had answered, since the last step."""
@@ -239,9 +249,13 @@ class Rollout:
         main.runner.run(_record(main, result))
         rewards = [scored.reward for group in result.sampled for scored in group.rollouts]
         return Collected(
-            packed=broadcast_batch(pack_groups(result.groups), PackedBatch),
+            packed=broadcast_batch(pack_groups(result.groups, main.is_correct), PackedBatch),
             groups=result.groups,
-            metrics=rollout_metrics(result.groups) | result.stats.metrics() | main.prompts.metrics() | main.worker_metrics(),
+            metrics=rollout_metrics(result.groups)
+            | main.pass_rates(result)
+            | result.stats.metrics()
+            | main.prompts.metrics()
+            | main.worker_metrics(),
             score_seconds=max(0.0, result.stats.wall_seconds - result.stats.generating_seconds),
             outlived_updates=self._outlives_updates,
             tickets=result.tickets,

@@ -18,15 +18,17 @@ from megarl.data.curriculum import StagedPrompts
 from megarl.data.packing import pack_examples
 from megarl.data.sampler import build_pair_source, build_sft_source
 from megarl.data.tokenizer import run_tokenizer
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, RunStopped
 from megarl.loop.broadcast import broadcast_batch, broadcast_value
 from megarl.loop.pairs import HeldOutPairs, pack_for
 from megarl.loop.promotion import StageProgress
 from megarl.loop.rollout import Collected, Prompts, Rollout, accuracy_name, prompts_of_stage, read_prompts
+from megarl.loop.run_folder import accept_config
 from megarl.loop.start_checks import row_sizes
+from megarl.loop.stop_signals import stop_is_requested
 from megarl.observe.progress import RunProgress
 from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
-from megarl.observe.sinks import MetricsWriter, RolloutWriter, TicketsWriter
+from megarl.observe.sinks import LOGS, MetricsWriter, RolloutWriter, TicketsWriter, first_value, read_log
 from megarl.observe.timers import PhaseTimer
 from megarl.train.roles import Critic, Learner, is_main_rank
 from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
@@ -140,11 +142,18 @@ class Run:
         # rank 0 has perhaps just written it, and another machine may not see it yet
         checkpoint = broadcast_value(whole_checkpoints(folder)[-1] if is_main_rank() else None) if goes_on else None
         state = self._restore(checkpoint) if checkpoint else None
+        if stage is None and state is not None and state.stage:
+            raise CheckpointError(f"{checkpoint} is of a run with a curriculum; resume with the curriculum of the interrupted run")
         self.step = state.step if state else 0
         self.weight_version = state.weight_version if state else 0
         self._has_compared_logprobs = False
-        self._entropy_floor = EntropyFloor(config.observe.min_entropy)
-        self._open_displays(resume=goes_on)
+        self._metrics: MetricsWriter | None = None
+        self._rollouts: RolloutWriter | None = None
+        self._tickets: TicketsWriter | None = None
+        self._progress = _progress(config, self.step)
+        logged = config.run_dir / "metrics.jsonl"
+        first_entropy = first_value(logged, "entropy", self.step) if goes_on and is_main_rank() else None
+        self._entropy_floor = EntropyFloor(config.observe.min_entropy, config.observe.min_entropy_share, first_entropy)
         tokenizer = run_tokenizer(config)
         self._examples = Examples(config, tokenizer) if config.kind != "rl" else None
         samples = samples_responses(config)
@@ -153,6 +162,7 @@ class Run:
         self._rollout = Rollout(config, tokenizer, policy, self.message, prompts, with_greedy=with_greedy) if samples else None
         if checkpoint and state:
             self._data.restore_data(read_data_state(checkpoint, state))
+        self._open_files(resume=goes_on)
 
     @property
     def rollout(self) -> Rollout:
@@ -228,20 +238,18 @@ class Run:
             if self._critic is not None:
                 self._critic.load_state(tensors["critic"])
 
-    def _open_displays(self, *, resume: bool) -> None:
-        """Files and the display exist on rank 0 only."""
-        self._metrics: MetricsWriter | None = None
-        self._rollouts: RolloutWriter | None = None
-        self._progress: RunProgress | None = None
-        self._tickets: TicketsWriter | None = None
+    def _open_files(self, *, resume: bool) -> None:
+        """The run is accepted from here on: rank 0 says so, and writes over what an interrupted run did after its checkpoint."""
         if is_main_rank():
             config = self._config
             resume_step = self.step if resume else None
+            for name in LOGS if resume else ():
+                read_log(config.run_dir / name, self.step)  # all of them, before one is written over
             self._metrics = MetricsWriter(config.run_dir, tensorboard=config.observe.tensorboard, resume_step=resume_step)
             if config.rollout.asynchronous is not None or config.rollout.partial is not None:
                 self._tickets = TicketsWriter(config.run_dir, resume_step=resume_step)
             self._rollouts = RolloutWriter(config.run_dir, config.observe.rollouts_per_step)
-            self._progress = RunProgress(config.steps, start_step=self.step, enabled=config.observe.progress).__enter__()
+            accept_config(config.run_dir)
 
     def message(self, line: str) -> None:
         """Print one line, on rank 0."""
@@ -297,10 +305,13 @@ class Run:
                 self._tickets.write(self.step, collected.tickets.trained, collected.tickets.dropped)
             self._progress.update(self.step, metrics, seconds)
         # after the step's line: a run killed in between does the step again, and resume never finds a line missing
-        if self.is_over or _is_due(self.step, self._config.checkpoint.every):
+        is_stopped = stop_is_requested() and not self.is_over
+        if self.is_over or is_stopped or _is_due(self.step, self._config.checkpoint.every):
             with self.timer.phase("save"):
                 self._save()
-        self._checkpoints.poll()
+        self._checkpoints.poll(blocking=is_stopped)
+        if is_stopped:
+            raise RunStopped(f"step {self.step} of {self._config.steps} is done and saved; go on with --resume")
 
     def _evaluate_at_end_or_when_due(self, collected: Collected | None) -> dict[str, float]:
         """The end of a stage, which an evaluation may bring about, is evaluated as the end of the run is."""
@@ -327,14 +338,14 @@ class Run:
         entropy = float(scores.entropies[packed.loss_mask].double().mean())
         # tokens of older weights have other log-probabilities, which says nothing of the setup
         is_current = packed.loss_mask & (packed.weight_versions == self.weight_version - 1)
-        gap = masked_mean_gap(scores.old, packed.sampler_logprobs, is_current)
-        warnings = [self._entropy_floor.check(entropy, self.step)]
-        if gap is not None:
-            first, self._has_compared_logprobs = not self._has_compared_logprobs, True
-            warnings.append(check_logprob_gap(gap[0], self._config.observe.max_logprob_gap, self.step, first=first))
-        for warning in filter(None, warnings):
-            self.message(f"warning: {warning}")
-        return {} if gap is None else {"logprob_gap_mean": gap[0], "logprob_gap_max": gap[1]}
+        mean_gap, max_gap = masked_mean_gap(scores.old, packed.sampler_logprobs, is_current)
+        first = not self._has_compared_logprobs
+        self._has_compared_logprobs |= bool(is_current.any())
+        gap_warning = check_logprob_gap(mean_gap, self._config.observe.max_logprob_gap, self.step, first=first)
+        for warning in (gap_warning, self._entropy_floor.check(entropy, self.step)):
+            if warning:
+                self.message(f"warning: {warning}")
+        return {"logprob_gap_mean": mean_gap, "logprob_gap_max": max_gap}
 
     def _save(self) -> None:
         data = self._data.data_state()
@@ -376,13 +387,21 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._rollout is not None:
             self._rollout.close()
-        if self._metrics is not None and self._progress is not None:
-            self._metrics.close()
-            if self._tickets is not None:
-                self._tickets.close()
-            self._progress.__exit__(kind, error, trace)
-        if error is None:
-            self._checkpoints.close()
+        with ExitStack() as stack:  # whatever fails, the rest is closed too
+            if error is None:
+                stack.callback(self._checkpoints.close)
+            if self._progress is not None:
+                stack.callback(self._progress.__exit__, kind, error, trace)
+            for log in (self._metrics, self._tickets):
+                if log is not None:
+                    stack.callback(log.close)
+
+
+def _progress(config: Config, start_step: int) -> RunProgress | None:
+    """The display, on rank 0."""
+    if not is_main_rank():
+        return None
+    return RunProgress(config.steps, start_step=start_step, enabled=config.observe.progress).__enter__()
 
 
 def _is_due(step: int, every: int) -> bool:

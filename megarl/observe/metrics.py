@@ -68,13 +68,12 @@ def groups_by_task(groups: Sequence[RolloutGroup]) -> dict[str, list[RolloutGrou
 
 
 def accuracy_metrics(groups: Sequence[RolloutGroup], threshold: float, samples_per_prompt: int) -> dict[str, float]:
-    """``accuracy`` (pass@1), with several samples ``pass@<samples>``, and both for each task (``accuracy/<task>``) of a mixture."""
+    """``accuracy`` (pass@1), with several samples ``pass@2``, ``pass@4``, ... and ``pass@<samples>``, and all of these for each
+    task (``accuracy/<task>``) of a mixture."""
 
     def rates(own: Sequence[RolloutGroup], suffix: str) -> dict[str, float]:
-        metrics = {f"accuracy{suffix}": pass_at_k(own, 1, threshold)}
-        if samples_per_prompt > 1:
-            metrics[f"pass@{samples_per_prompt}{suffix}"] = pass_at_k(own, samples_per_prompt, threshold)
-        return metrics
+        accuracy, *others = pass_rates(own, threshold, samples_per_prompt).items()
+        return {f"accuracy{suffix}": accuracy[1]} | {f"{name}{suffix}": value for name, value in others}
 
     by_task = groups_by_task(groups)
     metrics = rates(groups, "")
@@ -82,6 +81,12 @@ def accuracy_metrics(groups: Sequence[RolloutGroup], threshold: float, samples_p
         for task, own in by_task.items():
             metrics |= rates(own, f"/{task}")
     return metrics
+
+
+def pass_rates(groups: Sequence[RolloutGroup], threshold: float, samples_per_prompt: int) -> dict[str, float]:
+    """``pass@k`` for k = 1, 2, 4, 8, ... below the samples of a prompt, and for all of them."""
+    numbers = [2**power for power in range(samples_per_prompt.bit_length()) if 2**power < samples_per_prompt]
+    return {f"pass@{k}": pass_at_k(groups, k, threshold) for k in (*numbers, samples_per_prompt)}
 
 
 def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -34,18 +34,26 @@ class EntropyFloor:
 
     Args:
         floor: observe.min_entropy, nats; 0 never warns.
+        share: observe.min_entropy_share: the floor is at least this share of the first entropy; 0 never warns.
+        first: the run's first entropy, where it is known from before; else the first that is checked.
     """
 
-    def __init__(self, floor: float) -> None:
+    def __init__(self, floor: float, share: float = 0.0, first: float | None = None) -> None:
         self._floor = floor
+        self._share = share
+        self._first = first
         self._below = False
 
     def check(self, entropy: float, step: int) -> str | None:
         """A warning of one line when ``entropy`` (nats) has just fallen below the floor, else None."""
-        was_below, self._below = self._below, entropy < self._floor
+        first = self._first = entropy if self._first is None else self._first
+        was_below, self._below = self._below, entropy < max(self._floor, self._share * first)
         if was_below or not self._below:
             return None
+        is_absolute = entropy < self._floor
+        floor = f"observe.min_entropy {self._floor:g}" if is_absolute else f"{self._share:g} of the run's first {first:.4g}"
+        key = "" if is_absolute else " (observe.min_entropy_share)"
         return (
-            f"step {step}: mean token entropy {entropy:.4g} nats is below observe.min_entropy {self._floor:g}, the policy may be "
+            f"step {step}: mean token entropy {entropy:.4g} nats is below {floor}{key}, the policy may be "
             "collapsing; raise algorithm.entropy_coefficient or algorithm.clip.high, or lower optimizer.learning_rate"
         )

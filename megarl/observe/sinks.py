@@ -10,8 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, writes
 from megarl.types import NO_VERSION, RolloutGroup, ScoredRollout
+
+LOGS = ("metrics.jsonl", "groups.jsonl")
 
 
 class MetricsWriter:
@@ -26,37 +28,37 @@ class MetricsWriter:
 
     Raises:
         CheckpointError: the file to resume is malformed.
-        FileExistsError: a new run would write over an old one.
+        FileError: it cannot be written, or a new run would write over an old one.
     """
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, resume_step: int | None = None) -> None:
-        path = run_dir / "metrics.jsonl"
-        if resume_step is not None:
-            _truncate(path, resume_step)
-        # Line-buffered: a killed run loses no finished line.
-        self._file = path.open("x" if resume_step is None else "a", encoding="utf-8", buffering=1)
+        self._file = _LogFile(run_dir / "metrics.jsonl", resume_step)
         self._tensorboard: Any = None
+        self._tensorboard_folder = run_dir / "tensorboard"
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by every run
 
             purge_step = None if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=30)
+            with writes(self._tensorboard_folder):
+                self._tensorboard = SummaryWriter(str(self._tensorboard_folder), purge_step=purge_step, flush_secs=30)
 
     def write(self, step: int, metrics: Mapping[str, float], seconds: Mapping[str, float] | None = None) -> None:
         """Record what was seen at ``step``: metrics by name, and seconds by phase."""
         seconds = seconds or {}
         line = {"step": step, "time": time.time(), "metrics": _finite(metrics), "seconds": _finite(seconds)}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.write(line)
         if self._tensorboard is not None:
-            for name, value in {**metrics, **{f"seconds/{phase}": value for phase, value in seconds.items()}}.items():
-                if math.isfinite(value):
-                    self._tensorboard.add_scalar(name, value, step)
+            with writes(self._tensorboard_folder):
+                for name, value in {**metrics, **{f"seconds/{phase}": value for phase, value in seconds.items()}}.items():
+                    if math.isfinite(value):
+                        self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close the files."""
         self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with writes(self._tensorboard_folder):
+                self._tensorboard.close()
 
     def __enter__(self) -> Self:
         return self
@@ -65,22 +67,60 @@ class MetricsWriter:
         self.close()
 
 
-def _truncate(path: Path, last_step: int) -> None:
-    """Drop the lines of steps after ``last_step``, and a last line that a kill cut short."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def first_value(path: Path, name: str, last_step: int) -> float | None:
+    """The metric in the first line of metrics.jsonl that has it; None where none up to a step has.
+
+    Raises:
+        CheckpointError: a line is not one of this log.
+    """
+    metrics = (json.loads(line).get("metrics", {}) for line in read_log(path, last_step))
+    return next((values[name] for values in metrics if values.get(name) is not None), None)
+
+
+def read_log(path: Path, last_step: int) -> list[bytes]:
+    """The lines of a log up to a step, without a last line that a kill cut short.
+
+    Raises:
+        CheckpointError: another line is not one of this log.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
             step = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            if type(step) is not int:
+                raise TypeError(step)
+        except (ValueError, LookupError, TypeError, RecursionError):
             if number == len(lines):
                 break
             raise CheckpointError(f"{path}:{number}: is not a line of this log; repair or remove the file to resume") from None
         if step <= last_step:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+            kept.append(line)
+    return kept
+
+
+class _LogFile:
+    """A file of JSON lines, one for each step; see ``MetricsWriter`` for ``resume_step``."""
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        self._path = path
+        if resume_step is not None:
+            kept = read_log(path, resume_step)
+            temporary = path.with_suffix(".jsonl.tmp")
+            with writes(temporary):
+                temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+                os.replace(temporary, path)
+        with writes(path):
+            # Line-buffered: a killed run loses no finished line.
+            self._file = path.open("x" if resume_step is None else "a", encoding="utf-8", buffering=1)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        with writes(self._path):
+            self._file.write(json.dumps(values, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        with writes(self._path):
+            self._file.close()
 
 
 class TicketsWriter:
@@ -98,14 +138,11 @@ class TicketsWriter:
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
-        path = run_dir / "groups.jsonl"
-        if resume_step is not None:
-            _truncate(path, resume_step)
-        self._file = path.open("x" if resume_step is None else "a", encoding="utf-8", buffering=1)
+        self._file = _LogFile(run_dir / "groups.jsonl", resume_step)
 
     def write(self, step: int, trained: Sequence[tuple[int, str]], dropped: Sequence[tuple[int, str]]) -> None:
         """Record the groups that ``step`` trained on, and those given up since the step before, by ticket and prompt id."""
-        self._file.write(json.dumps({"step": step, "trained": trained, "dropped": dropped}) + "\n")
+        self._file.write({"step": step, "trained": trained, "dropped": dropped})
 
     def close(self) -> None:
         """Flush and close the file."""
@@ -124,7 +161,8 @@ class RolloutWriter:
         self._folder = run_dir / "rollouts"
         self._per_step = per_step
         if per_step > 0:
-            self._folder.mkdir(exist_ok=True)
+            with writes(self._folder):
+                self._folder.mkdir(exist_ok=True)
 
     def write(self, step: int, groups: Sequence[RolloutGroup], kind: str = "step") -> None:
         """Write the first responses: one of each group in turn, then the second of each, and so on.
@@ -140,7 +178,9 @@ class RolloutWriter:
             json.dumps(_readable(scored), ensure_ascii=False, allow_nan=False) + "\n"
             for scored in islice(_in_turn(groups), self._per_step)
         ]
-        (self._folder / f"{kind}_{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
+        path = self._folder / f"{kind}_{step:06d}.jsonl"
+        with writes(path):
+            path.write_text("".join(lines), encoding="utf-8")
 
 
 def _in_turn(groups: Sequence[RolloutGroup]) -> Iterator[ScoredRollout]:

@@ -29,17 +29,25 @@ def main() -> int:
     server = subprocess.Popen(
         command,
         start_new_session=True,
-        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, watched),  # noqa: PLW1509 (the guard has one thread)
+        preexec_fn=lambda: _unblock(watched),  # noqa: PLW1509 (the guard has one thread)
     )
     while server.poll() is None and os.getppid() == parent:
         received = signal.sigtimedwait(watched, POLL_SECONDS)
-        if received is not None and received.si_signo != signal.SIGCHLD:
+        # a launcher sends SIGUSR1 to every process of a job, and means the trainer, which asks for stacks with it
+        is_for_all = received is not None and received.si_signo == signal.SIGUSR1 and received.si_pid != parent
+        if received is not None and received.si_signo != signal.SIGCHLD and not is_for_all:
             if received.si_signo == signal.SIGUSR1:
                 write_stacks(server)
             break
     end_group(server, grace)
     code = server.wait()
     return code if code >= 0 else 128 - code
+
+
+def _unblock(watched: set[signal.Signals]) -> None:
+    """In the server; SIGUSR1 is not for it, and would end it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
 
 
 def end_group(server: subprocess.Popen[bytes], grace: float) -> None:

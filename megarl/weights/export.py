@@ -8,13 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megarl.errors import WeightsError
 from megarl.weights.distributed_checkpoint import MEGATRON_MARKER
-from megarl.weights.safetensors_files import INDEX
+from megarl.weights.safetensors_files import INDEX, write_safetensors
 from megarl.weights.shard_folder import SHARD_MAP
 
 SHARD_BYTES = 4 * 2**30
@@ -48,9 +46,11 @@ def write_hugging_face_folder(
         if with_value_head:
             _describe_value_head(partial / "config.json")
         set_dtype(partial, _write_shards(tensors, partial))
+        if output.is_symlink():
+            output.unlink()  # where it leads is not this run's
         shutil.rmtree(output, ignore_errors=True)
         os.replace(partial, output)
-    except (OSError, SafetensorError) as error:  # safetensors wraps the full disk in an error of its own
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise WeightsError(f"cannot write the Hugging Face folder {output}: {error}") from error
 
@@ -109,7 +109,9 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> torch.
     for shard in _shards(tensors):
         dtype = dtype if files else next(iter(shard.values())).dtype
         files.append(list(shard))
-        save_file(shard, folder / f"shard-{len(files)}", metadata={"format": "pt"})
+        # not safetensors' own save_file, whose files only their owner can read, whatever the umask says
+        with (folder / f"shard-{len(files)}").open("wb") as stream:
+            write_safetensors(stream, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in shard.items()}, shard.values())
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
     for number in range(1, len(files) + 1):
         os.replace(folder / f"shard-{number}", folder / shard_name(number, len(files)))

@@ -1,6 +1,7 @@
 """megatron-core's queue of write results, kept by a process that costs little and ends with its rank."""
 
 import pickle
+import signal
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -25,9 +26,16 @@ class BytesQueue:
         return pickle.loads(self._queue.get_nowait())
 
 
+def _outlive_stop_signals() -> None:
+    """Ends with the rank alone: a signal to the whole process group asks the run to save once more."""
+    end_with_parent()
+    for one in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(one, signal.SIG_IGN)
+
+
 def start_result_queue() -> None:
     """Start the queue, whose process ends with this rank even when that is killed."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=get_context("spawn"))
-        manager.start(end_with_parent)
+        manager.start(_outlive_stop_signals)
         filesystem_async._results_queue = BytesQueue(manager.Queue())

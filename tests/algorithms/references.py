@@ -20,28 +20,28 @@ def sample_std(values: Floats) -> float:
     return math.sqrt(sum((value - center) ** 2 for value in values) / (len(values) - 1))
 
 
-def sequence_advantages(name: str, returns: Floats, groups: Sequence[int], greedy: Floats, tasks: Sequence[int]) -> list[float]:
+def sequence_advantages(
+    name: str, rewards: Floats, penalties: Floats, groups: Sequence[int], greedy: Floats, tasks: Sequence[int]
+) -> list[float]:
     """One advantage for each response; ``greedy`` are the rewards of its prompt's greedy response."""
     advantages = []
-    for i, value in enumerate(returns):
-        group = [returns[j] for j in range(len(returns)) if groups[j] == groups[i]]
-        others = [returns[j] for j in range(len(returns)) if groups[j] == groups[i] and j != i]
+    everyone = range(len(rewards))
+    for i in everyone:
+        group, task = [j for j in everyone if groups[j] == groups[i]], [j for j in everyone if tasks[j] == tasks[i]]
+        others = [rewards[j] + penalties[j] for j in group if j != i]
+        value = rewards[i] + penalties[i]
         match name:
             case "group_mean":
-                advantage = value - mean(group)
-            case "group_mean_std":
-                advantage = (value - mean(group)) / (sample_std(group) + 1e-6)
+                advantage = value - mean([rewards[j] + penalties[j] for j in group])
             case "leave_one_out":
                 advantage = value - mean(others) if others else 0.0
-            case "batch_mean_std":
-                advantage = (value - mean(returns)) / (sample_std(returns) + 1e-6)
             case "greedy_baseline":
                 advantage = value - greedy[i]
-            case "group_mean_batch_std":
-                advantage = (value - mean(group)) / (sample_std(returns) + 1e-6)
-            case "group_mean_task_std":
-                task = [returns[j] for j in range(len(returns)) if tasks[j] == tasks[i]]
-                advantage = (value - mean(group)) / (sample_std(task) + 1e-6)
+            case "group_mean_std" | "batch_mean_std" | "group_mean_batch_std" | "group_mean_task_std":
+                centered = everyone if name == "batch_mean_std" else group
+                scaled = {"group_mean_std": group, "group_mean_task_std": task}.get(name, everyone)
+                advantage = (rewards[i] - mean([rewards[j] for j in centered])) / (sample_std([rewards[j] for j in scaled]) + 1e-6)
+                advantage += penalties[i] - mean([penalties[j] for j in centered])
             case _:
                 raise AssertionError(name)
         advantages.append(advantage)
@@ -84,7 +84,7 @@ def token_advantages(
             [reward + sum(tokens[t:]) - baseline for t in range(len(tokens))]
             for reward, tokens in zip(rewards, token_rewards, strict=True)
         ]
-    per_sequence = sequence_advantages(name, returns, groups, greedy, tasks)
+    per_sequence = sequence_advantages(name, rewards, [sum(tokens) for tokens in token_rewards], groups, greedy, tasks)
     return [[advantage] * len(tokens) for advantage, tokens in zip(per_sequence, token_rewards, strict=True)]
 
 

@@ -49,6 +49,33 @@ def test_advantages(name: str, penalised: bool, dtype: torch.dtype) -> None:
         assert_tokens(actual, expected, batch, TOLERANCE[dtype])
 
 
+STANDARDISED = ("group_mean_std", "batch_mean_std", "group_mean_batch_std", "group_mean_task_std")
+
+
+@pytest.mark.parametrize("name", STANDARDISED)
+def test_a_kl_penalty_is_not_blown_up_where_rewards_are_equal(name: str) -> None:
+    """Four right answers with KLs that differ by 1e-5: advantages of that size, not of that of a right answer among wrong ones."""
+    inputs = AdvantageInput(
+        rewards=torch.ones(4),
+        greedy_rewards=torch.full((4,), torch.nan),
+        token_rewards=torch.tensor([0.0, -1e-5, 0.0, -2e-5, 0.0, -1e-5, 0.0, 0.0]),
+        step_rewards=torch.full((8,), torch.nan),
+        group_ids=torch.zeros(4, dtype=torch.int64),
+        task_ids=torch.zeros(4, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, 2, 4, 6, 8]),
+        loss_mask=torch.tensor([False, True] * 4),
+        values=None,
+        discount=1.0,
+        trace_decay=1.0,
+    )
+    actual = ADVANTAGES[name].function(inputs)
+    assert actual.tolist() == pytest.approx([0, 0, 0, -1e-5, 0, 0, 0, 1e-5], abs=1e-9)
+    unequal = replace(inputs, rewards=torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    # the rewards' deviation is 1 / sqrt(3): the penalty is what it was beside them
+    expected = [0, 0.75**0.5, 0, -(0.75**0.5) - 1e-5, 0, 0.75**0.5, 0, -(0.75**0.5) + 1e-5]
+    assert ADVANTAGES[name].function(unequal).tolist() == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", ["group_mean", "group_mean_std", "leave_one_out", "group_mean_batch_std"])
 def test_equal_rewards_and_groups_of_one_teach_nothing(name: str) -> None:
     batch = ragged(0)

@@ -169,6 +169,19 @@ def test_clip_fractions() -> None:
     assert float(sums["clip_fraction_low"]) == low and float(sums["clip_fraction_high"]) == high
 
 
+def test_length_reward_is_by_what_the_batch_says_of_correctness() -> None:
+    """Rewards of other scorers make a wrong answer no right one, and a low weight a right answer no wrong one."""
+    batch = ragged(7)
+    correct = torch.tensor([True, False, False, True, False, True, False, True, False, False])
+    settings = {"preset": "kimi_k1_5", "reward_shaping": {"length_start": 0, "length_weight": 1.0}}
+    told = algorithm_of(**settings).prepare(replace(batch.packed, correct=correct), batch.scores, 0)
+    lengths = [len(one) for one in batch.trained]
+    bonus = [references.kimi_length_reward(i, lengths, correct.tolist(), GROUPS) for i in ALL]
+    assert told.metrics["length_reward_mean"] == pytest.approx(sum(bonus) / len(bonus))
+    opposite = algorithm_of(**settings).prepare(replace(batch.packed, correct=~correct), batch.scores, 0)
+    assert opposite.metrics["length_reward_mean"] != pytest.approx(sum(bonus) / len(bonus))
+
+
 def test_length_reward_waits_for_its_first_step() -> None:
     batch = ragged(7)
     algorithm = algorithm_of(preset="kimi_k1_5", reward_shaping={"length_start": 3})

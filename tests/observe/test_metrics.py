@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megarl.observe.metrics import accuracy_metrics, pass_at_k, repetition, rollout_metrics
+from megarl.observe.metrics import accuracy_metrics, pass_at_k, pass_rates, repetition, rollout_metrics
 from megarl.types import Episode, FinishReason, Turn
 from observe.rollouts import group
 
@@ -59,10 +59,22 @@ def test_tasks_are_told_apart_where_there_are_several() -> None:
     assert (metrics["prompts/sums"], metrics["prompts/words"]) == (1.0, 2.0)
     assert not any("/" in name for name in rollout_metrics([words, more]))
     assert accuracy_metrics([words, sums, more], 1.0, 4) == pytest.approx(
-        {"accuracy": 4 / 12, "pass@4": 2 / 3}
-        | {"accuracy/sums": 0.25, "pass@4/sums": 1.0, "accuracy/words": 3 / 8, "pass@4/words": 0.5}
+        # one, three and none of four right: a pair holds a right one in 3 of 6 cases, always and never
+        {"accuracy": 4 / 12, "pass@2": 1.5 / 3, "pass@4": 2 / 3}
+        | {"accuracy/sums": 0.25, "pass@2/sums": 0.5, "pass@4/sums": 1.0}
+        | {"accuracy/words": 3 / 8, "pass@2/words": 0.5, "pass@4/words": 0.5}
     )
     assert accuracy_metrics([sums], 1.0, 1) == {"accuracy": 0.25}
+
+
+@pytest.mark.parametrize(("samples", "ks"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_pass_rates_for_powers_of_two_and_all_samples(samples: int, ks: list[int]) -> None:
+    rewards = [[float((seed * 7 + i) % 3 == 0) for i in range(samples)] for seed in range(5)]
+    rates = pass_rates([group(str(seed), own) for seed, own in enumerate(rewards)], 1.0, samples)
+    assert list(rates) == [f"pass@{k}" for k in ks]
+    for k in ks:
+        subsets = [[any(draw) for draw in itertools.combinations(own, k)] for own in rewards]
+        assert rates[f"pass@{k}"] == pytest.approx(sum(sum(one) / len(one) for one in subsets) / len(subsets))
 
 
 def test_episodes_worked_by_hand() -> None:

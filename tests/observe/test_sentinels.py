@@ -1,9 +1,12 @@
 import math
+from pathlib import Path
 
 import pytest
 
+from megarl.config.schema import ObserveConfig
 from megarl.errors import TrainingError
 from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
+from megarl.observe.sinks import MetricsWriter, first_value
 
 
 @pytest.mark.parametrize("gap", [0.25, math.nan, math.inf])
@@ -25,3 +28,22 @@ def test_entropy_floor_warns_once_for_each_fall() -> None:
     assert [warning is not None for warning in warnings] == [False, False, True, False, False, True]
     assert warnings[2] is not None and "step 2: mean token entropy 0.4 nats is below observe.min_entropy 0.5" in warnings[2]
     assert EntropyFloor(0.0).check(0.0, 1) is None
+
+
+def test_entropy_alarm_is_relative_to_the_run_s_first_entropy() -> None:
+    """On by default; a run that begins low is not one that collapses, and a resumed one still knows where it began."""
+    share = ObserveConfig().min_entropy_share
+    assert share == 0.1 and ObserveConfig().min_entropy == 0
+    low = EntropyFloor(0.0, share)
+    assert [low.check(entropy, step) is not None for step, entropy in enumerate([0.02, 0.01, 0.0019, 0.001])] == [0, 0, 1, 0]
+    warning = EntropyFloor(0.0, share, first=1.0).check(0.05, 7)
+    assert warning is not None and "entropy 0.05 nats is below 0.1 of the run's first 1 (observe.min_entropy_share)" in warning
+    assert EntropyFloor(0.0, 0.0, first=1.0).check(0.0, 7) is None
+    assert EntropyFloor(0.0, share).check(0.0, 0) is None, "nothing to fall from"
+
+
+def test_the_first_entropy_of_a_run_is_in_its_log(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step, metrics in enumerate([{"accuracy": 0.5}, {"loss": 1.0}, {"entropy": 0.7}, {"entropy": 0.2}]):
+            writer.write(step, metrics)
+    assert first_value(tmp_path, "entropy") == 0.7 and first_value(tmp_path, "absent") is None

@@ -2,16 +2,18 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megarl.errors import CheckpointError
-from megarl.observe.sinks import MetricsWriter, RolloutWriter
+from megarl.errors import CheckpointError, FileError
+from megarl.observe.sinks import MetricsWriter, RolloutWriter, TicketsWriter
 from observe.rollouts import group
 
 
@@ -35,7 +37,7 @@ def test_lines_are_plain_json(tmp_path: Path) -> None:
 
 def test_a_new_run_does_not_write_over_an_old_one(tmp_path: Path) -> None:
     MetricsWriter(tmp_path, tensorboard=False).close()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileError, match="File exists"):
         MetricsWriter(tmp_path, tensorboard=False)
 
 
@@ -100,3 +102,44 @@ def test_more_rollouts_than_there_are_and_none(tmp_path: Path) -> None:
     assert len((tmp_path / "rollouts" / "evaluation_000000.jsonl").read_text().splitlines()) == 2
     RolloutWriter(tmp_path, 0).write(1, [group("a", [1.0])])
     assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["evaluation_000000.jsonl"]
+
+
+def write_metrics(folder: Path) -> None:
+    MetricsWriter(folder, tensorboard=False).write(1, {"reward": 1.0})
+
+
+def write_tensorboard(folder: Path) -> None:
+    with MetricsWriter(folder, tensorboard=True) as metrics:
+        metrics.write(1, {})
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (write_metrics, "metrics.jsonl"),
+        (lambda folder: TicketsWriter(folder).write(1, [], []), "groups.jsonl"),
+        (lambda folder: RolloutWriter(folder, per_step=1).write(1, [group("a", [1.0])]), "rollouts/step_000001.jsonl"),
+        (write_tensorboard, ""),
+    ],
+)
+def test_what_the_system_does_not_write_is_named(tmp_path: Path, write: Callable[[Path], None], name: str) -> None:
+    """Files may have no byte here, which is how a full disk looks to a writer."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(FileError) as error:
+            write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path / name}" in str(error.value) and "cannot be written (" in str(error.value)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"[" * 100_000, b'{"step": "1"}', b"{}", b"null", b"9" * 5000])
+def test_resume_names_the_line_that_is_not_its_own(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=rf"{path}:2: is not a line of this log"):
+        MetricsWriter(tmp_path, tensorboard=False, resume_step=2)
+    assert path.read_bytes() == before

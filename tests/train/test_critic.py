@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from megarl.algorithms.algorithm import Algorithm
 from megarl.config.schema import Config
 from megarl.errors import WeightsError
+from megarl.loop.learning import build_models, learn
 from megarl.loop.parity import CRITIC, ParityRun, parse_layout, synthetic_batch, with_layout
+from megarl.observe.timers import PhaseTimer
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Critic, Policy, RewardModel, is_main_rank, score, share_results
 from megarl.types import PackedBatch, TokenScores
@@ -233,3 +236,28 @@ def test_a_folder_that_is_no_critic_is_refused(tmp_path: Path, change: dict[str,
     config = tiny_config(tmp_path, algorithm=PPO, critic={"path": str(tmp_path / "score")})
     with pytest.raises(WeightsError, match=words):
         run_local_ranks(compute_values, (config, synthetic_batch(PROMPTS, config), tmp_path / "out.pt"), 1, 60)
+
+
+def adapt_beta(config: Config, output: Path) -> None:
+    """Four steps, in the first two of which the critic alone learns."""
+    models = build_models(config)
+    packed = synthetic_batch(PROMPTS, config)
+    coefficients: list[float] = []
+    for step in range(4):
+        run = SimpleNamespace(timer=PhaseTimer(), step=step, weight_version=step)
+        learned = learn(run, models, SimpleNamespace(packed=packed, outlived_updates=False))  # type: ignore[arg-type]
+        assert bool(learned.results) == (step >= 2) and learned.critic_results
+        coefficients.append(models.algorithm.kl_coefficient)
+    torch.save(coefficients, output)
+
+
+def test_beta_waits_while_the_critic_alone_learns(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, "llama")
+    config = tiny_config(
+        tmp_path, steps=4, algorithm={"preset": "ppo", "kl": {"coefficient": 0.2, "target": 6.0}}, critic={"warmup_steps": 2}
+    )
+    run_local_ranks(adapt_beta, (config, tmp_path / "out.pt"), 1, 60)
+    coefficients = torch.load(tmp_path / "out.pt")
+    assert coefficients[:2] == [0.2, 0.2]
+    # the policy has hardly moved from the reference, so beta falls by K · 0.2 after each of its steps
+    assert coefficients[2:] == pytest.approx([0.2 * 0.98, 0.2 * 0.98**2])

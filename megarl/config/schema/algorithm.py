@@ -38,7 +38,9 @@ class KLConfig(Section):
     """The KL penalty against the reference model."""
 
     place: Literal["none", "reward", "loss"] = key(
-        "none", "-", "No penalty and no reference model, a part of each token's reward, or a term of the loss."
+        "none",
+        "-",
+        "No penalty and no reference model, a part of each token's reward, or a term of the loss.",
     )
     estimator: Literal["k1", "k2", "k3"] = key("k3", "-", "Schulman's estimator of KL(policy || reference) per token.")
     coefficient: float = key(0.0, "-", "Weight of the penalty (beta); with a target, its value at the first step.", ge=0)
@@ -93,7 +95,15 @@ class RewardShapingConfig(Section):
         ge=0,
     )
     length_start: int = key(0, "steps", "The length reward counts after this many steps.", ge=0)
-    correct_reward: float = key(1.0, "reward", "For the length reward: a response with at least this reward is correct.")
+    correct_scorers: list[str] = key(
+        list,
+        "-",
+        "For the length reward: names of the scorers that say whether a response is correct; when empty those of type exact, math, "
+        "reasoning_gym and document_qa, or a task's only one.",
+    )
+    correct_reward: float = key(
+        1.0, "score", "For the length reward: a response to which one of these scorers gives at least this is correct."
+    )
 
 
 class GAEConfig(Section):

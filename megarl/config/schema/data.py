@@ -267,6 +267,8 @@ class EvaluationConfig(Section):
     every: int = key(
         0, "steps", "Evaluate after every so many steps, at the start and at the end; 0 means only start and end.", ge=0
     )
-    samples_per_prompt: int = key(1, "responses", "Responses per prompt: k of pass@k.", ge=1)
+    samples_per_prompt: int = key(
+        1, "responses", "Responses per prompt; pass@k is logged for k = 1, 2, 4, ... and this number.", ge=1
+    )
     temperature: float = key(0.0, "-", "Sampling temperature; 0 means greedy.", ge=0)
     pass_threshold: float = key(1.0, "reward", "A response with at least this reward counts as correct.")

@@ -98,7 +98,7 @@ class RoleConfig(Section):
 
 
 class ReferenceConfig(RoleConfig):
-    """The frozen reference model; built only when algorithm.kl or, for kind preference, the loss needs it."""
+    """The frozen reference model; built only when algorithm.kl, observe.kl_reference or, for kind preference, the loss needs it."""
 
     path: Path | None = key(
         None, "folder", "Hugging Face folder of the reference weights; the policy's starting weights when not given."

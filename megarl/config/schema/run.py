@@ -31,6 +31,15 @@ class ObserveConfig(Section):
         0.1, "nats", "The run ends at its first step when the mean |trainer - sampler| log-probability gap is above this.", gt=0
     )
     min_entropy: float = key(0.0, "nats", "Warn when the mean token entropy falls below this.", ge=0)
+    min_entropy_share: float = key(
+        0.1, "-", "Warn when the mean token entropy falls below this share of the run's first; 0 never warns.", ge=0, lt=1
+    )
+    kl_reference: bool = key(
+        False,
+        "-",
+        "Build the reference model and log the policy's divergence from it also where algorithm.kl.place is none; with a KL term "
+        "it is always logged.",
+    )
     stall_warning: float = key(120.0, "seconds", "Warn, naming the prompts, when no response has come for so long.", gt=0)
 
 

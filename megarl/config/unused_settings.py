@@ -1,0 +1,160 @@
+"""Settings that a run does not use: they are no mistake, but who sets them expects something of them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from megarl.config.models_of import has_reference, samples_responses, trains_on_pairs
+from megarl.config.schema import AlgorithmConfig, Config, Section
+from megarl.config.stages import configs_of
+
+CLIPPING = ("ppo_clip", "gmpo", "cispo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """Keys, dotted or whole sections, that have an effect only where ``is_used`` says so; ``only`` is said of that."""
+
+    keys: tuple[str, ...]
+    is_used: Callable[[Config], bool]
+    only: str
+
+
+def _is_own(name: str) -> bool:
+    return ":" in name  # a function of the user's own, which may look at any setting of the method
+
+
+def _engine_rule(engine: str) -> Rule:
+    return Rule(
+        keys=(f"rollout.{engine}",),
+        is_used=lambda config: config.rollout.engine == engine and samples_responses(config),
+        only=f"rollout.engine: {engine}",
+    )
+
+
+def _has_schedule(config: Config) -> bool:
+    return config.optimizer.schedule != "constant"
+
+
+OF_KINDS = (
+    Rule(keys=("algorithm", "reward_model", "data.sampling"), is_used=lambda c: c.kind == "rl", only="kind: rl"),
+    Rule(keys=("rollout", "rewards"), is_used=samples_responses, only="kind: rl, or kind: sft with evaluation.data,"),
+    Rule(keys=("sft",), is_used=lambda c: c.kind == "sft", only="kind: sft"),
+    Rule(keys=("preference",), is_used=trains_on_pairs, only="kinds preference and reward_model"),
+    Rule(keys=("data.response_suffix",), is_used=lambda c: c.kind != "rl", only="kinds that train on given responses"),
+)
+OF_METHODS = (
+    Rule(
+        keys=("algorithm.clip.low", "algorithm.clip.high"),
+        is_used=lambda c: c.algorithm.surrogate in CLIPPING or _is_own(c.algorithm.surrogate),
+        only="a surrogate that clips, ppo_clip, gmpo or cispo,",
+    ),
+    Rule(
+        keys=("algorithm.mirror_descent_tau",),
+        is_used=lambda c: c.algorithm.surrogate == "mirror_descent" or _is_own(c.algorithm.surrogate),
+        only="surrogate: mirror_descent",
+    ),
+    Rule(
+        keys=("algorithm.gae", "algorithm.value_clip"),
+        is_used=lambda c: c.algorithm.advantage == "gae" or _is_own(c.algorithm.advantage),
+        only="advantage: gae",
+    ),
+    Rule(
+        keys=("algorithm.gae.trace_decay",),
+        is_used=lambda c: c.algorithm.gae.length_adaptive_alpha is None,
+        only="no length_adaptive_alpha, which takes its place,",
+    ),
+    Rule(keys=("algorithm.kl.estimator",), is_used=lambda c: c.algorithm.kl.place != "none", only="kl.place: reward or loss"),
+    Rule(keys=("algorithm.kl.adaptation_rate",), is_used=lambda c: c.algorithm.kl.target is not None, only="kl.target"),
+    Rule(
+        keys=("algorithm.sampler_correction.level", "algorithm.sampler_correction.cap"),
+        is_used=lambda c: c.algorithm.sampler_correction.method != "none",
+        only="sampler_correction.method: tis or mis",
+    ),
+    Rule(
+        keys=tuple(f"algorithm.reward_shaping.{name}" for name in ("length_start", "correct_scorers", "correct_reward")),
+        is_used=lambda c: c.algorithm.reward_shaping.length_weight > 0,
+        only="reward_shaping.length_weight",
+    ),
+    Rule(
+        keys=("algorithm.max_sampling_waves", "algorithm.max_surplus_age"),
+        is_used=lambda c: c.algorithm.dynamic_sampling or c.rollout.asynchronous is not None or c.rollout.partial is not None,
+        only="dynamic_sampling: true",
+    ),
+)
+OF_THE_REST = (
+    Rule(keys=("optimizer.min_learning_rate",), is_used=_has_schedule, only="a schedule that decays, linear or cosine,"),
+    Rule(
+        keys=("critic.optimizer.min_learning_rate",),
+        is_used=lambda c: c.critic is None or c.critic.optimizer is None or c.critic.optimizer.schedule != "constant",
+        only="a schedule that decays, linear or cosine,",
+    ),
+    Rule(
+        keys=("data.sampling.priority_floor",),
+        is_used=lambda c: c.data.sampling.order == "prioritised",
+        only="data.sampling.order: prioritised",
+    ),
+    Rule(
+        keys=("evaluation.samples_per_prompt", "evaluation.temperature"),
+        is_used=lambda c: c.evaluation.data is not None and not trains_on_pairs(c),
+        only="evaluation.data of prompts",
+    ),
+    Rule(
+        keys=("rollout.weight_transfer.method", "rollout.weight_transfer.max_restarts"),
+        is_used=lambda c: c.rollout.engine != "embedded",
+        only="an engine server, sglang or vllm,",
+    ),
+    Rule(keys=("reference",), is_used=has_reference, only="a KL term, observe.kl_reference or a loss with a reference"),
+    *(_engine_rule(engine) for engine in ("embedded", "sglang", "vllm")),
+)
+
+
+def unused_settings(config: Config) -> list[str]:
+    """One line for each setting that differs from its default, or its preset's, and has no effect, in no stage of the run."""
+    parts = configs_of(config)
+    unused = [dict(_unused(part)) for part in parts]
+    return [line for key, line in unused[0].items() if all(key in other for other in unused)]
+
+
+def _unused(config: Config) -> Iterator[tuple[str, str]]:
+    covered: list[str] = []
+    defaults = _defaults(config)
+    for rule in (*OF_KINDS, *OF_METHODS, *OF_THE_REST):
+        for key in rule.keys:
+            if rule.is_used(config) or any(f"{key}.".startswith(f"{section}.") for section in covered):
+                continue
+            covered.append(key)
+            value, default = _value(config, key), _value(defaults, key)
+            for path, given in _differing(key, value, default):
+                yield path, f"{path}: is {_short(given)} and has no effect: only {rule.only} uses it"
+
+
+def _value(config: Any, key: str) -> Any:
+    return reduce(lambda section, name: getattr(section, name, None), key.split("."), config)
+
+
+def _defaults(config: Config) -> Config:
+    """The config with the defaults of the method, its preset's where it has one, and of all other sections."""
+    algorithm = AlgorithmConfig.model_validate({"preset": config.algorithm.preset})
+    required = {"kind": config.kind, "steps": config.steps, "model": config.model}
+    plain = Config.model_validate(required | {"data": {"train": config.data.train}})
+    critic = None if config.critic is None else config.critic.model_copy(update={"optimizer": type(config.optimizer)()})
+    return plain.model_copy(update={"algorithm": algorithm, "critic": critic})
+
+
+def _differing(path: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted keys below ``path`` whose values are not the default's."""
+    if isinstance(value, Section) and isinstance(default, Section):
+        for name in type(value).model_fields:
+            if not (path == "algorithm" and name == "preset"):
+                yield from _differing(f"{path}.{name}", getattr(value, name), getattr(default, name, None))
+    elif value != default:
+        yield path, value
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Section):
+        return "given"
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
