@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megarl.errors import ConfigError, listed
+from megarl import json_text
+from megarl.errors import ConfigError, listed, shortened
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -22,17 +23,11 @@ def read_json_object(file: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, is no JSON, or holds something else than an object.
     """
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        return json_text.read_json_object(file)
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror}); copy it again") from None
-    except RecursionError:
-        raise ConfigError(f"{file} is not valid JSON (nested too deeply); copy it again") from None
-    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
-        reason = " ".join(str(error).split())[:_REASON_CHARACTERS]
-        raise ConfigError(f"{file} is not valid JSON ({reason}); copy it again") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file} holds no JSON object; copy it again")
-    return raw
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON ({shortened(str(error), _REASON_CHARACTERS)}); copy it again") from None
 
 
 def read_tokenizer_settings(folder: Path) -> dict[str, Any]:

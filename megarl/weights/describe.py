@@ -1,16 +1,15 @@
 """What a model folder or checkpoint holds: layout, files, sizes, dtypes."""
 
-import json
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, shortened
+from megarl.json_text import read_json_object
 from megarl.weights.checkpoint import POLICY
 from megarl.weights.distributed_checkpoint import CheckpointTensor, DistributedCheckpoint
 from megarl.weights.file_digests import size_damage
@@ -95,11 +94,12 @@ def _line(name: str, tensor: CheckpointTensor) -> TensorLine:
 
 def _config_facts(path: Path) -> dict[str, str]:
     try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text())
+        config = read_json_object(path / "config.json")
     except (OSError, ValueError):
         return {"family": "unknown, there is no readable config.json"}
     names = ("num_hidden_layers", "hidden_size", "vocab_size")
-    return {"family": str(config.get("model_type"))} | {name: str(config[name]) for name in names if name in config}
+    family = {"family": shortened(str(config.get("model_type")))}
+    return family | {name: shortened(str(config[name])) for name in names if name in config}
 
 
 def _run_facts(path: Path) -> dict[str, str]:

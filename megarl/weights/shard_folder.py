@@ -20,7 +20,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from megarl.errors import WeightsError, listed
+from megarl.errors import WeightsError, listed, shortened
+from megarl.json_text import parse_json
 from megarl.weights.safetensors_files import read_header
 from megarl.weights.stored_tensors import StoredTensor, read_into, windows
 
@@ -132,13 +133,13 @@ class ShardMap:
         """
         path = folder / SHARD_MAP
         try:
-            values = json.loads(path.read_text())
+            values = parse_json(path.read_bytes())
             parameters = {name: _parameter(entry) for name, entry in values["parameters"].items()}
             tensors = {name: tuple(map(int, shape)) for name, shape in values["tensors"].items()}
             shard_map = cls(str(values["engine"]), int(values["tp"]), int(values["ep"]), tensors, parameters)
             shard_map._check()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{path} is truncated or corrupt ({error}); convert again") from error
+            raise WeightsError(f"{path} is truncated or corrupt ({shortened(str(error))}); convert again") from error
         return shard_map
 
     def _check(self) -> None:

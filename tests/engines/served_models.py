@@ -9,9 +9,10 @@ from typing import Any
 from megarl.config.schema import EngineServerConfig
 from megarl.errors import RewardError
 from megarl.rewards.combine import RewardScorer
-from megarl.rollout.server_launch import HOST, flags, inherited_environment, server_python
+from megarl.rollout.server_launch import flags, inherited_environment, server_python
 from megarl.rollout.server_process import ServerProcess, free_port
 from megarl.rollout.sglang import CPU_FOLDER
+from megarl.sockets import LOCALHOST
 
 START_TIMEOUT = 150
 
@@ -40,15 +41,15 @@ COMMANDS: dict[str, tuple[list[str], dict[str, Any], dict[str, str]]] = {
 async def served_model(name: str, folder: Path, **more: Any) -> AsyncIterator[tuple[str, ServerProcess]]:
     """The server of the model in ``folder``/model and its address; it has only just been started."""
     module, arguments, environment = COMMANDS[name]
-    port = free_port(HOST, 0, "")
+    port = free_port(LOCALHOST, 0, "")
     model = {"vllm": "model", "sglang": "model_path"}[name]
-    values = {model: str(folder / "model"), "host": HOST, "port": port, "dtype": "float32", **arguments, **more}
+    values = {model: str(folder / "model"), "host": LOCALHOST, "port": port, "dtype": "float32", **arguments, **more}
     command = [server_python(name, EngineServerConfig()), *module, *flags(values, negated=False)]
     needed = {"HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1", **environment}
     process = ServerProcess(name, command, inherited_environment() | needed, folder / "engine.log")
     await process.start()
     try:
-        yield f"http://{HOST}:{port}", process
+        yield f"http://{LOCALHOST}:{port}", process
     finally:
         await process.close()
 
