@@ -23,6 +23,7 @@ Form = Literal["prompts", "examples", "pairs"]  # what rows are made into
 ShareOut = Callable[[str, Any, Sequence[Any], Callable[[int], None]], list[Any]]
 
 _FEW_ROWS = 8_000  # are measured here: starting processes and tokenizers takes longer
+_KEPT_FROM = 1_000  # rows; fewer are measured in a moment
 _BATCH = 256  # rows
 _FORMAT = 1  # of what is kept
 _SILENCE = 3.0  # seconds without a line of progress
@@ -58,7 +59,9 @@ class RowSizes:
         Raises:
             DataError: a row cannot be written for the model; it is named.
         """
-        path = None if self._folder is None else self._folder / f"{_digest(self._config, rows, form)}.npy"
+        path = None
+        if self._folder is not None and len(rows) >= _KEPT_FROM:
+            path = self._folder / f"{_digest(self._config, rows, form)}.npy"
         if path is not None and (kept := _read(path, len(rows))) is not None:
             return kept
         progress = Progress(name, len(rows))

@@ -18,6 +18,7 @@ from megarl.rewards import references
 from megarl.workers.batches import in_processes
 
 _FEW = 2_000  # different answers are checked here: starting processes takes longer
+_KEPT_FROM = 300  # different answers; fewer are checked in a moment
 _BATCH = 64  # answers
 _FORMAT = 1  # of the checks: a newer one is not satisfied by what an older one found
 
@@ -46,13 +47,14 @@ def check_references(config: Config, rows: Iterable[Row]) -> None:
             places.setdefault(compared, row.place or row.row_id)
     items = list(places)
     done = checks_folder(config) / f"{_digest(items)}.references"
-    if not items or done.exists():
+    if done.exists():
         return
     for item, reason in zip(items, _reasons(items), strict=True):
         if reason is not None:
             raise DataError(f"{places[item]}: {reason}")
-    done.parent.mkdir(parents=True, exist_ok=True)
-    done.touch()
+    if len(items) >= _KEPT_FROM:
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.touch()
 
 
 def _held_out_rows(config: Config) -> Iterator[Row]:
