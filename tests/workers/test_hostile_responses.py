@@ -122,26 +122,34 @@ TASK_PAYLOADS = {
 }
 
 
-@pytest.mark.parametrize("task", EVALUATING_TASKS)
-def test_the_answer_to_an_evaluating_task_does_nothing(task: str, surroundings: dict[str, Any], tmp_path: Path) -> None:
-    dataset = reasoning_gym.create_dataset(task, size=1, seed=3)
-    reference = {"task": task, "options": {}, "entry": dataset[0], "answer": dataset[0]["answer"]}
+def test_the_answer_to_an_evaluating_task_does_nothing(
+    surroundings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = {task: reasoning_gym.create_dataset(task, size=1, seed=3) for task in EVALUATING_TASKS}
     payloads = [payload.format(**surroundings) for payload in TASK_PAYLOADS.values()]
-    # it makes every later answer right, unless the process that it does so in is gone
-    takes_over = f"setattr(type(__import__('gc').get_objects), 'x', 1) or __import__('sys').modules['{type(dataset).__module__}']"
-    takes_over += f".{type(dataset).__name__}.__setattr__ or setattr(__import__('sys').modules['{type(dataset).__module__}']"
-    takes_over += f".{type(dataset).__name__}, 'score_answer', lambda *arguments: 1.0)"
     wrong = "no answer at all"
-    first, *attempts, taken_over, last = scored(
-        ScorerSpec(name="task", type="reasoning_gym"),
-        [(answer, reference) for answer in (wrong, *payloads, takes_over, wrong)],
-        timeout=100,
-    )
+    requests = []
+    for task, dataset in datasets.items():
+        reference = {"task": task, "options": {}, "entry": dataset[0], "answer": dataset[0]["answer"]}
+        requests += [(answer, reference) for answer in (wrong, *payloads, takes_over(dataset), wrong)]
+    results = iter(scored(ScorerSpec(name="task", type="reasoning_gym"), requests, timeout=100))
     assert not (tmp_path / "fired").exists()
-    assert [*attempts, taken_over] == pytest.approx([first] * 5, abs=0.06)
-    assert last == first < 0.1
-    dataset.score_answer(payloads[0], dataset[0])  # in this process it does
-    assert (tmp_path / "fired").exists()
+    for task, dataset in datasets.items():
+        first, *attempts, last = (next(results) for _ in range(len(payloads) + 3))
+        assert attempts == pytest.approx([first] * len(attempts), abs=0.06), task
+        assert last == first < 0.1, task
+        # in this process they do something
+        monkeypatch.setattr(type(dataset), "score_answer", type(dataset).score_answer)
+        dataset.score_answer(payloads[0], dataset[0])
+        (tmp_path / "fired").unlink()
+        dataset.score_answer(takes_over(dataset), dataset[0])
+        assert dataset.score_answer(wrong, dataset[0]) == 1, task
+
+
+def takes_over(dataset: Any) -> str:
+    """An answer that makes every later one right, unless the process that it does so in is gone."""
+    name = f"__import__('sys').modules['{type(dataset).__module__}'].{type(dataset).__name__}"
+    return f"setattr({name}, 'score_answer', __import__('operator').is_not)"
 
 
 def test_no_other_task_is_taken_for_one_that_only_reads() -> None:
