@@ -46,14 +46,14 @@ class Loader(yaml.SafeLoader):
         self._depth = 0
         self._sizes: dict[str, int] = {}  # of each anchor, in values
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """The next node; raises yaml.MarkedYAMLError where it is nested too deep, or all are too many."""
         event = self.peek_event()
         before = self._num_values
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self._sizes:
                 raise _problem(f"alias *{event.anchor} stands within what it is an alias of", event)
-            self._num_values += self._sizes.get(event.anchor, 1)
+            self._num_values += self._sizes.get(str(event.anchor), 1)
         else:
             self._num_values += 1
         if self._num_values > MOST_VALUES:
@@ -90,7 +90,7 @@ class Loader(yaml.SafeLoader):
         elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 self._check(item, f"{path}.{index}".lstrip("."), seen)
-        else:
+        elif isinstance(node, yaml.MappingNode):
             _check_keys(node)
             for key, value in node.value:
                 if key.tag != _MERGE:
@@ -123,7 +123,8 @@ def _check_keys(node: yaml.MappingNode) -> None:
 
 
 def _problem(text: str, place: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=text, problem_mark=place.start_mark)
+    mark: Any = place.start_mark
+    return yaml.MarkedYAMLError(problem=text, problem_mark=mark)
 
 
 class Dumper(yaml.SafeDumper):

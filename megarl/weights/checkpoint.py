@@ -111,7 +111,7 @@ def check_checkpoint_together(checkpoint: Path, weight_map: WeightMap) -> Manife
     dist.all_gather_object(everywhere, str(found) if isinstance(found, CheckpointError) else None)
     problem = next((text for text in everywhere if text is not None), None)
     if isinstance(found, CheckpointError) or problem is not None:
-        raise CheckpointError(problem)
+        raise CheckpointError(problem or str(found))
     return found
 
 
