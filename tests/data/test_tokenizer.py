@@ -100,7 +100,7 @@ def test_a_folder_without_tokenizer_json_is_converted_or_refused(tmp_path):
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     right = Tokenizer.from_file(str(folder / "tokenizer.json"))
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match="has no tokenizer.json, nor tokenizer.model, nor vocab.json"):
+    with pytest.raises(DataError, match=r"has no tokenizer.json, nor tokenizer.model, nor vocab.json"):
         load_tokenizer(folder)
     (folder / "vocab.json").write_text(json.dumps(model["vocab"] | {"<|endoftext|>": 300}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(merge) for merge in model["merges"]))
