@@ -49,8 +49,6 @@ def _check_time(path: str, judge: JudgeConfig, limit: float) -> Iterator[str]:
 
 
 def _check_judge(judge: JudgeConfig) -> Iterator[str]:
-    if not re.match(r"https?://[^/:\s]", judge.url):
-        yield f"url: {judge.url!r} is not an address; give for example http://judge:8000/v1"
     for place in PLACES:
         if place not in judge.prompt:
             yield f"prompt: {judge.prompt[:60]!r}... has no {place}; add it, as the judge sees nothing else"

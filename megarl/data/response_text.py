@@ -45,12 +45,13 @@ def find_end_tokens(config: Config, tokenizer: "PreTrainedTokenizerBase") -> End
         raise DataError(f"{config.model.path / file}: eos_token_id {listed(unknown)} is no token of the tokenizer; correct it")
     is_added = tokenizer.added_tokens_decoder.keys() | {tokenizer.eos_token_id}
     ordinary = [token_id for token_id in ids if token_id not in is_added]
-    does = "ends responses" if file == GENERATION_CONFIG else "is not used"
-    notices = tuple(
-        f"eos_token_id {token_id} of {file} is the token {str(tokenizer.convert_ids_to_tokens(token_id))!r}, which is part of "
-        f"ordinary text: it {does}; correct the file if that is wrong"
-        for token_id in ordinary
-    )
+    does = "end responses" if file == GENERATION_CONFIG else "are not used"
+    notices: tuple[str, ...] = ()
+    if ordinary:
+        named = listed([f"{token_id} = {str(tokenizer.convert_ids_to_tokens(token_id))!r}" for token_id in ordinary], limit=3)
+        notices = (
+            f"eos_token_id of {file} names tokens of ordinary text, {named}: they {does}; correct the file if that is wrong",
+        )
     taken = ids if file == GENERATION_CONFIG else [token_id for token_id in ids if token_id in is_added]
     of_model = {*taken, int(tokenizer.eos_token_id)}
     return EndTokens(
