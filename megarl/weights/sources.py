@@ -89,9 +89,9 @@ def _check_plain(tensors: TensorFolder) -> None:
     """Refuse quantized weights, and whole numbers."""
     for name, dtype in tensors.dtypes.items():
         if name.endswith(QUANTIZED_ENDINGS) or dtype.itemsize == 1 or not dtype.is_floating_point:
+            kind = f"{shortened(name, 100)}, {str(dtype).removeprefix('torch.')}"
             raise WeightsError(
-                f"{tensors.folder}: its weights are quantized or whole numbers ({shortened(name, 100)}, {str(dtype).removeprefix('torch.')}); give "
-                "the model in bfloat16 or float32"
+                f"{tensors.folder}: its weights are quantized or whole numbers ({kind}); give the model in bfloat16 or float32"
             )
 
 
