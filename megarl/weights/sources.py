@@ -86,12 +86,12 @@ def check_tensors(tensors: TensorFolder, weight_map: WeightMap) -> None:
 
 
 def _check_plain(tensors: TensorFolder) -> None:
-    """Refuse quantized weights."""
+    """Refuse quantized weights, and whole numbers."""
     for name, dtype in tensors.dtypes.items():
-        if name.endswith(QUANTIZED_ENDINGS) or dtype.itemsize == 1:
+        if name.endswith(QUANTIZED_ENDINGS) or dtype.itemsize == 1 or not dtype.is_floating_point:
+            kind = f"{shortened(name, 100)}, {str(dtype).removeprefix('torch.')}"
             raise WeightsError(
-                f"{tensors.folder}: its weights are quantized ({shortened(name, 100)}, {str(dtype).removeprefix('torch.')}); give "
-                "the model in bfloat16 or float32"
+                f"{tensors.folder}: its weights are quantized or whole numbers ({kind}); give the model in bfloat16 or float32"
             )
 
 
