@@ -46,4 +46,7 @@ def test_the_first_entropy_of_a_run_is_in_its_log(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         for step, metrics in enumerate([{"accuracy": 0.5}, {"loss": 1.0}, {"entropy": 0.7}, {"entropy": 0.2}]):
             writer.write(step, metrics)
-    assert first_value(tmp_path, "entropy") == 0.7 and first_value(tmp_path, "absent") is None
+    assert (
+        first_value(tmp_path / "metrics.jsonl", "entropy", 3) == 0.7
+        and first_value(tmp_path / "metrics.jsonl", "absent", 3) is None
+    )
