@@ -14,7 +14,7 @@ import jinja2.meta
 from megarl.config.schema import Config
 from megarl.config.tokenizer_files import TOKENIZER_CONFIG
 from megarl.data.chat_rendering import ChatRenderer, TemplateRefusal
-from megarl.errors import DataError, listed, one_line, shortened
+from megarl.errors import DataError, listed, one_line, quoted, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,6 +110,13 @@ class ChatTemplate:
         if unknown := [name for name in self._settings.options if name not in known - own]:
             options = f"its options are {listed(sorted(known - own))}" if known - own else "it has no options"
             raise DataError(f"data.chat_template_options: the {self.name} does not use {listed(unknown)}; {options}")
+        for name in ("tools", "documents"):  # of which transformers knows what they are
+            items = self._settings.options.get(name) or []
+            if not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
+                raise DataError(
+                    f"data.chat_template_options.{name}: is {quoted(items)}, not a list of mappings; give one for each, e.g. "
+                    "{name: add, description: ...}"
+                )
 
     def _check_repeatable(self) -> None:
         try:

@@ -130,11 +130,11 @@ def test_layouts_are_compared_on_its_own_pairs(workspace: Path, tmp_path: Path, 
             [],
             "train.jsonl:15: fields 'chosen' and 'rejected' are equal, so neither is preferred; leave the row out",
         ),
-        ({"rejected": "1" * 80}, [], "error: the rejected response of row train/14 has "),
+        ({"rejected": "1" * 80}, [], "train.jsonl:15: the rejected response of row train/14 has "),
         (
             {"chosen": "2" * 40, "rejected": "1" * 40},
             ["policy.max_tokens_per_micro_batch=70"],
-            "error: the pair of row train/14 has ",
+            "train.jsonl:15: the pair of row train/14 has ",
         ),
     ],
 )

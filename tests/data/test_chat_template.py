@@ -154,8 +154,8 @@ def test_a_text_begins_with_one_bos_where_the_tokenizer_adds_it(name, add_bos, t
         (CHATML, {"enable_thinking": False}, "does not use enable_thinking; it has no options"),
         (THINKING, {"enable_thinkng": False}, "does not use enable_thinkng; its options are enable_thinking"),
         (CHATML, {"messages": []}, "does not use messages"),
-        (TOOLS, {"tools": ["add"]}, "refuses prompt train/17"),
-        (TOOLS, {"tools": 7}, "refuses prompt train/17"),
+        (TOOLS, {"tools": ["add"]}, "tools: is ..add.., not a list of mappings"),
+        (TOOLS, {"tools": 7}, "tools: is 7, not a list of mappings"),
         ({"a": CHATML, "b": CHATML}, {}, "has the chat templates a, b and none named default"),
     ],
 )
@@ -184,9 +184,9 @@ def test_a_template_file_that_is_no_text_is_refused(tmp_path):
 MALFORMED = {
     "tokenizer.json": [
         ("", "is not valid JSON"),
-        ("[]", "holds no JSON object"),
+        ("[]", "holds list, not an object"),
         ("{}", "model.vocab is missing"),
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "nested more than 64 deep"),
         ('{"model": {"vocab": ' + "9" * 5000 + "}}", "is not valid JSON"),
         (lambda file: file["added_tokens"][0].update(id=3), "id 3; each token needs one id"),
         (lambda file: file["added_tokens"][0].update(id=file["added_tokens"][1]["id"]), "each token needs one id"),
@@ -200,7 +200,7 @@ MALFORMED = {
     ],
     "tokenizer_config.json": [
         ("{", "is not valid JSON"),
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "nested more than 64 deep"),
         (lambda file: file.update(eos_token=7), "eos_token is 7, not a text"),
         (lambda file: file.update(eos_token=["</s>"]), "not a text"),
         (lambda file: file.update(eos_token="</s>"), "has no token '</s>', which .* names as eos_token"),
@@ -210,7 +210,7 @@ MALFORMED = {
         (lambda file: file.update(added_tokens_decoder={"310": {"content": "<new>"}}), "tokenizer.json has no such token"),
         (lambda file: file.update(added_tokens_decoder={"310": {"content": "<|im_end|>"}}), "tokenizer.json has it as 302"),
     ],
-    "special_tokens_map.json": [("7", "holds no JSON object"), ('{"eos_token": {"content": 3}}', "not a text")],
+    "special_tokens_map.json": [("7", "holds int, not an object"), ('{"eos_token": {"content": 3}}', "not a text")],
 }
 
 

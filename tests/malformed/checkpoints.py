@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cases import Case, Templates, copy, edited
+from table import Case, Templates, copy, edited
 
 DEEP = "[" * 100_000 + "]" * 100_000
 TOOLS = Path(__file__).parent.parent.parent / "tools" / "convert"

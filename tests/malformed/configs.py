@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cases import Case, Templates, config_in, sft_config_in, yaml_of
+from table import Case, Templates, config_in, sft_config_in, yaml_of
 
 MODEL = "MODEL"  # stands for the template's folder
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from cases import Case, Templates, config_in, copy, edited, sft_config_in
+from table import Case, Templates, config_in, copy, edited, sft_config_in
 
 DEEP = "[" * 100_000 + "]" * 100_000
 Damage = Callable[[Path], object]

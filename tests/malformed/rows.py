@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cases import Case, Templates, config_in, sft_config_in
+from table import Case, Templates, config_in, sft_config_in
 
 GOOD = b'{"prompt": "a", "answer": "b"}\n'
 DEEP = b"[" * 100_000 + b"]" * 100_000

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cases import Answer, Case, Templates, config_in
+from table import Answer, Case, Templates, config_in
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 HTML = Answer(body=b"<html><body>Welcome</body></html>", content_type="text/html")

@@ -23,9 +23,9 @@ import configs
 import models
 import rows
 import servers
-from cases import SECONDS, Answer, Case, Templates, config_in, sft_config_in
 from pending import PENDING
 from runs import make_model
+from table import SECONDS, Answer, Case, Templates, config_in, sft_config_in
 from warm_process import Ended, Job
 
 CASES = [*configs.CASES, *rows.CASES, *models.CASES, *checkpoints.CASES, *servers.CASES]

@@ -123,7 +123,10 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("damage", list(DAMAGE))
 def test_what_is_no_group_is_refused_in_one_line(damage: str) -> None:
     saved = changed(save_group(group(random.Random(3), experts=True)), DAMAGE[damage])
-    with pytest.raises(CheckpointError, match=r"groups cannot be read .*; resume from an older") as error, refuse_damage():
+    with (
+        pytest.raises(CheckpointError, match=r"groups \(outstanding.json\) cannot be read .*; resume from an older") as error,
+        refuse_damage(),
+    ):
         load_group(saved, {"train/7": PROMPT}.__getitem__)
     assert "\n" not in str(error.value)
 
