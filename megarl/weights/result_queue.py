@@ -1,14 +1,13 @@
 """megatron-core's queue of write results, kept by a process that costs little and ends with its rank."""
 
 import pickle
-import signal
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megarl.death_signal import end_with_parent
+from megarl.death_signal import end_with_parent_alone
 
 
 class BytesQueue:
@@ -26,16 +25,9 @@ class BytesQueue:
         return pickle.loads(self._queue.get_nowait())
 
 
-def _outlive_stop_signals() -> None:
-    """Ends with the rank alone: a signal to the whole process group asks the run to save once more."""
-    end_with_parent()
-    for one in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(one, signal.SIG_IGN)
-
-
 def start_result_queue() -> None:
     """Start the queue, whose process ends with this rank even when that is killed."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=get_context("spawn"))
-        manager.start(_outlive_stop_signals)
+        manager.start(end_with_parent_alone)
         filesystem_async._results_queue = BytesQueue(manager.Queue())
