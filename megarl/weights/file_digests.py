@@ -103,7 +103,11 @@ def write_and_digest(write: Callable[..., None], folder: Path, rank: int, *args:
     write(*args, **kwargs)
     digests = {path.name: digest_file(path) for path in sorted(folder.glob(f"__{rank}_*.distcp"))}
     values = {name: [entry.num_bytes, entry.xxh3_128] for name, entry in digests.items()}
-    (folder / SIDE_FILE.format(rank=rank)).write_text(json.dumps(values))
+    side_file = folder / SIDE_FILE.format(rank=rank)
+    try:
+        side_file.write_text(json.dumps(values))
+    except OSError:  # the disk is full: the error comes from what megatron-core wrote, or rank 0 reads the files once more
+        side_file.unlink(missing_ok=True)
 
 
 def collect_digests(folder: Path) -> dict[str, FileDigest]:

@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def start_and_kill(path: Path, run_dir: Path, moment: random.Random, *, resume: 
     time.sleep(delay)  # this is the random moment
     processes = psutil.Process(run.pid).children(recursive=True)
     for process in (run, *processes):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # a scorer's worker that ended in between
+            process.kill()
     run.join(TIMEOUT)
     assert psutil.wait_procs(processes, timeout=10)[1] == []
 

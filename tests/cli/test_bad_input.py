@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_config(workspace: Path, tmp_path: Path, capfd: Capture, overrides: list
         (
             ['{"prompt": "abcdefgh", "answer": "b"}'],
             8,
-            "prompt train/0 has 9 tokens, above rollout.max_prompt_tokens = 8; raise the limit or leave the row out",
+            "{path}:1: prompt train/0 has 9 tokens, above rollout.max_prompt_tokens = 8; raise the limit or leave the row out",
         ),
     ],
 )
@@ -152,8 +153,7 @@ def test_resume_with_another_model(finished: Path, tmp_path: Path, capfd: Captur
     shutil.copytree(finished, run)
     before = (run / "metrics.jsonl").read_text()
     error = refusal(capfd, "train", write_config(tmp_path, steps=6), "--nproc", 2, "--resume")
-    assert error.startswith(f"error: {run / 'checkpoints' / 'step_00000004'} is a checkpoint of another model (digest ")
-    assert error.endswith("; use the model.path it was trained with")
+    assert error.startswith("configuration error: --resume: model.path is ") and ", whose files differ from" in error
     assert len(error.splitlines()) == 1
     assert (run / "metrics.jsonl").read_text() == before
 
@@ -234,6 +234,17 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@contextmanager
+def mounted_as(source: Path, folder: Path) -> Iterator[None]:
+    """Have the source at ``folder`` too: a link would be refused."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", source, folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 @pytest.mark.parametrize("small_disk", [1024], indirect=True)
 def test_disk_too_small_for_a_checkpoint(workspace: Path, tmp_path: Path, small_disk: Path, capfd: Capture) -> None:
     path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={}, optimizer={})
@@ -247,11 +258,10 @@ def test_disk_too_small_for_a_checkpoint(workspace: Path, tmp_path: Path, small_
 @pytest.mark.parametrize("small_disk", [300], indirect=True)
 def test_disk_full_while_exporting(workspace: Path, tmp_path: Path, small_disk: Path, capfd: Capture) -> None:
     run = small_disk / "run"
-    run.mkdir()
     (tmp_path / "checkpoints").mkdir()
-    (run / "checkpoints").symlink_to(tmp_path / "checkpoints")
     path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={}, optimizer={})
-    error = refusal(capfd, "train", path, "--nproc", 2, "--run-dir", run)
+    with mounted_as(tmp_path / "checkpoints", run / "checkpoints"):
+        error = refusal(capfd, "train", path, "--nproc", 2, "--run-dir", run)
     assert error.startswith(f"error: cannot write the Hugging Face folder {run / 'hf'}: ")
     assert "No space left on device" in error
     assert len(error.splitlines()) == 1
@@ -267,10 +277,9 @@ def test_disk_full_while_writing_a_checkpoint(
 ) -> None:
     """There is room for the tensors, as checked before, but not for what is written around them."""
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "checkpoints").symlink_to(small_disk)
     path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={}, optimizer={}, checkpoint={"asynchronous": asynchronous})
-    error = refusal(capfd, "train", path, "--nproc", 2)
+    with mounted_as(small_disk, run / "checkpoints"):
+        error = refusal(capfd, "train", path, "--nproc", 2)
     what = f"a checkpoint into {run / 'checkpoints'}" if asynchronous else run / "checkpoints" / "step_00000001"
     match = re.match(rf"error: cannot write {re.escape(str(what))} \((\d+\.\d) MB free there\): .", error)
     assert match and float(match[1]) < 1, error
