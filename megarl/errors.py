@@ -13,7 +13,7 @@ _URL_PASSWORD = re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s'\"]*@")
 _URL_KEY = re.compile(r"([?&][\w-]*(?:key|token|secret|password|signature)=)[^&\s#'\"]+", re.IGNORECASE)
 _NAMED = re.compile(
     r"((?:api[_-]?key|secret|password|passwd|passphrase|(?:access|auth|hf)[_-]?token)(?:\.\w+)*['\"]?"
-    r"(?:\s*[=:]\s*['\"]?|\s+is\s+['\"]))[^\s'\",;}]+",
+    r"(?:\s*[=:]\s*['\"]?|\s+is\s+['\"]))[^\s'\",;}]{4,}",
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"(\bBearer\s+)[^\s'\",;]+")

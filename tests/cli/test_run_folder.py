@@ -107,13 +107,14 @@ def test_secrets_are_not_saved_and_not_printed(
 ) -> None:
     (tmp_path / "model").symlink_to(workspace / "model")
     secrets = ("hunter2", "sk-5ecret", "t0ken/x")
-    vllm = {"url": "http://user:hunter2@localhost:1", "arguments": {"api_key": "sk-5ecret", "other": "http://h/?token=t0ken/x"}}
+    vllm = {"arguments": {"api_key": "sk-5ecret", "other": "http://h/?token=t0ken/x"}}
     path = write_config(tmp_path, rollout={"vllm": vllm, "engine": "vllm", "prompts_per_step": 4, "samples_per_prompt": 4})
     config = load_config(path)
     with run_folder(config, resume=False):
         saved = (config.run_dir / "config.yaml.pending").read_text()
-    assert not any(secret in saved for secret in secrets) and "http://***@localhost:1" in saved
+    assert not any(secret in saved for secret in secrets) and "http://h/?token=***" in saved
     assert megarl_here("config", path) in (0, 2)
+    assert megarl_here("config", path, "--set", "rollout.vllm.url=http://user:hunter2@localhost:1") == 2
     assert megarl_here("config", path, "--set", "rollout.vllm.url=[http://user:hunter2@localhost:1]") == 2
     assert megarl_here("config", path, "--set", "rollout.vllm.arguments.api_key.b=sk-5ecret") == 2
     (tmp_path / "saved.yaml").write_text(saved)
