@@ -21,7 +21,8 @@ def check_not_redacted(config: Config) -> Iterator[str]:
     """Refuse a config that was read from a run's config.yaml, where its secrets were removed."""
     for path, value in _texts(config.model_dump(mode="json"), ""):
         if value == REMOVED or f"//{REMOVED}@" in value or f"={REMOVED}" in value:
-            yield f"{path}: is {REMOVED}, as its secret was removed when the run saved this config; give the whole value, e.g. --set {path}=..."
+            reason = "its secret was removed when the run saved this config"
+            yield f"{path}: is {REMOVED}, as {reason}; give the whole value, e.g. --set {path}=..."
 
 
 def _redacted(value: Any) -> Any:
