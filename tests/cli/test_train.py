@@ -287,7 +287,7 @@ def test_parity_accepts_good_layouts_and_refuses_an_impossible_bound(workspace: 
     assert "ABOVE BOUND" in capfd.readouterr().out
     for layout, words in {
         "critic.tp=2": "the run has no critic; leave out the keys that start with critic.",
-        "actor.tp=2": "unknown key 'actor.tp'; known: tp, pp,",
+        "actor.tp=2": "unknown key 'actor.tp'; give tp, pp, cp,",
         "first_rank=1": "policy.num_ranks: rank 0 of a world of 2 would have no part of any model",
     }.items():
         assert megarl_here(*arguments, "--layouts", layout) != 0
