@@ -36,6 +36,8 @@ def write_config(engine: str, tmp_path: Path) -> Path:
     Qwen2Tokenizer(vocab=letters, merges=[], eos_token="<eos>", pad_token="<eos>", unk_token=None).save_pretrained(
         tmp_path / "model"
     )
+    ends = {"eos_token_id": [letters["<eos>"], letters["z"]]}  # the model's config.json has many more, for engines alone
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(ends))
     options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     values = {
         "kind": "rl",
