@@ -59,7 +59,7 @@ def wrong_index(model: Path) -> str:
 
 def wrong_size(model: Path) -> str:
     change_config(model, intermediate_size=80)
-    return f"{model}: weights do not fit config.json; mis-shaped: "
+    return "weights do not fit config.json; mis-shaped: "
 
 
 def more_layers(model: Path) -> str:
