@@ -179,10 +179,12 @@ def _run_rank(
             function(*args)
             dist.barrier()
     except (Exception, SystemExit):
-        sys.exit(1)  # the starting process tells why, from what this rank posted
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        # The starting process tells why, from what this rank posted. Threads, children and groups of a failed rank are not waited
+        # for: they may wait for a rank that is lost. Children end with this process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()
 
 
 @contextmanager
@@ -198,7 +200,7 @@ def _watched(store: dist.TCPStore, rank: int, world_size: int, crash_folder: Pat
 
     announce(phase)
     set_announcer(announce)
-    heart = Heart(store.clone(), rank, world_size, crash_folder)
+    heart = Heart(store.clone(), rank, world_size, crash_folder)  # type: ignore[attr-defined]  # missing in torch's stubs
     try:
         yield board
     except (Exception, SystemExit) as error:
@@ -330,10 +332,9 @@ def _wait_for(processes: Sequence[BaseProcess]) -> dict[int, int]:
 
 
 def _end(processes: Sequence[BaseProcess]) -> None:
+    """Kill what is left: ranks only take note of SIGTERM (a run saves then), and one that is stopped would never see it."""
     for process in processes:
         if process.is_alive():
-            process.terminate()
-            process.join(timeout=5.0)
-        if process.is_alive():
             process.kill()
-            process.join()
+    for process in processes:
+        process.join()

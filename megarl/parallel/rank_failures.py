@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import megarl.errors
 from megarl.crash import where, write_crash
-from megarl.errors import MegaRLError, RankError, one_line, shortened
+from megarl.errors import MegaRLError, RankError, TransferError, one_line, shortened
 from megarl.parallel.rank_board import RankBoard, RankFailure, RankPlace, crash_name
 
 # of gloo and NCCL, whose errors have no type of their own, when another rank is gone or late
@@ -34,7 +34,8 @@ def failure_of(error: BaseException, rank: int, phase: str, folder: Path | None)
         rank=rank,
         phase=phase,
         reason=str(error) if is_ours else reason_of(error),
-        is_consequence=any(_is_others_fault(one) for one in _chain(error)),
+        # a TransferError names the rank that it missed, and the bucket
+        is_consequence=not isinstance(error, TransferError) and any(_is_others_fault(one) for one in _chain(error)),
         error=type(error).__name__ if is_ours else "",
         mistakes=tuple(map(str, error.mistakes)) if isinstance(error, MegaRLError) else (),
         log=log,
@@ -101,27 +102,35 @@ def explain_local(
     """
     failures = board.failures()
     # a rank that was killed comes first: what others say then, even of their files, is for want of it
-    for rank, code in ended.items():
-        if code < 0:
-            place = board.place(rank)
-            hint = _KILL_HINT if -code == signal.SIGKILL else ""
-            phase = during(place.phase if place else "its start")
-            return RankError(f"{named(rank, place, world_size)} was killed by {_signal_name(-code)}{phase}{hint}; {_go_on(folder)}")
+    killed = [rank for rank, code in ended.items() if code < 0]
+    for rank in killed:
+        if ended[rank] != -signal.SIGABRT:
+            return _killed(rank, ended[rank], board.place(rank), world_size, folder)
     for failure in failures:
         if not failure.is_consequence:
             return as_error(failure, board.place(failure.rank), world_size)
-    said = {failure.rank for failure in failures}
-    for rank, code in ended.items():
-        if code and rank not in said:
-            place = board.place(rank)
-            phase = during(place.phase if place else "its start")
-            return RankError(
-                f"{named(rank, place, world_size)} ended with exit code {code}{phase}, without an error; {_go_on(folder)}"
-            )
     stopped = [rank for rank in silent if _state(board.place(rank)) == "T"]
-    for rank in (stopped or silent)[:1]:
+    for rank in stopped:
+        return _hanging(rank, board.place(rank), world_size, timeout_seconds, folder)
+    for rank in killed:  # NCCL's watchdog aborts a process that waited too long, which is told after why it waited
+        return _killed(rank, ended[rank], board.place(rank), world_size, folder)
+    said = {failure.rank for failure in failures}
+    for rank, code in sorted(ended.items(), key=lambda item: item[1] == 0):
+        if rank not in said:
+            place = board.place(rank)
+            return RankError(
+                f"{named(rank, place, world_size)} ended with exit code {code}{during(place.phase if place else 'its start')}, "
+                f"without an error; {_go_on(folder)}"
+            )
+    for rank in silent:
         return _hanging(rank, board.place(rank), world_size, timeout_seconds, folder)
     return _all_late(failures, world_size, timeout_seconds)
+
+
+def _killed(rank: int, code: int, place: RankPlace | None, world_size: int, folder: Path | None) -> RankError:
+    hint = _KILL_HINT if -code == signal.SIGKILL else ""
+    phase = during(place.phase if place else "its start")
+    return RankError(f"{named(rank, place, world_size)} was killed by {_signal_name(-code)}{phase}{hint}; {_go_on(folder)}")
 
 
 def _hanging(rank: int, place: RankPlace | None, world_size: int, timeout_seconds: float, folder: Path | None) -> RankError:

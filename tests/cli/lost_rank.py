@@ -3,49 +3,42 @@
 import os
 import signal
 import sys
-import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 
 import megarl.loop.run
-
-
-def _loop() -> None:
-    while True:
-        time.sleep(0.1)
+from megarl.cli import main
 
 
 def _raise(error: BaseException) -> None:
     raise error
 
 
-ACCIDENTS = {
+ACCIDENTS: dict[str, Callable[[], object]] = {
     "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SIGSEGV": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "loop": _loop,
-    "exit": lambda: os._exit(3),
+    "exit": lambda: os._exit(0),
     "sys.exit": lambda: sys.exit(3),
     "memory": lambda: bytearray(1 << 60),
     "bug": lambda: _raise(ValueError("a\nb\x1b[31m" + "c" * 500)),
 }
 
 
-def main() -> None:
-    rank, phase, accident = int(sys.argv[1]), sys.argv[2], ACCIDENTS[sys.argv[3]]
+def announcer_with_accident(rank: int, phase: str, accident: str) -> Callable[[str], None]:
+    """What takes the place of ``megarl.loop.run.announce_phase``."""
     announce = megarl.loop.run.announce_phase
 
     def announce_and_fail(name: str) -> None:
         announce(name)
         if name == phase and dist.get_rank() == rank:
-            accident()
+            ACCIDENTS[accident]()
 
-    megarl.loop.run.announce_phase = announce_and_fail
-    sys.argv = ["megarl", *sys.argv[4:]]
-    from megarl.cli import main as command
-
-    command()
+    return announce_and_fail
 
 
 if __name__ == "__main__":
+    megarl.loop.run.announce_phase = announcer_with_accident(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    sys.argv = ["megarl", *sys.argv[4:]]
     main()
