@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "megarl"
 ALLOWED = {
     "config": {"errors", "json_text"},
     "algorithms": {"types", "config", "errors"},
-    "parallel": {"types", "config", "errors", "death_signal", "sockets"},
+    "parallel": {"types", "config", "errors", "crash", "death_signal", "sockets"},
     "models": {"parallel", "config", "errors", "json_text"},
     "weights": {"models", "parallel", "config", "errors", "death_signal", "json_text"},
     "reshard": {"weights", "models", "parallel", "config", "errors", "sockets"},

@@ -51,7 +51,7 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
         scaled = [with_scaled_model(one, config.run_dir, writes=prepares) for one in configs_of(config)]
         run = scaled[0] if config.curriculum is None else config
         try:
-            run_ranks(_loop_of(config), (run, resume), place, num_ranks, config.distributed_timeout)
+            run_ranks(_loop_of(config), (run, resume), place, num_ranks, config.distributed_timeout, config.run_dir)
         except RunStopped:
             if prepares:  # one line, and one exit status that says so
                 raise

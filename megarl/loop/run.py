@@ -30,6 +30,7 @@ from megarl.observe.progress import RunProgress
 from megarl.observe.sentinels import EntropyFloor, check_logprob_gap
 from megarl.observe.sinks import LOGS, MetricsWriter, RolloutWriter, TicketsWriter, first_value, read_log
 from megarl.observe.timers import PhaseTimer
+from megarl.parallel.rank_board import announce_phase
 from megarl.train.roles import Critic, Learner, is_main_rank
 from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
 from megarl.weights.checkpoint import (
@@ -135,7 +136,7 @@ class Run:
         self._policy = policy
         self._algorithm = algorithm
         self._critic = critic
-        self.timer = PhaseTimer()
+        self.timer = PhaseTimer(on_phase=self._announce)
         folder = config.run_dir / "checkpoints"
         self._checkpoints = CheckpointWriter(folder, policy.weight_map, config.checkpoint.keep, config.checkpoint.asynchronous)
         goes_on = resume or (stage is not None and stage.is_carried)
@@ -250,6 +251,9 @@ class Run:
                 self._tickets = TicketsWriter(config.run_dir, resume_step=resume_step)
             self._rollouts = RolloutWriter(config.run_dir, config.observe.rollouts_per_step)
             accept_config(config.run_dir)
+
+    def _announce(self, phase: str) -> None:
+        announce_phase(f"{'the rest' if phase == 'other' else phase} of step {self.step + (phase != 'save')}")
 
     def message(self, line: str) -> None:
         """Print one line, on rank 0."""

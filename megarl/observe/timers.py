@@ -10,10 +10,12 @@ class PhaseTimer:
 
     Args:
         clock: monotonic seconds.
+        on_phase: is told the name of each phase that begins, and ``other`` when it ends.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, on_phase: Callable[[str], None] = lambda name: None) -> None:
         self._clock = clock
+        self._on_phase = on_phase
         self._seconds: dict[str, float] = {}
         self._active: str | None = None
         self._step_start = clock()
@@ -24,12 +26,14 @@ class PhaseTimer:
         assert self._active is None, f"phase {name} inside phase {self._active}"
         assert name != "other", "other is what remains of a step"
         self._active = name
+        self._on_phase(name)
         start = self._clock()
         try:
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
             self._active = None
+        self._on_phase("other")
 
     def move(self, source: str, target: str, seconds: float) -> None:
         """Count ``seconds`` of phase ``source`` as ``target``, for work that was measured inside the phase (scoring)."""

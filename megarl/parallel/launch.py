@@ -3,12 +3,17 @@
 import ctypes
 import datetime
 import gc
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import SimpleQueue
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +22,13 @@ import torch.multiprocessing as mp
 
 from megarl.config.layout_text import MOST_RANKS
 from megarl.death_signal import end_with_parent_in_forks
-from megarl.errors import ConfigError, MegaRLError, quoted
+from megarl.errors import ConfigError, quoted
+from megarl.parallel.rank_board import Heart, RankBoard, set_announcer
+from megarl.parallel.rank_failures import as_error, explain_launched, explain_local, failure_of
 from megarl.sockets import LOCALHOST, address_towards, gloo_kept_to, is_loopback, keep_gloo_to, listen, serve_store
 
 GRACE_SECONDS = 5.0  # for the other ranks to end by themselves when one has failed
+ANSWER_SECONDS = 2.0  # that rank 0 stays after its own failure, for the others to read of it
 LARGEST_PORT = 65535
 OMP_PAUSE_SOFT = 1  # omp_pause_resource_t of OpenMP 5.0
 
@@ -100,8 +108,8 @@ def first_host(node_list: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
-def join_world(place: LaunchedRank, timeout_seconds: float) -> None:
-    """Join the world as the rank that a launcher made of this process.
+def join_world(place: LaunchedRank, timeout_seconds: float) -> dist.TCPStore:
+    """Join the world as the rank that a launcher made of this process; its store.
 
     Raises:
         ConfigError: the address of the rendezvous cannot be used, or only by ranks of rank 0's machine.
@@ -116,6 +124,7 @@ def join_world(place: LaunchedRank, timeout_seconds: float) -> None:
             "set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port of it"
         ) from error
     _join(store, place.rank, place.world_size, place.local_rank, timeout)
+    return store
 
 
 def _store_of_launched_ranks(place: LaunchedRank, timeout: datetime.timedelta) -> dist.TCPStore:
@@ -155,7 +164,7 @@ def _run_rank(
     world_size: int,
     port: int,
     timeout_seconds: float,
-    user_errors: "SimpleQueue[MegaRLError]",
+    crash_folder: Path | None,
     function: Callable[..., None],
     args: tuple[Any, ...],
 ) -> None:
@@ -164,27 +173,93 @@ def _run_rank(
     keep_gloo_to(LOCALHOST)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     store = dist.TCPStore(LOCALHOST, port, world_size, is_master=False, timeout=timeout)
-    _join(store, rank, world_size, rank, timeout)
     try:
-        function(*args)
-        dist.barrier()
-    except MegaRLError as error:
-        user_errors.put(error)  # before the group ends: the ranks that then fail for want of this one say nothing useful
+        with _watched(store, rank, world_size, crash_folder):
+            _join(store, rank, world_size, rank, timeout)
+            function(*args)
+            dist.barrier()
+    except (Exception, SystemExit):
+        # The starting process tells why, from what this rank posted. Threads, children and groups of a failed rank are not waited
+        # for: they may wait for a rank that is lost. Children end with this process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _watched(store: dist.TCPStore, rank: int, world_size: int, crash_folder: Path | None) -> Iterator[RankBoard]:
+    """Inside, this rank gives signs of life, says its phases, and when an error ends it posts that before others miss it."""
+    board = RankBoard(store, world_size)
+    phase = "its start"
+
+    def announce(name: str) -> None:
+        nonlocal phase
+        phase = name
+        board.announce(rank, name)
+
+    announce(phase)
+    set_announcer(announce)
+    heart = Heart(store.clone(), rank, world_size, crash_folder)  # type: ignore[attr-defined]  # missing in torch's stubs
+    try:
+        yield board
+    except (Exception, SystemExit) as error:
+        # before the group ends: the ranks that then fail for want of this one say nothing useful
+        with suppress(RuntimeError):  # the store is gone with the rank or process that serves it
+            board.post(failure_of(error, rank, phase, crash_folder))
         raise
+    finally:
+        set_announcer(None)
+        heart.stop()
+
+
+def run_ranks(
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+    place: LaunchedRank | None,
+    num_ranks: int,
+    timeout_seconds: float,
+    crash_folder: Path | None = None,
+) -> None:
+    """Run ``function(*args)`` as the rank ``place`` or, when no launcher placed this process, on ``num_ranks`` local ranks.
+
+    Args:
+        function, args: what each rank runs.
+        place: of this process.
+        num_ranks: local ranks.
+        timeout_seconds: of collectives.
+        crash_folder: where tracebacks go; None for the system's temporary folder.
+
+    Raises:
+        MegaRLError: a user's error, or which rank failed, was killed or hangs.
+    """
+    if place is None:
+        run_local_ranks(function, args, num_ranks, timeout_seconds, crash_folder)
+        return
+    store = join_world(place, timeout_seconds)
+    try:
+        with _watched(store, place.rank, place.world_size, crash_folder):
+            function(*args)
+    except (Exception, SystemExit) as error:
+        raise _error_of_launched_rank(error, place, store, crash_folder) from error
     finally:
         dist.destroy_process_group()
 
 
-def run_ranks(
-    function: Callable[..., None], args: tuple[Any, ...], place: LaunchedRank | None, num_ranks: int, timeout_seconds: float
-) -> None:
-    """Run ``function(*args)`` as the rank ``place`` or, when no launcher placed this process, on ``num_ranks`` local ranks."""
-    if place is None:
-        run_local_ranks(function, args, num_ranks, timeout_seconds)
-        return
-    join_world(place, timeout_seconds)
-    function(*args)
-    dist.destroy_process_group()
+def _error_of_launched_rank(
+    error: BaseException, place: LaunchedRank, store: dist.TCPStore, crash_folder: Path | None
+) -> BaseException:
+    """What this rank ends with: its own error, or the line that names the rank which it lost."""
+    board = RankBoard(store, place.world_size)
+    try:
+        failure = next(one for one in board.failures() if one.rank == place.rank)
+    except (RuntimeError, OSError, StopIteration):
+        failure = failure_of(error, place.rank, "", crash_folder)
+    if failure.is_consequence:
+        return explain_launched(board, failure, place.world_size, place.address, GRACE_SECONDS)
+    if place.rank == 0 and not place.agent_serves_store:
+        time.sleep(ANSWER_SECONDS)  # the store ends with this process, and the others ask it why this rank left
+    return as_error(failure, board.place(place.rank), place.world_size)
 
 
 def _end_openmp_threads() -> None:
@@ -197,19 +272,24 @@ def _end_openmp_threads() -> None:
         pause(OMP_PAUSE_SOFT)
 
 
-def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ranks: int, timeout_seconds: float) -> None:
+def run_local_ranks(
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+    num_ranks: int,
+    timeout_seconds: float,
+    crash_folder: Path | None = None,
+) -> None:
     """Fork ``num_ranks`` ranks of one world on this machine and run ``function(*args)`` on each.
 
     The ranks share this process's imports, so they start in a moment. When one fails the others are ended.
 
     Raises:
-        MegaRLError: a rank met a user error; the first one is raised here.
-        torch.multiprocessing.ProcessRaisedException, ProcessExitedException: a rank failed otherwise or was killed.
+        MegaRLError: a rank met a user error; the first one is raised here. A RankError says which rank failed otherwise, was killed
+            or hangs, and where its traceback is.
     """
     # port 0: the system picks a free port and no other program can take it in between; early ranks wait in the backlog
     listener = listen(LOCALHOST, 0, backlog=num_ranks)
     port = listener.getsockname()[1]
-    user_errors: SimpleQueue[MegaRLError] = mp.get_context("fork").SimpleQueue()
     # A rank must never collect this process's garbage: destructors of stores would wait for threads that a fork does not copy.
     # What is frozen is not collected; to collect it first would take longer than all the rest of the start.
     gc.freeze()
@@ -217,7 +297,7 @@ def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ra
     try:
         context = mp.start_processes(
             _run_rank,
-            args=(num_ranks, port, timeout_seconds, user_errors, function, args),
+            args=(num_ranks, port, timeout_seconds, crash_folder, function, args),
             nprocs=num_ranks,
             join=False,
             start_method="fork",
@@ -227,18 +307,34 @@ def run_local_ranks(function: Callable[..., None], args: tuple[Any, ...], num_ra
     # only now: its server is a thread, and a rank forked while that holds a lock would wait for it for ever
     store = dist.TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     try:
-        while not context.join(timeout=1.0, grace_period=GRACE_SECONDS):
-            pass
-    except (mp.ProcessRaisedException, mp.ProcessExitedException):
-        if user_errors.empty():
-            raise
-        raise user_errors.get() from None
+        ended = _wait_for(context.processes)
+        if any(ended.values()) or len(ended) < num_ranks:
+            silent = [rank for rank in range(num_ranks) if rank not in ended]
+            raise explain_local(RankBoard(store, num_ranks), num_ranks, ended, silent, timeout_seconds, crash_folder)
     finally:
         del store
-        for process in context.processes:
-            if process.is_alive():
-                process.terminate()
-                process.join(timeout=5.0)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        _end(context.processes)
+
+
+def _wait_for(processes: Sequence[BaseProcess]) -> dict[int, int]:
+    """Wait until all ranks have ended or, when one has failed, a little longer; their exit codes, in the order of their ends."""
+    ended: dict[int, int] = {}
+    deadline = math.inf
+    while len(ended) < len(processes) and time.monotonic() < deadline:
+        running = [process.sentinel for rank, process in enumerate(processes) if rank not in ended]
+        wait(running, timeout=min(1.0, max(0.0, deadline - time.monotonic())))
+        ended |= {
+            rank: process.exitcode for rank, process in enumerate(processes) if rank not in ended and process.exitcode is not None
+        }
+        if deadline == math.inf and any(ended.values()):
+            deadline = time.monotonic() + GRACE_SECONDS
+    return ended
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """Kill what is left: ranks only take note of SIGTERM (a run saves then), and one that is stopped would never see it."""
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    for process in processes:
+        process.join()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -101,9 +102,13 @@ class Layout:
 
 def _new_group(rank_lists: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
     """Create every group on every rank, in the same order; return this rank's."""
+    # torch would give it 30 minutes, whatever the world has
+    world = dist.group.WORLD
+    assert world is not None
+    timeout = world._get_backend(torch.device("cpu")).options._timeout
     mine = None
     for ranks in rank_lists:
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timeout)
         if dist.get_rank() in ranks:
             mine = group
     return mine

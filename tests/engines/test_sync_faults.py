@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
 from live_sync import LiveSync, live_sync, write_shuffled_model
@@ -115,7 +114,7 @@ def test_a_killed_trainer_rank_is_named_and_ends_the_engine(tmp_path: Path, monk
     write_models(tmp_path)
     monkeypatch.setattr(launch, "GRACE_SECONDS", 120.0)  # as under srun, where no launcher ends the others at once
     monkeypatch.setattr(meeting, "ABSENCE_SECONDS", 40.0)
-    with pytest.raises((MegaRLError, ProcessExitedException)):
+    with pytest.raises(MegaRLError):
         run_local_ranks(update_with_fault, (tmp_path, "vllm", "killed rank"), 4, TIMEOUT)
     found = {path.name: path.read_text() for path in tmp_path.glob("error*")}
     print(found)

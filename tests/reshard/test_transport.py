@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megarl.errors import TransferError
+from megarl.errors import RankError, TransferError
 from megarl.parallel.launch import run_local_ranks
 from megarl.reshard.parcels import flat_parts
 from megarl.reshard.transport import PointToPoint
@@ -105,7 +105,7 @@ def test_a_killed_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     if where == "between":
         monkeypatch.setattr(PointToPoint, "_post", die)
     case = four_ranks(tmp_path)
-    with pytest.raises((TransferError, torch.multiprocessing.ProcessExitedException)):
+    with pytest.raises(RankError, match=r"rank 3 of 4 .* was killed by SIGKILL"):
         run_local_ranks(report, (run, tmp_path), 4, LAUNCH_SECONDS)
     found = errors(tmp_path)
     assert found.keys() == {0, 1, 2}
