@@ -243,14 +243,14 @@ def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> 
 
 
 def parse_layout(text: str) -> dict[str, object]:
-    """Read ``"tp=2,pp=2"`` or ``"tp=2,pp=2,critic.tp=4,critic.first_rank=4"``.
+    """Read ``"tp=2,pp=2"`` or ``"tp=2,pp=2,critic.tp=4,critic.first_rank=4"``; an empty text is one rank.
 
     Raises:
         ConfigError: an item is not key=value, or the key is no layout key or given twice.
     """
     known = (*ParallelConfig.model_fields, "dp", "first_rank", "max_tokens_per_micro_batch")
     where = quoted_layout(text)
-    items = layout_items(text, where)
+    items = layout_items(text, where) if text else {}
     for name in items:
         model, _, key = name.rpartition(".")
         if key not in known or model not in ("", *FOLLOWERS):
