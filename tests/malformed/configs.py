@@ -248,7 +248,6 @@ RUNS = [
 LAYOUTS = [
     _layout("unknown key", "foo=2", "foo"),
     _layout("a key twice", "tp=2,tp=1", "tp"),
-    _layout("empty", "", "layout"),
     _layout("a comma alone", ",", "layout"),
     _layout("without a value", "tp", "tp"),
     _layout("empty value", "tp=", "tp"),
