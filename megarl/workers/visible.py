@@ -37,7 +37,7 @@ def visible_paths(modules: Iterable[str], readable: Iterable[Path]) -> VisiblePa
     wanted += [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
     for entry in sys.path:
         wanted += _importable(Path(entry or os.curdir).absolute())
-    for module in modules:
+    for module in ("megarl", *modules):  # an editable install has its packages beside sys.path
         wanted += _locations(module)
     wanted += map(str, readable)
     # a path below a link is shown at the place that it stands for, too
