@@ -179,7 +179,7 @@ def refuse_surrogate(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(f"{where} has {half} at character {error.start}, half of a character; repair or remove it") from None
+        raise DataError(f"{where} has {half} at character {error.start}, half of a surrogate pair; repair or remove it") from None
 
 
 def _decoded(data: bytes, path: Path, place: str) -> str:

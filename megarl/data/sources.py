@@ -1,6 +1,7 @@
 """Rows from files, Hugging Face datasets and reasoning-gym tasks."""
 
 import difflib
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -214,6 +215,7 @@ def load_dataset(source: DatasetsSource) -> Any:
     """The split as a datasets.Dataset; DataError when there is none."""
     import datasets  # here, because it takes seconds and other sources do without
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of a broken file, the error says
     path = Path(source.path)
     is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:

@@ -43,6 +43,7 @@ def run_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     """
     folder = config.model.tokenizer or config.model.path
     tokenizer = load_tokenizer(folder)
+    end_tokens_of_model(config.model.path)  # whatever the kind: a malformed file would go on into the export
     vocab_size = read_model_facts(config.model.path).vocab_size
     if words := beyond_embedding(tokenizer.get_vocab(), vocab_size, {tokenizer.pad_token}):
         raise DataError(f"the tokenizer of {folder} {words}")

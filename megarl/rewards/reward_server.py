@@ -85,6 +85,8 @@ def _only_number(answer: Any, engine: str) -> Any:
     try:
         scores = answer["data"][0]["probs"] if engine == "vllm" else answer["embedding"]
         (score,) = scores
+        if isinstance(score, bool):  # a number for Python
+            raise TypeError
     except (LookupError, TypeError, ValueError):
         raise ValueError(f"the server's answer is not one score: {shortened(str(answer), 60)}") from None
     return score

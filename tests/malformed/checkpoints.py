@@ -116,7 +116,7 @@ CASES = [
     _resume("manifest with a number of 5,000 digits", _manifest('{"format": ' + "9" * 5000 + "}"), "manifest.json"),
     _resume("manifest of another format", _entry(format=99), "format", "99"),
     _resume("manifest with a text as format", _entry(format="new" * 500), "format"),
-    _resume("manifest of another model", _entry(model_digest="0" * 16), "model"),
+    _resume("manifest of another model", _entry(model_digest="0" * 16), "manifest.json"),
     _resume("manifest with a list as files", _entry(files=[1]), "manifest.json"),
     _resume("manifest with a file elsewhere", _entry(files={"../../../config.yaml": 3}), "manifest.json"),
     _resume("manifest without its state", _entry(state=None), "manifest.json"),

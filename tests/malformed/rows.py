@@ -104,7 +104,6 @@ CASES = [
     _rows("NUL bytes", GOOD + b"\x00\x00\x00\x00\n", "rows.jsonl:2"),
     _rows("a control character in a text", GOOD + b'{"prompt": "a\x07", "answer": "b"}\n', "rows.jsonl:2"),
     _rows("half of a gzip file", gzip.compress(GOOD * 1000)[:40], "rows.jsonl.gz", name="rows.jsonl.gz"),
-    _rows("a gzip file that is none", GOOD, "rows.jsonl.gz", name="rows.jsonl.gz"),
     _rows("a parquet file that is none", b"PAR1 none PAR1", "rows.parquet", name="rows.parquet"),
     _rows(
         "an example above sft.max_tokens", GOOD + _row(prompt="a" * 300, answer="b"), ("train/1", "rows.jsonl:2"), "sft.max_tokens"

@@ -23,14 +23,12 @@ import configs
 import models
 import rows
 import servers
-from pending import PENDING
 from runs import make_model
 from table import SECONDS, Answer, Case, Templates, config_in, sft_config_in
 from warm_process import Ended, Job
 
 CASES = [*configs.CASES, *rows.CASES, *models.CASES, *checkpoints.CASES, *servers.CASES]
 LONGEST_LINE = 300  # characters
-AREAS = {label: area for area, labels in PENDING.items() for label in labels}
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all of them to have run
 
@@ -177,14 +175,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     }
 
 
-def marked(case: Case) -> Any:
-    """A case as pytest's parameter, with its mark where it is being mended."""
-    area = AREAS.get(case.label)
-    marks = [] if area is None else [pytest.mark.xfail(reason=area, strict=False)]
-    return pytest.param(case, id=case.label.replace("::", ":"), marks=marks)
-
-
-@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.label.replace("::", ":")) for case in CASES])
 def test_one_line(case: Case, outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes[case.label]
     assert outcome.ended.status is not None, f"no end within {SECONDS:g} s"
@@ -205,4 +196,3 @@ def test_one_line(case: Case, outcomes: dict[str, Outcome]) -> None:
 def test_labels_are_unique() -> None:
     labels = [case.label for case in CASES]
     assert len(set(labels)) == len(labels) >= 230
-    assert AREAS.keys() <= set(labels)
