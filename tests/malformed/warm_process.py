@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+GRACE_SECONDS = 3.0  # for what ends with a job by itself
 AT_ONCE = 2
 
 
@@ -135,8 +137,22 @@ def run_command(job: Job) -> int:
 
 
 def end_session(leader: int, *, spare_leader: bool) -> list[str]:
-    """Kill the processes of a job's session; the names of those that were there beside its leader."""
-    names = []
+    """Kill the processes of a job's session that do not end by themselves; the names of those beside its leader.
+
+    What ends with its parent does so a moment after it: the kernel's signal, or the end of a pipe, has to reach it first.
+    """
+    deadline = time.monotonic() + (0 if spare_leader else GRACE_SECONDS)
+    while (members := members_of(leader, spare_leader=spare_leader)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for pid in members:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return list(members.values())
+
+
+def members_of(leader: int, *, spare_leader: bool) -> dict[int, str]:
+    """The names of a session's living processes, by pid."""
+    members = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -144,11 +160,10 @@ def end_session(leader: int, *, spare_leader: bool) -> list[str]:
             name, _, fields = (entry / "stat").read_text().rpartition(") ")
             state, _, _, session = fields.split()[:4]
             if int(session) == leader and state not in "ZX" and not (spare_leader and int(entry.name) == leader):
-                names.append(name.partition("(")[2])
-                os.kill(int(entry.name), signal.SIGKILL)
+                members[int(entry.name)] = name.partition("(")[2]
         except (OSError, ValueError):  # it has ended meanwhile
             continue
-    return names
+    return members
 
 
 if __name__ == "__main__":
