@@ -36,6 +36,7 @@ def skip_non_finite(config: Config, value: float) -> None:
     policy = Policy(config, total_updates=10)
     batch = supervised(config)
     poisoned = replace(batch, token_weights=batch.token_weights * value)
+    assert not policy.update(batch, supervised_objective).skipped  # a run that begins with such a loss ends at once
     before = parameters(policy)
     result = policy.update(poisoned, supervised_objective)
     assert result.skipped and not math.isfinite(result.gradient_norm)
