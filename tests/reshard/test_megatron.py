@@ -173,8 +173,7 @@ def test_both_take_the_same_next_step(tmp_path: Path, family: str, layout: str, 
     run_local_ranks(train_on, (*configs, tmp_path / "results"), RANKS, LAUNCH_SECONDS)
     results = json.loads((tmp_path / "results").read_text())
     assert results["norm"] < 1e-5
-    # softmax ignores a shift, so the gradients of key biases are rounding, and Adam makes whole steps of it
-    assert (
-        max((gap for name, gap in results["gaps"].items() if "k_proj.bias" not in name), default=0.0) < 2e-5
-    )  # of float32 before Adam, which divides by roots of small squares (docs/performance.md)
+    # softmax ignores a shift, so the gradients of key biases are rounding, and Adam makes whole steps of it;
+    # of other small gradients it makes their rounding larger
+    assert max((gap for name, gap in results["gaps"].items() if "k_proj.bias" not in name), default=0.0) < 2e-5
     assert results["same"] and all(results["same"].values()), [name for name, same in results["same"].items() if not same]
