@@ -168,12 +168,11 @@ PLAIN = "distributed_optimizer=false"
 def test_both_take_the_same_next_step(tmp_path: Path, family: str, layout: str, other: str, dtype: str) -> None:
     write_tiny_model(tmp_path / "model", family)
     model = {"path": str(tmp_path / "model"), "dtype": dtype}
-    optimizer = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 2, "clip_gradient": 0.0}
+    optimizer = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 0, "clip_gradient": 0.0}
     configs = [config_of(tmp_path, text, model=model, optimizer=optimizer) for text in (layout, other)]
     run_local_ranks(train_on, (*configs, tmp_path / "results"), RANKS, LAUNCH_SECONDS)
     results = json.loads((tmp_path / "results").read_text())
     assert results["norm"] < 1e-5
-    # softmax ignores a shift, so the gradients of key biases are rounding, and Adam makes whole steps of it;
-    # of other small gradients it makes their rounding larger
-    assert max((gap for name, gap in results["gaps"].items() if "k_proj.bias" not in name), default=0.0) < 2e-5
+    # softmax ignores a shift, so the gradients of key biases are rounding, and Adam makes whole steps of it
+    assert max((gap for name, gap in results["gaps"].items() if "k_proj.bias" not in name), default=0.0) < 1e-5
     assert results["same"] and all(results["same"].values()), [name for name, same in results["same"].items() if not same]
