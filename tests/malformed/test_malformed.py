@@ -144,7 +144,8 @@ def changes_of(before: dict[str, str], after: dict[str, str]) -> list[str]:
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """What became of each case that pytest will look at, by label."""
-    wanted = {item.callspec.params["case"].label for item in request.session.items if "case" in getattr(item, "fixturenames", ())}
+    here = (item for item in request.session.items if item.path == request.path)
+    wanted = {item.callspec.params["case"].label for item in here if "case" in getattr(item, "fixturenames", ())}
     cases = [case for case in CASES if case.label in wanted]
     root = tmp_path_factory.mktemp("m")
     server = Server()
