@@ -24,7 +24,7 @@ setup(
     packages=find_packages(include=["megarl", "megarl.*"]),
     package_data={
         "megarl.config": ["presets/*.yaml"],
-        "megarl.rollout": ["engine_plugin/*.py", "engine_plugin/*/*", "sglang_cpu/*.py", "sglang_cpu/*/*"],
+        "megarl.engines": ["plugin/*.py", "plugin/*/*", "sglang_cpu/*.py", "sglang_cpu/*/*"],
     },
     install_requires=requirements("runtime"),
     extras_require={name: requirements(name) for name in ("dev", "gpu", "sglang", "vllm")},

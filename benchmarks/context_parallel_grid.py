@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from megarl.cli.parity import ParityRun, parse_layout
 from megarl.config.schema import Config
-from megarl.loop.parity import ParityRun, parse_layout
 
 BOUND = 1e-5
 KINDS = ("ppo", "sft", "dpo")
@@ -76,7 +76,7 @@ def run_grid(folder: Path, kind: str) -> int:
             if not is_possible(axes, method):
                 continue
             row = run.compare_layout(axes, parse_layout(f"{axes},{settings}"))
-            gaps = (row.worst_gap, row.loss_gap, row.norm_gap, row.score_gap)
+            gaps = (row.worst_gap, row.loss_gap, row.norm_gap, row.output_gap)
             num_rows, num_above = num_rows + 1, num_above + (max(gaps) > BOUND)
             cells = " | ".join(f"{gap:.1e}" for gap in gaps)
             print(f"| {axes.replace(',', ', ')} | {method} | {row.num_ranks} | {cells} |", flush=True)

@@ -25,9 +25,9 @@ from transformers import Qwen2Config
 
 from megarl.models.architecture import read_architecture
 from megarl.weights.export import shard_name, write_index
+from megarl.weights.files.safetensors_files import write_safetensors
+from megarl.weights.files.stored_tensors import windows
 from megarl.weights.mapping import build_weight_map
-from megarl.weights.safetensors_files import write_safetensors
-from megarl.weights.stored_tensors import windows
 
 TOOLS = Path(__file__).parent.parent / "tools" / "convert"
 NUM_FILES = 4
@@ -50,7 +50,7 @@ def make_checkpoint(folder: Path, size: str) -> int:
     files = [names[start : start + per_file] for start in range(0, len(names), per_file)]
     generator = numpy.random.default_rng(0)
 
-    def pieces(names: list[str]) -> Iterator[Tensor]:
+    def overlaps(names: list[str]) -> Iterator[Tensor]:
         for name in names:
             for start, stop in windows(shapes[name], torch.bfloat16):
                 count = (stop - start) * int(numpy.prod(shapes[name][1:]))
@@ -58,7 +58,7 @@ def make_checkpoint(folder: Path, size: str) -> int:
 
     for number, names_of_file in enumerate(files, start=1):
         with (folder / shard_name(number, len(files))).open("wb") as stream:
-            write_safetensors(stream, {name: (shapes[name], torch.bfloat16) for name in names_of_file}, pieces(names_of_file))
+            write_safetensors(stream, {name: (shapes[name], torch.bfloat16) for name in names_of_file}, overlaps(names_of_file))
     num_bytes = sum(2 * int(numpy.prod(shape)) for shape in shapes.values())
     write_index(folder, files, num_bytes)
     return num_bytes

@@ -21,12 +21,12 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megarl.config.schema import Config
+from megarl.engines.build import build_engine
+from megarl.engines.protocol import SamplingParams
 from megarl.loop.weight_sync import MainRankEngine, WeightSync
 from megarl.parallel.launch import run_local_ranks
-from megarl.rollout.build import build_engine
-from megarl.rollout.protocol import SamplingParams
 from megarl.train.roles import Policy
-from megarl.weights.sources import SafetensorsSource
+from megarl.weights.files.sources import SafetensorsSource
 from megarl.weights.transfer import load_weights
 
 RANKS, WORKERS = 4, 2

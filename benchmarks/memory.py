@@ -32,8 +32,8 @@ from megarl.data.packing import no_routing
 from megarl.memory.statement import RankMemory, state_memory
 from megarl.parallel.launch import run_local_ranks
 from megarl.parallel.logprobs import vocab_parallel_logprobs
-from megarl.train.roles import Critic, Policy, Reference, is_main_rank, score
-from megarl.types import PackedBatch, TokenScores
+from megarl.train.roles import Critic, Policy, Reference, compute_outputs, is_main_rank
+from megarl.types import PackedBatch, TokenOutputs
 
 MIB = 2**20
 SIZES = {
@@ -243,9 +243,9 @@ def measure_rank(config: Config, only_update: bool, output: Path) -> None:
             gc.collect()
             found["held before a step"] = meter.live
             zeros = torch.zeros(packed.token_ids.numel())
-            kept = [TokenScores(old=zeros, entropies=zeros, reference=None, values=None)]
+            kept = [TokenOutputs(old=zeros, entropies=zeros, reference=None, values=None)]
             if not only_update:
-                found["scoring"] = meter.measure(lambda: kept.insert(0, score(policy, reference, critic, packed)))  # noqa: B023
+                found["scoring"] = meter.measure(lambda: kept.insert(0, compute_outputs(policy, reference, critic, packed)))  # noqa: B023
             prepared = algorithm.prepare(packed, kept[0], step)
             for learner, name, objective in learners:
                 for batch in prepared.batches:

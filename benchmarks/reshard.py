@@ -25,8 +25,8 @@ from megarl.models.build import CausalLM, build_model_chunks
 from megarl.parallel.launch import run_local_ranks
 from megarl.parallel.layout import Layout, build_layout
 from megarl.reshard.megatron import TransferSettings, WeightTransfer
+from megarl.weights.files.sources import RandomSource
 from megarl.weights.mapping import WeightMap, build_weight_map
-from megarl.weights.sources import RandomSource
 from megarl.weights.transfer import global_parameters, hugging_face_tensors, load_weights
 
 RANKS = 4
@@ -54,9 +54,9 @@ def gather_and_broadcast(weight_map: WeightMap, source: Model, destination: Mode
             received[part] = whole[part] if dist.get_rank() == 0 else torch.empty(shape)
             dist.broadcast(received[part], src=0)
         start = 0
-        for piece in shard.slices:
-            length = piece.stop - piece.start
-            values = received[piece.name].narrow(piece.dim, piece.start, length)
+        for overlap in shard.slices:
+            length = overlap.stop - overlap.start
+            values = received[overlap.name].narrow(overlap.dim, overlap.start, length)
             tensor.narrow(shard.dim, start, length).copy_(values)
             start += length
         received.clear()

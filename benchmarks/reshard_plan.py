@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 from megarl.config.schema import ModelConfig, ParallelConfig
-from megarl.reshard.balance import Machines
-from megarl.reshard.build import plan_transfer
-from megarl.reshard.engines import EngineLayout
-from megarl.reshard.report import LinkSpeeds, report
+from megarl.reshard.plan.balance import Machines
+from megarl.reshard.plan.build import plan_transfer
+from megarl.reshard.plan.engine_layouts import EngineLayout
+from megarl.reshard.plan.report import LinkSpeeds, report
 
 MODEL = ModelConfig(path=Path(__file__).parent / "deepseek_v3", dtype="bfloat16")
 WORLD_SIZE = 4096

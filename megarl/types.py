@@ -228,7 +228,7 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenScores:
+class TokenOutputs:
     """What the models say of the tokens of a PackedBatch before the step's updates (nats); 0 where its loss_mask is False.
 
     Attributes:

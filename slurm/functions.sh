@@ -25,7 +25,7 @@ serve() {
 
 # serve_policy MODEL MAX_MODEL_LEN [FLAG...]: the engine of a run, at port 8000, with the flags by which MegaRL itself starts one
 serve_policy() {
-    VLLM_SERVER_DEV_MODE=1 PYTHONPATH="$PWD/megarl/rollout/engine_plugin" \
+    VLLM_SERVER_DEV_MODE=1 PYTHONPATH="$PWD/megarl/engines/plugin" \
         serve policy 4 8000 "$1" --max-model-len "$2" --tensor-parallel-size 4 --dtype bfloat16 --load-format dummy \
         --skip-tokenizer-init --generation-config vllm --logprobs-mode processed_logprobs --enable-scale-out \
         --worker-extension-cls megarl_vllm_worker.MegaRLWorkerExtension --middleware megarl_guard.RequireKey "${@:3}"

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from megarl.rollout.server_launch import PLUGIN_FOLDER
+from megarl.engines.server_launch import PLUGIN_FOLDER
 
 
 def load_plugin(name: str, folder: Path = PLUGIN_FOLDER) -> ModuleType:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from megarl.rollout.protocol import Generation, RolloutEngine, SamplingParams
+from megarl.engines.protocol import Generation, RolloutEngine, SamplingParams
 
 VOCABULARY = 512
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs before MegaRL is installed
 
+from megarl.engines.environment import COMPLETE_MARKER, engine_folder, requirements_file
 from megarl.errors import MegaRLError
-from megarl.rollout.engine_environment import COMPLETE_MARKER, engine_folder, requirements_file
 
 
 def main() -> int:

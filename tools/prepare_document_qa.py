@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megarl.command_line import run
+from megarl.cli.command_line import run
 from megarl.config.schema import DatasetsSource
 from megarl.data.document_qa import PROMPT, DocumentPrompts, FieldNames, read_document_question, write_json_lines
 from megarl.data.sources import load_dataset, read_objects
@@ -98,16 +98,16 @@ def prepared_rows(
     report: Report,
 ) -> Iterator[dict[str, Any]]:
     """The rows to write; what happened to each is added to ``report``."""
-    for place, fields in source:
-        item = read_document_question(fields, names, place, max_characters)
+    for location, fields in source:
+        item = read_document_question(fields, names, location, max_characters)
         num_tokens = prompts.num_tokens(item)
         report.lengths.append(num_tokens)
         if max_tokens is not None and num_tokens > max_tokens:
             if truncate is Truncation.NONE:
-                report.too_long.append((place, num_tokens))
+                report.too_long.append((location, num_tokens))
                 continue
             had_answer = holds_answer(item.documents, item.answers)
-            item = prompts.cut_in_the_middle(item, max_tokens, place)
+            item = prompts.cut_in_the_middle(item, max_tokens, location)
             num_tokens = prompts.num_tokens(item)
             report.num_cut += 1
             report.num_cut_answers += had_answer and not holds_answer(item.documents, item.answers)
@@ -215,10 +215,10 @@ def main(
     if report.num_cut:
         lost = f"{report.num_cut_answers} of them lost their answer's text"
         print(f"cut in the middle to at most {limit} tokens: {report.num_cut} rows; {lost}")
-    for place, num_tokens in report.too_long[:SHOWN]:
-        print(f"too long, left out: {place}: {num_tokens} tokens, above {limit}")
+    for location, num_tokens in report.too_long[:SHOWN]:
+        print(f"too long, left out: {location}: {num_tokens} tokens, above {limit}")
     if report.too_long:
-        write_json_lines(left_out, ({"row": place, "length": num_tokens} for place, num_tokens in report.too_long))
+        write_json_lines(left_out, ({"row": location, "length": num_tokens} for location, num_tokens in report.too_long))
         print(f"left out: {len(report.too_long)} rows, all in {left_out}; --truncate middle_out would cut them")
     if plot_file is not None:
         plot(plot_file, report.lengths, stages)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megarl.command_line import run
+from megarl.cli.command_line import run
 from megarl.data.document_qa import DocumentPrompts, DocumentQuestion, write_json_lines
 from megarl.data.template import load_tokenizer
 from megarl.errors import DataError

@@ -19,10 +19,10 @@ from megarl.algorithms.staleness import token_staleness
 from megarl.algorithms.surrogates import SURROGATES, Surrogate, SurrogateFunction, SurrogateInput
 from megarl.algorithms.user_functions import import_function
 from megarl.algorithms.values import explained_variance
-from megarl.config.algorithm_checks import check_greedy_shaping
+from megarl.config.checks.algorithm import check_greedy_shaping
 from megarl.config.schema import AlgorithmConfig
 from megarl.errors import ConfigError, TrainingError
-from megarl.types import PackedBatch, TokenScores, TrainBatch
+from megarl.types import PackedBatch, TokenOutputs, TrainBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,20 +59,20 @@ class Algorithm:
         self.kl_coefficient = config.kl.coefficient
         self._masks_negative = False
 
-    def prepare(self, packed: PackedBatch, scores: TokenScores, step: int) -> PreparedStep:
+    def prepare(self, packed: PackedBatch, outputs: TokenOutputs, step: int) -> PreparedStep:
         """Shape rewards, make advantages over the whole step's batch, and cut it into mini-batches.
 
         Args:
             packed: all responses of the step, whole groups.
-            scores: of the same tokens.
+            outputs: of the same tokens.
             step: steps done before this one, which is also the version of the policy's weights.
         """
         config = self._config
         metrics: dict[str, float] = {}
         rewards = self._shaped_rewards(packed, step, metrics)
-        if scores.reference is not None and packed.loss_mask.any():
+        if outputs.reference is not None and packed.loss_mask.any():
             # of all tokens that this policy sampled, before any are left out of the loss: then the mean is KL(policy || reference)
-            divergence = kl_estimate(scores.old.double(), scores.reference.double(), "k3")
+            divergence = kl_estimate(outputs.old.double(), outputs.reference.double(), "k3")
             metrics["kl_reference"] = float(divergence[packed.loss_mask].mean())
         if config.mask_truncated:
             metrics["masked_truncated_share"] = float(packed.truncated.double().mean())
@@ -83,13 +83,13 @@ class Algorithm:
             is_stale = token_staleness(packed, step) > limit
             metrics["stale_tokens_masked"] = float(is_stale.sum())
             packed = replace(packed, loss_mask=packed.loss_mask & ~is_stale)
-        inputs = self._advantage_input(packed, scores, rewards, metrics)
-        advantages = self._advantages(inputs, scores, metrics)
+        inputs = self._advantage_input(packed, outputs, rewards, metrics)
+        advantages = self._advantages(inputs, outputs, metrics)
         returns = self._returns(inputs, metrics)
-        weights = self._sampler_weights(packed, scores, metrics)
+        weights = self._sampler_weights(packed, outputs, metrics)
         batches = split_into_updates(
             packed,
-            scores,
+            outputs,
             advantages,
             weights,
             returns,
@@ -109,14 +109,14 @@ class Algorithm:
         """The critic's loss of the same tokens."""
         return value_objective(values, data, clip_range=self._config.value_clip)
 
-    def finish_step(self, packed: PackedBatch, scores: TokenScores) -> None:
+    def finish_step(self, packed: PackedBatch, outputs: TokenOutputs) -> None:
         """After the updates of a step: adapt β to the KL that the step began with.
 
         To be called only after steps in which the policy has moved: β is to answer for what it has done.
         """
         kl = self._config.kl
-        if kl.target is not None and scores.reference is not None:
-            penalty = kl_estimate(scores.old, scores.reference, "k1") * packed.loss_mask
+        if kl.target is not None and outputs.reference is not None:
+            penalty = kl_estimate(outputs.old, outputs.reference, "k1") * packed.loss_mask
             measured = float(sums_per_sequence(penalty, packed.cu_seqlens).mean())
             self.kl_coefficient = adapted_coefficient(self.kl_coefficient, measured, kl.target, kl.adaptation_rate)
 
@@ -156,13 +156,13 @@ class Algorithm:
         return soft_overlong_penalties(lengths, self._max_new_tokens, buffer)
 
     def _advantage_input(
-        self, packed: PackedBatch, scores: TokenScores, rewards: Tensor, metrics: dict[str, float]
+        self, packed: PackedBatch, outputs: TokenOutputs, rewards: Tensor, metrics: dict[str, float]
     ) -> AdvantageInput:
         config = self._config
-        token_rewards = torch.zeros_like(scores.old)
+        token_rewards = torch.zeros_like(outputs.old)
         if config.kl.place == "reward":
-            assert scores.reference is not None
-            token_rewards = -self.kl_coefficient * kl_estimate(scores.old, scores.reference, config.kl.estimator)
+            assert outputs.reference is not None
+            token_rewards = -self.kl_coefficient * kl_estimate(outputs.old, outputs.reference, config.kl.estimator)
         if config.kl.place != "none":
             metrics["kl_coefficient"] = self.kl_coefficient
         return AdvantageInput(
@@ -174,7 +174,7 @@ class Algorithm:
             task_ids=packed.task_ids,
             cu_seqlens=packed.cu_seqlens,
             loss_mask=packed.loss_mask,
-            values=scores.values,
+            values=outputs.values,
             discount=config.gae.discount,
             trace_decay=self._trace_decay(packed),
         )
@@ -199,12 +199,12 @@ class Algorithm:
             metrics["return_mean"] = float(returns[mask].double().mean())
         return returns
 
-    def _advantages(self, inputs: AdvantageInput, scores: TokenScores, metrics: dict[str, float]) -> Tensor:
+    def _advantages(self, inputs: AdvantageInput, outputs: TokenOutputs, metrics: dict[str, float]) -> Tensor:
         config = self._config
         advantages = self._advantage(inputs)
-        if not (advantages.shape == scores.old.shape and advantages.isfinite().all()):
+        if not (advantages.shape == outputs.old.shape and advantages.isfinite().all()):
             raise TrainingError(
-                f"algorithm.advantage {config.advantage}: gave {_described(advantages)} and {scores.old.numel()} finite numbers, "
+                f"algorithm.advantage {config.advantage}: gave {_described(advantages)} and {outputs.old.numel()} finite numbers, "
                 "one for each token, are needed; check the function and the rewards"
             )
         if config.whiten:
@@ -212,18 +212,18 @@ class Algorithm:
         if config.entropy_control is not None:
             control = config.entropy_control
             if inputs.loss_mask.any():
-                entropy = float(scores.entropies[inputs.loss_mask].double().mean())
+                entropy = float(outputs.entropies[inputs.loss_mask].double().mean())
                 self._masks_negative = masks_negative(entropy, self._masks_negative, control.low, control.high)
             metrics["negatives_masked"] = float(self._masks_negative)
             advantages = without_negatives(advantages) if self._masks_negative else advantages
         return advantages
 
-    def _sampler_weights(self, packed: PackedBatch, scores: TokenScores, metrics: dict[str, float]) -> Tensor | None:
+    def _sampler_weights(self, packed: PackedBatch, outputs: TokenOutputs, metrics: dict[str, float]) -> Tensor | None:
         correction = self._config.sampler_correction
         if correction.method == "none":
             return None
         weights = sampler_weights(
-            scores.old,
+            outputs.old,
             packed.sampler_logprobs,
             packed.cu_seqlens,
             packed.loss_mask,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megarl.algorithms.aggregation import token_weights
 from megarl.algorithms.sequences import spread_over_tokens, trained_lengths
-from megarl.types import PackedBatch, TokenScores, TrainBatch
+from megarl.types import PackedBatch, TokenOutputs, TrainBatch
 
 
 def build_supervised_batch(packed: PackedBatch) -> TrainBatch:
@@ -48,7 +48,7 @@ def _batch_of_responses(
 
 def split_into_updates(
     packed: PackedBatch,
-    scores: TokenScores,
+    outputs: TokenOutputs,
     advantages: Tensor,
     sampler_weights: Tensor | None,
     returns: Tensor | None,
@@ -72,9 +72,9 @@ def split_into_updates(
         batches.append(
             TrainBatch(
                 packed=part,
-                old_logprobs=scores.old[tokens],
-                reference_logprobs=None if scores.reference is None else scores.reference[tokens],
-                old_values=None if scores.values is None else scores.values[tokens],
+                old_logprobs=outputs.old[tokens],
+                reference_logprobs=None if outputs.reference is None else outputs.reference[tokens],
+                old_values=None if outputs.values is None else outputs.values[tokens],
                 advantages=advantages[tokens],
                 token_weights=token_weights(part.loss_mask, part.cu_seqlens, aggregation, max_new_tokens),
                 sampler_weights=None if sampler_weights is None else sampler_weights[tokens],

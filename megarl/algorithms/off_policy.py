@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.sequences import spread_over_tokens, sums_per_sequence
-from megarl.config.algorithm_checks import WHOLE_RESPONSE_SURROGATES
+from megarl.config.checks.algorithm import WHOLE_RESPONSE_SURROGATES
 from megarl.config.schema import AlgorithmConfig
 
 

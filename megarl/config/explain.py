@@ -63,10 +63,10 @@ def _default(field: FieldInfo) -> str:
 
 def reference_markdown() -> str:
     """docs/configuration.md: one table for each section, with key, type, default, unit and meaning."""
-    places: dict[type[Section], list[str]] = {}
+    paths: dict[type[Section], list[str]] = {}
     for path, section in walk():
-        places.setdefault(section, []).append(path)
-    return "\n".join([INTRODUCTION, *(_section_markdown(section, paths) for section, paths in places.items())])
+        paths.setdefault(section, []).append(path)
+    return "\n".join([INTRODUCTION, *(_section_markdown(section, paths) for section, paths in paths.items())])
 
 
 def _section_markdown(section: type[Section], paths: list[str]) -> str:

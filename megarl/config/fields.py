@@ -31,7 +31,7 @@ def source_name(section: type[Section]) -> str | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class KeyLocation:
     """Where a location of pydantic's errors is in the schema.
 
     Attributes:
@@ -45,7 +45,7 @@ class Place:
     sections: tuple[type[Section], ...]
 
 
-def place_of(location: Sequence[int | str]) -> Place:
+def location_of(location: Sequence[int | str]) -> KeyLocation:
     """Find a location of pydantic's errors in the schema.
 
     pydantic puts the ``type`` of a union's member into the location (``data, train, jsonl, path``); a user does not.
@@ -64,7 +64,7 @@ def place_of(location: Sequence[int | str]) -> Place:
             if sections:
                 field = sections[0].model_fields.get(part)
                 sections = section_types(field.annotation) if field is not None else []
-    return Place(path=".".join(parts), field=field, sections=tuple(sections))
+    return KeyLocation(path=".".join(parts), field=field, sections=tuple(sections))
 
 
 def walk(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, type[Section]]]:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megarl.config import yaml_text
-from megarl.config.fields import Place, meaning_of, nearest_key, place_of, source_name, type_in_words, unit_of
+from megarl.config.fields import KeyLocation, location_of, meaning_of, nearest_key, source_name, type_in_words, unit_of
 from megarl.config.schema import Config
 from megarl.errors import MESSAGE_LENGTH, ConfigError, cut, escaped, listed, without_secrets
 
@@ -114,38 +114,38 @@ def _index(node: Any, part: str, where: str, override: str) -> str | int:
 def describe(detail: ErrorDetails, file: str, overridden: Sequence[str] = ()) -> str:
     """One pydantic error as one line that begins with the file, or with ``--set`` where an overridden key is wrong."""
     location, kind, given = detail["loc"], detail["type"], detail["input"]
-    place = place_of(location)
-    by_override = any(f"{place.path}.".startswith(f"{dotted}.") for dotted in overridden)
-    where = f"{'--set' if by_override else file}: {place.path}"
+    key = location_of(location)
+    by_override = any(f"{key.path}.".startswith(f"{dotted}.") for dotted in overridden)
+    where = f"{'--set' if by_override else file}: {key.path}"
     if kind == "extra_forbidden":
-        if any(dotted.startswith(f"{place.path}.") for dotted in overridden):
-            where = f"--set: {place.path}"
-        siblings = [name for section in place_of(location[:-1]).sections for name in section.model_fields]
-        return f"{where}: unknown key; the nearest valid key is {nearest_key(place.path, siblings)}"
+        if any(dotted.startswith(f"{key.path}.") for dotted in overridden):
+            where = f"--set: {key.path}"
+        siblings = [name for section in location_of(location[:-1]).sections for name in section.model_fields]
+        return f"{where}: unknown key; the nearest valid key is {nearest_key(key.path, siblings)}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        choices = " or ".join(str(source_name(section)) for section in place.sections)
+        choices = " or ".join(str(source_name(section)) for section in key.sections)
         given_type = given.get("type") if isinstance(given, dict) else None
         return f"{where}.type: {'is required' if given_type is None else f'is {_show(given_type)}'}; give {choices}"
     if kind == "missing":
-        return _with_fix(f"{where}: is required", place)
+        return _with_fix(f"{where}: is required", key)
     reason = "" if kind in ("literal_error", "model_type") else f", {_lower_first(detail['msg'])}"
-    return _with_fix(f"{where}: is {_show(given)}{reason}", place)
+    return _with_fix(f"{where}: is {_show(given)}{reason}", key)
 
 
-def _with_fix(problem: str, place: Place) -> str:
+def _with_fix(problem: str, key: KeyLocation) -> str:
     """The problem and what the value must be, without its meaning where that would make the line too long."""
-    whole = f"{problem}; give {_fix(place, with_meaning=True)}"
-    return whole if len(whole) <= MESSAGE_LENGTH - 30 else f"{problem}; give {_fix(place, with_meaning=False)}"
+    whole = f"{problem}; give {_fix(key, with_meaning=True)}"
+    return whole if len(whole) <= MESSAGE_LENGTH - 30 else f"{problem}; give {_fix(key, with_meaning=False)}"
 
 
-def _fix(place: Place, *, with_meaning: bool) -> str:
+def _fix(key: KeyLocation, *, with_meaning: bool) -> str:
     """What the value at a place must be."""
-    if place.field is None:
+    if key.field is None:
         return "a value"
-    if len(place.sections) == 1:
-        return f"a section with keys among {listed(list(place.sections[0].model_fields), 6)}"
-    unit, meaning = unit_of(place.field), meaning_of(place.field)
-    return f"{type_in_words(place.field)}{f' ({unit})' if unit else ''}{f': {meaning}' if with_meaning else ''}"
+    if len(key.sections) == 1:
+        return f"a section with keys among {listed(list(key.sections[0].model_fields), 6)}"
+    unit, meaning = unit_of(key.field), meaning_of(key.field)
+    return f"{type_in_words(key.field)}{f' ({unit})' if unit else ''}{f': {meaning}' if with_meaning else ''}"
 
 
 def _lower_first(text: str) -> str:

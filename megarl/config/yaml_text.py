@@ -98,15 +98,15 @@ class Loader(yaml.SafeLoader):
                 self._check(value, f"{path}.{key.value}".lstrip("."), seen)
 
     def _check_scalar(self, node: yaml.ScalarNode, path: str) -> None:
-        place, text = path or "the value", node.value
+        where, text = path or "the value", node.value
         if node.tag in (f"{_CORE}int", f"{_CORE}float") and len(text) > LONGEST_NUMBER:
-            raise _problem(f"{place}: is a number of {len(text)} digits: give at most {LONGEST_NUMBER}", node)
+            raise _problem(f"{where}: is a number of {len(text)} digits: give at most {LONGEST_NUMBER}", node)
         if node.tag == f"{_CORE}str" and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in text):
-            raise _problem(f"{place}: has a NUL character or half of a surrogate pair in it: leave it out", node)
+            raise _problem(f"{where}: has a NUL character or half of a surrogate pair in it: leave it out", node)
         try:
             self.construct_object(node)
         except (ValueError, KeyError, AttributeError):
-            raise _problem(f"{place}: {text[:40]!r} is not {_KINDS.get(node.tag, 'a value')}: leave its tag out", node) from None
+            raise _problem(f"{where}: {text[:40]!r} is not {_KINDS.get(node.tag, 'a value')}: leave its tag out", node) from None
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
@@ -122,8 +122,8 @@ def _check_keys(node: yaml.MappingNode) -> None:
         lines[key.value] = key.start_mark.line + 1
 
 
-def _problem(text: str, place: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
-    mark: Any = place.start_mark
+def _problem(text: str, where: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    mark: Any = where.start_mark
     return yaml.MarkedYAMLError(problem=text, problem_mark=mark)
 
 

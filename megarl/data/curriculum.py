@@ -11,7 +11,7 @@ from megarl.config.stages import Stage
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, SuccessRates, TaskChooser, draw_by_weight, seeded_random
 from megarl.data.row_sizes import RowSizes, named
-from megarl.data.sampler import IndexedRows, PromptSource, TaskRows, excluded_texts, place_of, training_rows
+from megarl.data.sampler import IndexedRows, PromptSource, TaskRows, excluded_texts, row_of, training_rows
 from megarl.data.sources import Row, read_rows
 from megarl.data.template import prompt_template
 from megarl.data.too_long import cut_in_the_middle
@@ -116,8 +116,8 @@ class StagedPrompts:
             candidates = IndexedRows(rows, kept)
             measured = sizes.measure(f"data.train {task.name}", candidates, "prompts")[:, 0]
             num_tokens = measured.clip(max=self._limit.longest) if self._curriculum.too_long == "cut_middle" else measured
-            for place in numpy.flatnonzero(measured > self._limit.longest):
-                self._limit.after_cut(candidates[place], int(measured[place]))
+            for position in numpy.flatnonzero(measured > self._limit.longest):
+                self._limit.after_cut(candidates[position], int(measured[position]))
             self._tasks[task.name] = MeasuredTask(
                 rows=rows, kept=kept, num_tokens=num_tokens, difficulties=difficulties, weight=task.weight
             )
@@ -247,21 +247,21 @@ class StageSource(PromptSource):
         self._rewards = rewards
         self._curriculum = curriculum
         self._seed = seed
-        self._place = 0  # prompts taken in this stage
+        self._position = 0  # prompts taken in this stage
         self._pending: set[tuple[str, int]] = set()  # earlier stages' that were taken since the last record
         self._earlier_share = 0.0  # of the groups of the last record
 
     def prompt(self, prompt_id: str) -> Prompt:
         """The prompt of that id, of any stage."""
-        name, row = place_of(prompt_id)
+        name, row = row_of(prompt_id)
         return self._encode(self._rows[name][row])
 
     def take(self, count: int, held: Mapping[str, int] | None = None) -> list[Prompt]:
         """The next ``count`` prompts; every 1 / share-th is of an earlier stage, as long as some that were answered are left."""
         share = self._curriculum.retrospective_share
-        places = range(self._place, self._place + count)
-        self._place += count
-        slots = [int((place + 1) * share) > int(place * share) for place in places]
+        places = range(self._position, self._position + count)
+        self._position += count
+        slots = [int((position + 1) * share) > int(position * share) for position in places]
         earlier = self._draw(sum(slots), places.start)
         tasks = dict(held or {})
         for prompt in earlier:
@@ -274,7 +274,7 @@ class StageSource(PromptSource):
         groups = list(groups)
         own = []
         for group in groups:
-            name, row = place_of(group.prompt.prompt_id)
+            name, row = row_of(group.prompt.prompt_id)
             mean = sum(scored.reward for scored in group.rollouts) / len(group.rollouts)
             self._rewards[name].record(row, mean)
             if self._is_own(name, row):
@@ -291,7 +291,7 @@ class StageSource(PromptSource):
         """Position for a checkpoint, as JSON values."""
         return super().state() | {
             "stage": self._stage,
-            "place": self._place,
+            "place": self._position,
             "pending": sorted(f"{name}/{row}" for name, row in self._pending),
             "rewards": {name: rewards.state() for name, rewards in self._rewards.items()},
         }
@@ -313,8 +313,8 @@ class StageSource(PromptSource):
             rewards.restore(state["rewards"][name])
         if state["stage"] == self._stage:
             super().restore(state)
-            self._place = state["place"]
-            self._pending = {place_of(prompt_id) for prompt_id in state["pending"]}
+            self._position = state["place"]
+            self._pending = {row_of(prompt_id) for prompt_id in state["pending"]}
 
     def _is_own(self, name: str, row: int) -> bool:
         if name not in self._tasks:
@@ -323,14 +323,14 @@ class StageSource(PromptSource):
         at = int(numpy.searchsorted(kept, row))
         return at < len(kept) and int(kept[at]) == row
 
-    def _draw(self, count: int, place: int) -> list[Prompt]:
+    def _draw(self, count: int, position: int) -> list[Prompt]:
         """Up to ``count`` different prompts of earlier stages that were answered, in proportion to 1 / mean reward."""
         if not count:
             return []
         means = numpy.array([self._rewards[name].rates[row] for name, row in self._earlier], dtype=numpy.float64)
         weights = 1.0 / numpy.maximum(means, self._curriculum.retrospective_floor)
         pending = [index for index, key in enumerate(self._earlier) if key in self._pending]
-        random = seeded_random(self._seed, place, self._stage, EARLIER)
+        random = seeded_random(self._seed, position, self._stage, EARLIER)
         drawn = [self._earlier[index] for index in draw_by_weight(random, weights, pending, count)]
         self._pending.update(drawn)
         return [self.prompt(f"{name}/{row}") for name, row in drawn]

@@ -40,14 +40,14 @@ class FieldNames:
     answers: str = "answers"
 
 
-def read_document_question(fields: Mapping[str, Any], names: FieldNames, place: str, max_characters: int) -> DocumentQuestion:
+def read_document_question(fields: Mapping[str, Any], names: FieldNames, location: str, max_characters: int) -> DocumentQuestion:
     """The question of one row.
 
     Args:
         fields: the row. Documents are a text or a list of texts; answers a text, a number, a list of these, or SQuAD's mapping with
             a list ``text``.
         names: of the fields.
-        place: of the row, for errors.
+        location: of the row, for errors.
         max_characters: most characters of all documents together.
 
     Raises:
@@ -55,18 +55,18 @@ def read_document_question(fields: Mapping[str, Any], names: FieldNames, place: 
     """
     for option, name in (("documents", names.documents), ("question", names.question), ("answers", names.answers)):
         if name not in fields:
-            raise DataError(f"{place}: no field '{name}' (it has: {', '.join(fields)}); add it or set --{option}-field")
-    documents = _texts(fields[names.documents], f"{place}: field '{names.documents}'")
+            raise DataError(f"{location}: no field '{name}' (it has: {', '.join(fields)}); add it or set --{option}-field")
+    documents = _texts(fields[names.documents], f"{location}: field '{names.documents}'")
     num_characters = sum(map(len, documents))
     if num_characters > max_characters:
         raise DataError(
-            f"{place}: field '{names.documents}' has {num_characters:,} characters, above --max-characters {max_characters:,}; "
+            f"{location}: field '{names.documents}' has {num_characters:,} characters, above --max-characters {max_characters:,}; "
             "leave the row out, divide it, or raise the limit"
         )
     question = fields[names.question]
     if not isinstance(question, str):
-        raise DataError(f"{place}: field '{names.question}' is a {type(question).__name__}; it must be a text")
-    (question,) = _texts(question, f"{place}: field '{names.question}'")
+        raise DataError(f"{location}: field '{names.question}' is a {type(question).__name__}; it must be a text")
+    (question,) = _texts(question, f"{location}: field '{names.question}'")
     answers = fields[names.answers]
     if isinstance(answers, Mapping) and "text" in answers:
         answers = answers["text"]
@@ -74,11 +74,11 @@ def read_document_question(fields: Mapping[str, Any], names: FieldNames, place: 
         answers = str(answers)
     if isinstance(answers, list):
         answers = [str(one) if isinstance(one, int | float) and not isinstance(one, bool) else one for one in answers]
-    answers = _texts(answers, f"{place}: field '{names.answers}'")
+    answers = _texts(answers, f"{location}: field '{names.answers}'")
     return DocumentQuestion(documents=documents, question=question, answers=tuple(dict.fromkeys(answers)))
 
 
-def _texts(value: Any, place: str) -> tuple[str, ...]:
+def _texts(value: Any, location: str) -> tuple[str, ...]:
     """A text or list of texts as a tuple; DataError when there is none, or a blank one."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -87,13 +87,13 @@ def _texts(value: Any, place: str) -> tuple[str, ...]:
             if isinstance(texts, list)
             else ""
         )
-        raise DataError(f"{place} is a {found or type(value).__name__}; it must be a text or a list of texts")
+        raise DataError(f"{location} is a {found or type(value).__name__}; it must be a text or a list of texts")
     if not texts:
-        raise DataError(f"{place} is an empty list; fill it or leave the row out")
+        raise DataError(f"{location} is an empty list; fill it or leave the row out")
     for index, text in enumerate(texts):
         if not text.strip():
             which = f" has an empty text at {index}" if isinstance(value, list) else " is empty"
-            raise DataError(f"{place}{which}; fill it or leave the row out")
+            raise DataError(f"{location}{which}; fill it or leave the row out")
     return tuple(texts)
 
 
@@ -112,9 +112,9 @@ class DocumentPrompts:
             ConfigError: a place is missing in ``prompt`` or ``template``.
             DataError: the tokenizer lacks what the template needs.
         """
-        for place in ("{documents}", "{question}"):
-            if prompt.count(place) != 1:
-                raise ConfigError(f"--prompt {prompt!r} has {place} {prompt.count(place)} times; write it once")
+        for location in ("{documents}", "{question}"):
+            if prompt.count(location) != 1:
+                raise ConfigError(f"--prompt {prompt!r} has {location} {prompt.count(location)} times; write it once")
         self._tokenizer = tokenizer
         self._before, self._between, self._after = _parts(prompt)
         self._is_question_first = prompt.index("{question}") < prompt.index("{documents}")
@@ -142,13 +142,13 @@ class DocumentPrompts:
             "length": num_tokens,
         }
 
-    def cut_in_the_middle(self, item: DocumentQuestion, max_tokens: int, place: str) -> DocumentQuestion:
+    def cut_in_the_middle(self, item: DocumentQuestion, max_tokens: int, location: str) -> DocumentQuestion:
         """The question with one document: head and tail of all documents, in equal tokens, and a mark between them.
 
         Args:
             item: whose prompt is longer than ``max_tokens``.
             max_tokens: most tokens of the prompt as the model reads it.
-            place: of its row, for errors.
+            location: of its row, for errors.
 
         Raises:
             DataError: nothing of the documents could stay, or the tokenizer does not tell which characters a token stands for.
@@ -169,8 +169,8 @@ class DocumentPrompts:
                 return cut
             kept -= excess
         raise DataError(
-            f"{place}: question, mark and template leave no room for documents in {max_tokens} tokens; raise --max-tokens or leave "
-            "the row out"
+            f"{location}: question, mark and template leave no room for documents in {max_tokens} tokens; raise --max-tokens or "
+            "leave the row out"
         )
 
 

@@ -143,9 +143,9 @@ class RowSampler:
         num_rows, position = int(self._identity["num_rows"]), state["position"]
         # beyond the rows of a pass a prioritised order draws
         most = float("inf") if self._settings.order == "prioritised" else num_rows
-        places = [("epoch", state["epoch"], float("inf")), ("position", position, most)]
-        places += [("pending", row, num_rows - 1) for row in state["pending"]]
-        for name, value, largest in places:
+        numbers = [("epoch", state["epoch"], float("inf")), ("position", position, most)]
+        numbers += [("pending", row, num_rows - 1) for row in state["pending"]]
+        for name, value, largest in numbers:
             if type(value) is not int or not 0 <= value <= largest:
                 raise CheckpointError(
                     f"the checkpoint's data {name} is {quoted(value)}, which is no place in {num_rows} rows; "
@@ -176,9 +176,9 @@ class RowSampler:
         priorities = numpy.maximum(1.0 - numpy.nan_to_num(self.success.rates, nan=0.0), self._settings.priority_floor)
         return draw_by_weight(self._random(self._epoch, self._position), priorities, self._pending, count)
 
-    def _random(self, *place: int) -> numpy.random.RandomState:
+    def _random(self, *draw: int) -> numpy.random.RandomState:
         # zeros at the end of a seed's numbers change nothing, so that a single source has the order of a first task
-        first, *rest = place
+        first, *rest = draw
         return seeded_random(self._seed, first, self._task, *rest)
 
 
@@ -209,22 +209,22 @@ class TaskChooser:
         """
         if self._balanced:
             return self._evenly(position, count, held)
-        return [self._drawn(place) for place in range(position, position + count)]
+        return [self._drawn(draw) for draw in range(position, position + count)]
 
     def _evenly(self, position: int, count: int, held: Sequence[int]) -> list[int]:
         num_tasks = len(self._bounds)
         counts = list(held)
         chosen = []
-        for place in range(position, position + count):
-            task = min(range(num_tasks), key=lambda number: (counts[number], (number - place) % num_tasks))
+        for draw in range(position, position + count):
+            task = min(range(num_tasks), key=lambda number: (counts[number], (number - draw) % num_tasks))
             counts[task] += 1
             chosen.append(task)
         return chosen
 
-    def _drawn(self, place: int) -> int:
+    def _drawn(self, draw: int) -> int:
         if len(self._bounds) == 1:
             return 0
-        block, offset = divmod(place, self._BLOCK)
+        block, offset = divmod(draw, self._BLOCK)
         # 2^31 keeps these numbers apart from those of the rows' orders, where a task's number stands
         draws = seeded_random(self._seed, block, 1 << 31).random_sample(self._BLOCK)
         return int(numpy.searchsorted(self._bounds, draws[offset], side="right"))

@@ -16,14 +16,14 @@ _USUAL_NAMES = {
 }
 
 
-def value_at(fields: Mapping[str, Any], name: str, option: str, place: str) -> Any:
+def value_at(fields: Mapping[str, Any], name: str, option: str, location: str) -> Any:
     """The value of a field: the one of exactly that name, else the one that its dots lead to (``extra.answers.0``).
 
     Args:
         fields: the row.
         name: of the field.
         option: the key that gives the name, for the error.
-        place: of the row, for the error.
+        location: of the row, for the error.
 
     Raises:
         DataError: there is none.
@@ -37,7 +37,7 @@ def value_at(fields: Mapping[str, Any], name: str, option: str, place: str) -> A
         elif isinstance(value, Sequence) and not isinstance(value, str) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
-            raise DataError(f"{place}: no field {quoted(name)} ({_has(fields)}); add it or set {option}{_example(fields, name)}")
+            raise DataError(f"{location}: no field {quoted(name)} ({_has(fields)}); add it or set {option}{_example(fields, name)}")
     return value
 
 

@@ -78,34 +78,34 @@ def _json_lines(path: Path, file: Any) -> Objects:
         for part in line.rstrip(b"\r\n").split(b"\r"):
             number += 1
             if part.strip():
-                place = f"{path}:{number}"
-                yield place, parse_object(_decoded(part, path, place), place)
+                location = f"{path}:{number}"
+                yield location, parse_object(_decoded(part, path, location), location)
 
 
 def _array_rows(path: Path, file: Any) -> Objects:
     values = _parse(_decoded(file.read(), path, str(path)), str(path), "write an array of objects, or one JSON object a line")
     for index, value in enumerate(values if isinstance(values, list) else [values]):
-        place = f"{path} row {index}"
-        _refuse_surrogates(value, place)
-        yield place, _checked(value, place)
+        location = f"{path} row {index}"
+        _refuse_surrogates(value, location)
+        yield location, _checked(value, location)
 
 
 def _csv_rows(path: Path, file: Any, delimiter: str) -> Objects:
     csv.field_size_limit(_LARGEST_CELL)
-    place = f"{path}:1"
+    location = f"{path}:1"
     reader = csv.reader(io.StringIO(_decoded(file.read(), path, str(path)), newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         if repeated := {name for name in header if header.count(name) > 1}:
-            raise DataError(f"{place}: two columns are called {quoted(min(repeated))}; rename one")
+            raise DataError(f"{location}: two columns are called {quoted(min(repeated))}; rename one")
         line = reader.line_num
         for cells in reader:
-            place, line = f"{path}:{line + 1}", reader.line_num
+            location, line = f"{path}:{line + 1}", reader.line_num
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise DataError(f"{place}: {len(cells)} cells under {len(header)} column names; put cells with commas in quotes")
-            yield place, dict(zip(header, cells, strict=True))
+                raise DataError(f"{location}: {len(cells)} cells under {len(header)} column names; put cells with commas in quotes")
+            yield location, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error}); write it again with quotes around cells") from error
 
@@ -125,52 +125,52 @@ def _parquet_rows(path: Path) -> Objects:
         raise DataError(f"{path} cannot be read as Parquet near row {index} ({reason}); write it again") from error
 
 
-def parse_object(line: str, place: str) -> dict[str, Any]:
+def parse_object(line: str, location: str) -> dict[str, Any]:
     """The JSON object of a line; DataError with its place when it is none, or one that is ambiguous."""
-    value = _parse(line, place, "write one JSON object a line")
+    value = _parse(line, location, "write one JSON object a line")
     if _ESCAPED_SURROGATE.search(line):
-        _refuse_surrogates(value, place)
-    return _checked(value, place)
+        _refuse_surrogates(value, location)
+    return _checked(value, location)
 
 
-def _parse(text: str, place: str, advice: str) -> Any:
+def _parse(text: str, location: str, advice: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, place))
+        return json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, location))
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{place}: not JSON ({error.msg.removesuffix(' at')} at {where}); {advice}") from error
+        raise DataError(f"{location}: not JSON ({error.msg.removesuffix(' at')} at {where}); {advice}") from error
     except RecursionError:
-        raise DataError(f"{place}: its brackets are nested too deeply to be read; flatten the row or leave it out") from None
+        raise DataError(f"{location}: its brackets are nested too deeply to be read; flatten the row or leave it out") from None
     except ValueError:  # Python's limit of 4300 digits
-        raise DataError(f"{place}: a number has thousands of digits; write it as a string or leave the row out") from None
+        raise DataError(f"{location}: a number has thousands of digits; write it as a string or leave the row out") from None
 
 
-def _object(pairs: list[tuple[str, Any]], place: str) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]], location: str) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{place}: the key {quoted(repeated)} stands twice in one object; leave one")
+        raise DataError(f"{location}: the key {quoted(repeated)} stands twice in one object; leave one")
     return value
 
 
-def _checked(value: Any, place: str) -> dict[str, Any]:
+def _checked(value: Any, location: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: a {type(value).__name__}, not a JSON object; write one object a line")
+        raise DataError(f"{location}: a {type(value).__name__}, not a JSON object; write one object a line")
     return value
 
 
-def _refuse_surrogates(value: Any, place: str, path: str = "") -> None:
+def _refuse_surrogates(value: Any, location: str, path: str = "") -> None:
     """No string in the row is half of a character, which no file and no tokenizer could hold."""
     if isinstance(value, str):
-        refuse_surrogate(value, f"{place}: field '{path}'")
+        refuse_surrogate(value, f"{location}: field '{path}'")
     elif isinstance(value, dict):
         for name, item in value.items():
-            refuse_surrogate(name, f"{place}: a field's name")
-            _refuse_surrogates(item, place, f"{path}.{name}" if path else name)
+            refuse_surrogate(name, f"{location}: a field's name")
+            _refuse_surrogates(item, location, f"{path}.{name}" if path else name)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _refuse_surrogates(item, place, f"{path}.{index}" if path else str(index))
+            _refuse_surrogates(item, location, f"{path}.{index}" if path else str(index))
 
 
 def refuse_surrogate(text: str, where: str) -> None:
@@ -182,16 +182,16 @@ def refuse_surrogate(text: str, where: str) -> None:
         raise DataError(f"{where} has {half} at character {error.start}, half of a surrogate pair; repair or remove it") from None
 
 
-def _decoded(data: bytes, path: Path, place: str) -> str:
+def _decoded(data: bytes, path: Path, location: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        _refuse_encoding(path, place, error)
+        _refuse_encoding(path, location, error)
 
 
-def _refuse_encoding(path: Path, place: str, error: UnicodeDecodeError) -> NoReturn:
+def _refuse_encoding(path: Path, location: str, error: UnicodeDecodeError) -> NoReturn:
     byte = error.object[error.start]
     raise DataError(
-        f"{place}: not UTF-8 text (byte 0x{byte:02x} at {error.start}); save it as UTF-8, e.g. for Latin-1: "
+        f"{location}: not UTF-8 text (byte 0x{byte:02x} at {error.start}); save it as UTF-8, e.g. for Latin-1: "
         f"iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}"
     ) from error

@@ -78,7 +78,7 @@ class RowSizes:
 
     def _shared_out(self, share_out: ShareOut, rows: Sequence[Row], form: Form, progress: "Progress") -> list[tuple[int, ...]]:
         batches = [
-            [(row.row_id, row.place, row.prompt, row.answer, row.rejected) for row in rows[start : start + _BATCH]]
+            [(row.row_id, row.location, row.prompt, row.answer, row.rejected) for row in rows[start : start + _BATCH]]
             for start in range(0, len(rows), _BATCH)
         ]
         argument = [self._config.model_dump(mode="json"), form]
@@ -98,8 +98,8 @@ def build(argument: Any) -> Callable[[Any], list[tuple[int, ...]]]:
 
     def measure_batch(batch: Any) -> list[tuple[int, ...]]:
         rows = (
-            Row(row_id=row_id, place=place, prompt=prompt, answer=answer, rejected=rejected, task="", reference={})
-            for row_id, place, prompt, answer, rejected in batch
+            Row(row_id=row_id, location=location, prompt=prompt, answer=answer, rejected=rejected, task="", reference={})
+            for row_id, location, prompt, answer, rejected in batch
         )
         return [named(row, measure, row) for row in rows]
 
@@ -132,10 +132,10 @@ def named(row: Row, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception as error:  # tokenizers raise errors of any kind, and name no row
-        if isinstance(error, MegaRLError) and (not row.place or str(error).startswith(row.place)):
+        if isinstance(error, MegaRLError) and (not row.location or str(error).startswith(row.location)):
             raise
         reason = str(error) if isinstance(error, MegaRLError) else f"the tokenizer refuses it ({one_line(error)[:150]}); change it"
-        raise DataError(f"{row.place or row.row_id}: {reason}") from error
+        raise DataError(f"{row.location or row.row_id}: {reason}") from error
 
 
 class Progress:

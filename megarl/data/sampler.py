@@ -93,7 +93,7 @@ class PromptSource(_Source[Prompt]):
 
     def prompt(self, prompt_id: str) -> Prompt:
         """The prompt of that id, wherever the order stands."""
-        name, row = place_of(prompt_id)
+        name, row = row_of(prompt_id)
         return self._encode(self._tasks[name].rows[row])
 
     def record(self, groups: Iterable[RolloutGroup], pass_threshold: float) -> None:
@@ -105,7 +105,7 @@ class PromptSource(_Source[Prompt]):
         """
         shares: dict[str, list[tuple[int, float]]] = {name: [] for name in self._tasks}
         for group in groups:
-            name, row = place_of(group.prompt.prompt_id)
+            name, row = row_of(group.prompt.prompt_id)
             right = sum(scored.reward >= pass_threshold for scored in group.rollouts)
             shares[name].append((int(numpy.searchsorted(self._tasks[name].kept, row)), right / len(group.rollouts)))
         for name, task in self._tasks.items():
@@ -121,7 +121,7 @@ class PromptSource(_Source[Prompt]):
         }
 
 
-def place_of(prompt_id: str) -> tuple[str, int]:
+def row_of(prompt_id: str) -> tuple[str, int]:
     """Task and row of ``task/17``."""
     name, _, row = prompt_id.rpartition("/")
     return name, int(row)
@@ -237,10 +237,10 @@ class IndexedRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self._rows[int(index)] for index in self._indices[place]]
-        return self._rows[int(self._indices[place])]
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._rows[int(index)] for index in self._indices[index]]
+        return self._rows[int(self._indices[index])]
 
 
 def _task_chooser(config: Config) -> TaskChooser:

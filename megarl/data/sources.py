@@ -20,7 +20,7 @@ class Row:
 
     Attributes:
         row_id: its task and the row's index in its source, e.g. ``"train/17"``.
-        place: where a person finds it, e.g. ``data/train.jsonl:18``.
+        location: where a person finds it, e.g. ``data/train.jsonl:18``.
         prompt: the question, or a chat of ``{"role": ..., "content": ...}`` messages.
         answer: the expected answer; SFT trains on it, and training on preferences towards it.
         rejected: for training on preferences, the response that the answer is preferred to; None otherwise.
@@ -30,7 +30,7 @@ class Row:
     """
 
     row_id: str
-    place: str = ""
+    location: str = ""
     prompt: str | list[ChatMessage]
     answer: str
     rejected: str | None
@@ -78,8 +78,8 @@ def number_at(row: Row, field: str, option: str) -> float:
     for depth, name in enumerate(names := field.split(".")):
         if not isinstance(value, Mapping) or name not in value:
             has = f"it has: {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"there is a {type(value).__name__}"
-            place = f" in {'.'.join(names[:depth])}" if depth else ""
-            raise DataError(f"row {row.row_id} has no field '{name}'{place} ({has}); add it or set {option}")
+            location = f" in {'.'.join(names[:depth])}" if depth else ""
+            raise DataError(f"row {row.row_id} has no field '{name}'{location} ({has}); add it or set {option}")
         value = value[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError(f"row {row.row_id}: field '{field}' is {value!r}; {option} needs a finite number in every row")
@@ -93,24 +93,26 @@ def _is_file_of_rows(path: str) -> bool:
 def _read_file(source: JsonlSource | DatasetsSource, task: str, *, in_pairs: bool) -> list[Row]:
     objects = enumerate(read_objects(Path(source.path)))
     make = _pair_row if in_pairs else _row
-    return [make(fields, source, task, index, place) for index, (place, fields) in objects]
+    return [make(fields, source, task, index, location) for index, (location, fields) in objects]
 
 
-def _row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: str, index: int, place: str) -> Row:
-    prompt = value_at(fields, source.prompt_field, "prompt_field", place)
+def _row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: str, index: int, location: str) -> Row:
+    prompt = value_at(fields, source.prompt_field, "prompt_field", location)
     if source.answer_field == source.prompt_field:
-        where = f"{place}: field '{source.prompt_field}'"
+        where = f"{location}: field '{source.prompt_field}'"
         answer, prompt = response_and_context(prompt, where)
         if prompt is None:
             raise DataError(
                 f"{where} is prompt_field and answer_field, and no chat, whose last message would be the answer; name two"
             )
     else:
-        answer = given_text(value_at(fields, source.answer_field, "answer_field", place), f"{place}: field '{source.answer_field}'")
+        answer = given_text(
+            value_at(fields, source.answer_field, "answer_field", location), f"{location}: field '{source.answer_field}'"
+        )
     return Row(
         row_id=f"{task}/{index}",
-        place=place,
-        prompt=checked_prompt(prompt, f"{place}: field '{source.prompt_field}'"),
+        location=location,
+        prompt=checked_prompt(prompt, f"{location}: field '{source.prompt_field}'"),
         answer=answer,
         rejected=None,
         task=task,
@@ -118,11 +120,11 @@ def _row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: 
     )
 
 
-def _pair_row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: str, index: int, place: str) -> Row:
+def _pair_row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: str, index: int, location: str) -> Row:
     responses, contexts = [], []
     for option, name in (("chosen_field", source.chosen_field), ("rejected_field", source.rejected_field)):
-        where = f"{place}: field '{name}'"
-        response, context = response_and_context(value_at(fields, name, option, place), where)
+        where = f"{location}: field '{name}'"
+        response, context = response_and_context(value_at(fields, name, option, location), where)
         if not response.strip():
             raise DataError(f"{where} is an empty string; write a response or leave the row out")
         responses.append(response)
@@ -130,16 +132,16 @@ def _pair_row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, t
     chosen, rejected = responses
     if (contexts[0] is None) != (contexts[1] is None):
         chat, text = (source.chosen_field, source.rejected_field)[:: -1 if contexts[0] is None else 1]
-        raise DataError(f"{place}: field '{chat}' is a list; it must be a string, as '{text}' is one, or both chats")
+        raise DataError(f"{location}: field '{chat}' is a list; it must be a string, as '{text}' is one, or both chats")
     if chosen == rejected:
         raise DataError(
-            f"{place}: fields '{source.chosen_field}' and '{source.rejected_field}' are equal, so neither is preferred; leave the "
-            "row out"
+            f"{location}: fields '{source.chosen_field}' and '{source.rejected_field}' are equal, so neither is preferred; "
+            "leave the row out"
         )
     return Row(
         row_id=f"{task}/{index}",
-        place=place,
-        prompt=_pair_prompt(fields, source, contexts, place),
+        location=location,
+        prompt=_pair_prompt(fields, source, contexts, location),
         answer=chosen,
         rejected=rejected,
         task=task,
@@ -151,21 +153,21 @@ def _pair_prompt(
     fields: Mapping[str, Any],
     source: JsonlSource | DatasetsSource,
     contexts: Sequence[list[ChatMessage] | None],
-    place: str,
+    location: str,
 ) -> str | list[ChatMessage]:
     """The prompt of a pair: its field's, or what both responses, given as chats, begin with."""
-    where = f"{place}: field '{source.prompt_field}'"
+    where = f"{location}: field '{source.prompt_field}'"
     if source.prompt_field == source.chosen_field:
         if contexts[0] is None or contexts[0] != contexts[1]:
             raise DataError(f"{where} is prompt and chosen response, so both must be chats that begin alike; give prompts")
         return checked_prompt(contexts[0], where)
-    prompt = checked_prompt(value_at(fields, source.prompt_field, "prompt_field", place), where)
+    prompt = checked_prompt(value_at(fields, source.prompt_field, "prompt_field", location), where)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     for name, context in zip((source.chosen_field, source.rejected_field), contexts, strict=True):
         if context and context != messages:
             raise DataError(
-                f"{place}: the chat in field '{name}' does not begin with the prompt in '{source.prompt_field}'; set prompt_field: "
-                f"{source.chosen_field} to take the prompt from there"
+                f"{location}: the chat in field '{name}' does not begin with the prompt in '{source.prompt_field}'; set "
+                f"prompt_field: {source.chosen_field} to take the prompt from there"
             )
     return prompt
 
@@ -203,12 +205,12 @@ class _DatasetRows(_LazyRows):
             raise DataError(f"dataset {source.path} split '{source.split}' has no rows; choose another split")
 
     def _make(self, index: int) -> Row:
-        place = f"dataset {self._source.path} split '{self._source.split}' row {index}"
+        location = f"dataset {self._source.path} split '{self._source.split}' row {index}"
         try:
             fields = self._dataset[index]
         except Exception as error:  # of a file behind it that is damaged or no UTF-8
-            raise DataError(f"{place} cannot be read: {one_line(error)[:120]}; write the dataset again") from error
-        return self._make_row(fields, self._source, self._task, index, place)
+            raise DataError(f"{location} cannot be read: {one_line(error)[:120]}; write the dataset again") from error
+        return self._make_row(fields, self._source, self._task, index, location)
 
 
 def load_dataset(source: DatasetsSource) -> Any:
@@ -252,7 +254,7 @@ class _ReasoningGymRows(_LazyRows):
         reference = {"answer": answer, "task": self._source.task, "options": self._source.options, "entry": entry}
         return Row(
             row_id=f"{self._task}/{index}",
-            place=f"reasoning_gym {self._source.task} entry {index}",
+            location=f"reasoning_gym {self._source.task} entry {index}",
             prompt=entry["question"],
             answer=answer,
             rejected=None,

@@ -40,7 +40,9 @@ def rows_in_limits(
     if policy == "refuse":
         named(first, encode, first)
     verb = "left out" if policy == "leave_out" else "cut in the middle of their prompts"
-    print(f"{name}: {count:,} of {len(rows):,} rows are too long and {verb} (data.too_long), the first {first.place}", flush=True)
+    print(
+        f"{name}: {count:,} of {len(rows):,} rows are too long and {verb} (data.too_long), the first {first.location}", flush=True
+    )
     if policy == "leave_out" and count == len(rows):
         raise DataError(f"{name}: all {count:,} rows are too long and left out (data.too_long); raise the limit on their tokens")
     return ~too_long if policy == "leave_out" else numpy.ones(len(rows), dtype=bool)

@@ -17,13 +17,13 @@ def train_asynchronously(run: Run, models: Models) -> None:
     """Generate beside learning until the run, or its stage, is over."""
     run.rollout.push_weights(run.weight_version)  # fails at the start, not after an hour
     run.evaluate_if_due()
-    run.rollout.go_on(run.weight_version)  # from here on generation runs beside all that follows
+    run.rollout.resume(run.weight_version)  # from here on generation runs beside all that follows
     while not run.is_over:
         with run.timer.phase("wait"):
             collected = run.rollout.collect(run.step)
         learned = learn(run, models, collected)
         with run.timer.phase("sync"):
-            run.rollout.hold()
+            run.rollout.pause()
             run.rollout.push_weights(run.weight_version + 1)
-            run.rollout.go_on(run.weight_version + 1)
-        run.finish_step(learned.results, learned.collected, learned.scores, learned.metrics, learned.critic_results)
+            run.rollout.resume(run.weight_version + 1)
+        run.finish_step(learned.results, learned.collected, learned.outputs, learned.metrics, learned.critic_results)

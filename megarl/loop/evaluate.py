@@ -8,7 +8,7 @@ from megarl.config.schema import Config, ReferenceConfig
 from megarl.data.tokenizer import run_tokenizer
 from megarl.errors import ConfigError
 from megarl.loop.pairs import HeldOutPairs
-from megarl.loop.rollout import Rollout, read_held_out_prompts
+from megarl.loop.rollout_manager import RolloutManager, read_held_out_prompts
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.train.roles import Learner, Reference, build_learner, is_main_rank
 from megarl.weights.checkpoint import POLICY, check_checkpoint_together, load_policy
@@ -79,7 +79,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path, whole: C
 def _evaluate_on_prompts(config: Config, whole: Config, policy: Learner, version: int) -> dict[str, float]:
     tokenizer = run_tokenizer(config)
     prompts = read_held_out_prompts(whole, tokenizer) if is_main_rank() else None
-    rollout = Rollout(config, tokenizer, policy, print, prompts, with_greedy=False)
+    rollout = RolloutManager(config, tokenizer, policy, print, prompts, with_greedy=False)
     try:
         rollout.push_weights(version)
         metrics, _ = rollout.evaluate()

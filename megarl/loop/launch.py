@@ -35,14 +35,14 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
     Raises:
         MegaRLError: the config, the data or the run folder is wrong, or the run failed in a way that names its fix.
     """
-    place = launched_rank()
-    check(config, place.world_size if place else num_ranks)
-    prepares = place is None or place.rank == 0
+    launched = launched_rank()
+    check(config, launched.world_size if launched else num_ranks)
+    prepares = launched is None or launched.rank == 0
     if prepares:
         refuse_evaluating_tasks(config)
         _warn_of_lost_work(config)
     with ExitStack() as stack:
-        stack.enter_context(stop_on_signals(forks_ranks=place is None))
+        stack.enter_context(stop_on_signals(forks_ranks=launched is None))
         if prepares:
             stack.enter_context(run_folder(config, resume=resume))
             for line in unused_settings(config):
@@ -51,7 +51,7 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
         scaled = [with_scaled_model(one, config.run_dir, writes=prepares) for one in configs_of(config)]
         run = scaled[0] if config.curriculum is None else config
         try:
-            run_ranks(_loop_of(config), (run, resume), place, num_ranks, config.distributed_timeout, config.run_dir)
+            run_ranks(_loop_of(config), (run, resume), launched, num_ranks, config.distributed_timeout, config.run_dir)
         except RunStopped:
             if prepares:  # one line, and one exit status that says so
                 raise
@@ -85,9 +85,9 @@ def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[
     whole, config = config, configs_of(config)[-1]
     if config.evaluation.data is None:
         raise ConfigError("evaluation.data is not given; name the held-out rows, e.g. --set evaluation.data.type=jsonl")
-    place = launched_rank()
-    check(config, place.world_size if place else num_ranks)
-    if place is None or place.rank == 0:
+    launched = launched_rank()
+    check(config, launched.world_size if launched else num_ranks)
+    if launched is None or launched.rank == 0:
         refuse_evaluating_tasks(config)
     with tempfile.TemporaryDirectory(prefix="megarl-eval-") as folder:
         result = Path(folder) / "metrics.json"
@@ -95,5 +95,5 @@ def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[
         if not is_checkpoint(checkpoint):
             evaluated = with_start_as_reference(evaluated, config, Path(folder) / "start")
         changed = evaluated.model_copy(update={"run_dir": Path(folder)})
-        run_ranks(evaluate_checkpoint, (changed, checkpoint, result, whole), place, num_ranks, config.distributed_timeout)
+        run_ranks(evaluate_checkpoint, (changed, checkpoint, result, whole), launched, num_ranks, config.distributed_timeout)
         return json.loads(result.read_text()) if result.exists() else {}

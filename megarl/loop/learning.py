@@ -8,10 +8,10 @@ from megarl.config.models_of import has_reference
 from megarl.config.schema import Config
 from megarl.config.stages import PlannedUpdates, planned_updates
 from megarl.loop.relayout import free_memory, move_learner
-from megarl.loop.rollout import Collected, add_model_rewards
+from megarl.loop.rollout_manager import Collected, add_model_rewards
 from megarl.loop.run import Run
-from megarl.train.roles import Critic, Learner, Policy, Reference, RewardModel, score, share_results
-from megarl.types import TokenScores, UpdateResult
+from megarl.train.roles import Critic, Learner, Policy, Reference, RewardModel, compute_outputs, share_results
+from megarl.types import TokenOutputs, UpdateResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Learned:
     """What a step learned from and how; ``critic_results`` is empty without a critic."""
 
     collected: Collected
-    scores: TokenScores
+    outputs: TokenOutputs
     metrics: dict[str, float]
     results: list[UpdateResult]
     critic_results: list[UpdateResult]
@@ -89,9 +89,9 @@ def learn(run: Run, models: Models, collected: Collected) -> Learned:
         with run.timer.phase("reward-model"):
             collected = add_model_rewards(collected, models.reward_model)
     with run.timer.phase("log-probs"):
-        scores = score(policy, models.reference, critic, collected.packed)
+        outputs = compute_outputs(policy, models.reference, critic, collected.packed)
     with run.timer.phase("pack"):
-        prepared = algorithm.prepare(collected.packed, scores, run.step)
+        prepared = algorithm.prepare(collected.packed, outputs, run.step)
     with run.timer.phase("update"):
         learns = run.step >= models.critic_warmup
         updates = policy.update_each(prepared.batches if learns else (), algorithm.objective)
@@ -99,8 +99,8 @@ def learn(run: Run, models: Models, collected: Collected) -> Learned:
         results = share_results(policy, updates)
         critic_results = share_results(critic, critic_updates) if critic else []
     if any(not (result.skipped or result.empty) for result in results):
-        algorithm.finish_step(collected.packed, scores)
+        algorithm.finish_step(collected.packed, outputs)
     metrics = prepared.metrics
     if collected.outlived_updates:
         metrics = metrics | staleness_metrics(prepared.batches, run.weight_version)
-    return Learned(collected=collected, scores=scores, metrics=metrics, results=results, critic_results=critic_results)
+    return Learned(collected=collected, outputs=outputs, metrics=metrics, results=results, critic_results=critic_results)

@@ -58,8 +58,10 @@ class HeldOutPairs:
             pairs = self._pairs[first : first + size]
             packed = broadcast_batch(pack_for(self._config, pairs) if is_main_rank() else None, PackedBatch)
             if first not in self._reference_logprobs:
-                self._reference_logprobs[first] = None if self._reference is None else self._reference.engine.score(packed)[0]
-            outputs = self._learner.engine.score(packed)
+                self._reference_logprobs[first] = (
+                    None if self._reference is None else self._reference.engine.forward_only(packed)[0]
+                )
+            outputs = self._learner.engine.forward_only(packed)
             parts.append(pair_metrics(packed, outputs, self._reference_logprobs[first], self._objective))
         return {f"held_out/{name}": value for name, value in combined(parts).items()}
 

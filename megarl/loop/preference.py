@@ -21,7 +21,7 @@ def run_preference(config: Config, resume: bool) -> None:
             with run.timer.phase("data"):
                 packed = run.examples.take(config.preference.pairs_per_step)
             with run.timer.phase("score"):
-                reference_logprobs = None if reference is None else reference.engine.score(packed)[0]
+                reference_logprobs = None if reference is None else reference.engine.forward_only(packed)[0]
             with run.timer.phase("update"):
                 updates = [learner.update(build_preference_batch(packed, reference_logprobs), objective)]
             run.finish_step(share_results(learner, updates))

@@ -23,4 +23,4 @@ def train(run: Run, models: Models) -> None:
         learned = learn(run, models, collected)
         with run.timer.phase("sync"):
             run.rollout.push_weights(run.weight_version + 1)
-        run.finish_step(learned.results, learned.collected, learned.scores, learned.metrics, learned.critic_results)
+        run.finish_step(learned.results, learned.collected, learned.outputs, learned.metrics, learned.critic_results)

@@ -22,7 +22,7 @@ from megarl.errors import CheckpointError, RunStopped
 from megarl.loop.broadcast import broadcast_batch, broadcast_value
 from megarl.loop.pairs import HeldOutPairs, pack_for
 from megarl.loop.promotion import StageProgress
-from megarl.loop.rollout import Collected, Prompts, Rollout, accuracy_name, prompts_of_stage, read_prompts
+from megarl.loop.rollout_manager import Collected, Prompts, RolloutManager, accuracy_name, prompts_of_stage, read_prompts
 from megarl.loop.run_folder import accept_config
 from megarl.loop.start_checks import row_sizes
 from megarl.loop.stop_signals import stop_is_requested
@@ -32,7 +32,7 @@ from megarl.observe.sinks import LOGS, MetricsWriter, RolloutWriter, TicketsWrit
 from megarl.observe.timers import PhaseTimer
 from megarl.parallel.rank_board import announce_phase
 from megarl.train.roles import Critic, Learner, is_main_rank
-from megarl.types import PackedBatch, RolloutGroup, TokenScores, UpdateResult
+from megarl.types import PackedBatch, RolloutGroup, TokenOutputs, UpdateResult
 from megarl.weights.checkpoint import (
     CheckpointWriter,
     DataState,
@@ -75,7 +75,7 @@ class Examples:
     def data_state(self) -> DataState:
         """Position in the data, on rank 0."""
         source = self._examples or self._pairs
-        return DataState(position={} if source is None else source.state(), outstanding=None)
+        return DataState(position={} if source is None else source.state(), pending=None)
 
     def restore_data(self, state: DataState) -> None:
         """Go on from that position."""
@@ -160,13 +160,15 @@ class Run:
         samples = samples_responses(config)
         with_greedy = algorithm is not None and algorithm.needs_greedy_response
         prompts = self._prompts(tokenizer) if samples and is_main_rank() else None
-        self._rollout = Rollout(config, tokenizer, policy, self.message, prompts, with_greedy=with_greedy) if samples else None
+        self._rollout = (
+            RolloutManager(config, tokenizer, policy, self.message, prompts, with_greedy=with_greedy) if samples else None
+        )
         if checkpoint and state:
             self._data.restore_data(read_data_state(checkpoint, state))
         self._open_files(resume=goes_on)
 
     @property
-    def rollout(self) -> Rollout:
+    def rollout(self) -> RolloutManager:
         """Sampling and scoring; an SFT run has it only for evaluation, one on pairs not at all."""
         assert self._rollout is not None
         return self._rollout
@@ -178,7 +180,7 @@ class Run:
         return self._examples
 
     @property
-    def _data(self) -> Rollout | Examples:
+    def _data(self) -> RolloutManager | Examples:
         return self._examples or self.rollout
 
     def _sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
@@ -285,7 +287,7 @@ class Run:
         self,
         results: Sequence[UpdateResult],
         collected: Collected | None = None,
-        scores: TokenScores | None = None,
+        outputs: TokenOutputs | None = None,
         algorithm_metrics: Mapping[str, float] | None = None,
         critic_results: Sequence[UpdateResult] = (),
     ) -> None:
@@ -295,9 +297,9 @@ class Run:
         metrics = step_metrics(results) | dict(algorithm_metrics or {})
         metrics |= {f"critic_{name}": value for name, value in step_metrics(critic_results).items()}
         groups: tuple[RolloutGroup, ...] = ()
-        if collected is not None and scores is not None:
+        if collected is not None and outputs is not None:
             groups = collected.groups
-            metrics |= collected.metrics | self._watch(collected, scores)
+            metrics |= collected.metrics | self._watch(collected, outputs)
             if is_main_rank() and self._config.rollout.asynchronous is None:
                 self.timer.move("generate", "score", collected.score_seconds)
         metrics |= self._evaluate_at_end_or_when_due(collected)
@@ -335,14 +337,14 @@ class Run:
         with self.timer.phase("evaluate"):
             return self._evaluate()
 
-    def _watch(self, collected: Collected, scores: TokenScores) -> dict[str, float]:
+    def _watch(self, collected: Collected, outputs: TokenOutputs) -> dict[str, float]:
         packed = collected.packed
         if not packed.loss_mask.any():
             return {}
-        entropy = float(scores.entropies[packed.loss_mask].double().mean())
+        entropy = float(outputs.entropies[packed.loss_mask].double().mean())
         # tokens of older weights have other log-probabilities, which says nothing of the setup
         is_current = packed.loss_mask & (packed.weight_versions == self.weight_version - 1)
-        mean_gap, max_gap = masked_mean_gap(scores.old, packed.sampler_logprobs, is_current)
+        mean_gap, max_gap = masked_mean_gap(outputs.old, packed.sampler_logprobs, is_current)
         first = not self._has_compared_logprobs
         self._has_compared_logprobs |= bool(is_current.any())
         gap_warning = check_logprob_gap(mean_gap, self._config.observe.max_logprob_gap, self.step, first=first)
@@ -363,7 +365,7 @@ class Run:
             distributed_optimizer=self._distributed_optimizer(),
         )
         with self._learners_on_device():
-            self._checkpoints.save(self._sharded_state(), state, data.outstanding)
+            self._checkpoints.save(self._sharded_state(), state, data.pending)
 
     def export(self) -> None:
         """Write the policy as the run's Hugging Face folder ``hf``, and the critic as ``hf_critic``; collective."""

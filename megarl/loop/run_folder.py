@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megarl.config.checks.resume import check_resume
 from megarl.config.load import load_config, save_config
 from megarl.config.redaction import redacted
-from megarl.config.resume_checks import check_resume
 from megarl.config.schema import Config
 from megarl.errors import CheckpointError, ConfigError, MegaRLError, writes
 from megarl.weights.checkpoint import whole_checkpoints

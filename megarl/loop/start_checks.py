@@ -40,18 +40,18 @@ def check_references(config: Config, rows: Iterable[Row]) -> None:
         DataError: one cannot; it names the row, the answer, and what to do.
     """
     own = task_scorers(config)
-    places: dict[str, str] = {}  # the first of those that are compared with the same
+    locations: dict[str, str] = {}  # the first of those that are compared with the same
     for row in itertools.chain(rows, _held_out_rows(config)):
         for scorer in _checked_types(own.get(row.task, config.rewards.scorers)):
             compared = json.dumps(references.compared_with(scorer, row.reference), default=str)
-            places.setdefault(compared, row.place or row.row_id)
-    items = list(places)
+            locations.setdefault(compared, row.location or row.row_id)
+    items = list(locations)
     done = checks_folder(config) / f"{_digest(items)}.references"
     if done.exists():
         return
     for item, reason in zip(items, _reasons(items), strict=True):
         if reason is not None:
-            raise DataError(f"{places[item]}: {reason}")
+            raise DataError(f"{locations[item]}: {reason}")
     if len(items) >= _KEPT_FROM:
         done.parent.mkdir(parents=True, exist_ok=True)
         done.touch()

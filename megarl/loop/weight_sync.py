@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megarl.config.schema import Config
+from megarl.engines.protocol import RolloutEngine
+from megarl.engines.server_engine import EngineSizes, ServerEngine
 from megarl.errors import ConfigError, MegaRLError, TransferError
 from megarl.models.transformer_config import DTYPES
+from megarl.reshard.barrier import AbsentRankError, Barrier
 from megarl.reshard.engine_transfer import EngineTransfer, EngineTransferSettings, plan_engine_transfer
-from megarl.reshard.engines import EngineLayout
-from megarl.reshard.meeting import AbsentRankError, Meetings
-from megarl.rollout.protocol import RolloutEngine
-from megarl.rollout.server_engine import EngineSizes, ServerEngine
+from megarl.reshard.plan.engine_layouts import EngineLayout
 from megarl.train.roles import Learner
 
 
@@ -53,7 +53,7 @@ class WeightSync:
         name = [uuid4().hex]
         dist.broadcast_object_list(name, src=0)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._meetings = Meetings(name[0], distributed_c10d._get_default_group(), device, config.distributed_timeout)
+        self._barrier = Barrier(name[0], distributed_c10d._get_default_group(), device, config.distributed_timeout)
 
     def push(self, version: int) -> None:
         """Give the policy's weights to the engine; afterwards every response reports ``version``.
@@ -163,7 +163,7 @@ class WeightSync:
             yield
         except MegaRLError as error:
             problem = str(error)
-        self._meetings.hold(where, problem)
+        self._barrier.wait(where, problem)
 
 
 def check_transport(config: Config) -> None:

@@ -8,7 +8,7 @@ from megarl.config.schema import Config, ParallelConfig
 from megarl.errors import ConfigError
 from megarl.memory.activations import FLOAT, INT
 from megarl.models.architecture import Architecture
-from megarl.parallel.placement import Placement
+from megarl.parallel.axis_sizes import AxisSizes
 from megarl.weights.mapping import WeightMap
 from megarl.weights.rules import Kind, Layers, Parameter
 
@@ -32,7 +32,7 @@ class Elements:
     largest: int
 
 
-def elements(weight_map: WeightMap, placement: Placement, *, aligned: bool) -> tuple[Elements, ...]:
+def elements(weight_map: WeightMap, sizes: AxisSizes, *, aligned: bool) -> tuple[Elements, ...]:
     """Of the parameters on each pipeline stage.
 
     Args:
@@ -42,21 +42,21 @@ def elements(weight_map: WeightMap, placement: Placement, *, aligned: bool) -> t
         ConfigError: ep does not divide the experts, or the layers cannot be shared out.
     """
     architecture = weight_map.architecture
-    if architecture.num_experts % placement.ep:
-        raise ConfigError(f"ep {placement.ep} does not divide the model's {architecture.num_experts} experts")
-    stages = placement.pipeline_rank_of_layers(architecture.num_layers)
-    own_experts = architecture.num_experts // placement.ep
-    sizes: dict[tuple[object, ...], int] = {}
-    counts = [Counter[str]() for _ in range(placement.pp)]
-    largest = [0] * placement.pp
+    if architecture.num_experts % sizes.ep:
+        raise ConfigError(f"ep {sizes.ep} does not divide the model's {architecture.num_experts} experts")
+    stages = sizes.pipeline_rank_of_layers(architecture.num_layers)
+    own_experts = architecture.num_experts // sizes.ep
+    counted: dict[tuple[object, ...], int] = {}
+    counts = [Counter[str]() for _ in range(sizes.pp)]
+    largest = [0] * sizes.pp
     for parameter in weight_map.parameters.values():
-        is_here_already = parameter.is_copy and placement.pp == 1
+        is_here_already = parameter.is_copy and sizes.pp == 1
         if is_here_already or (parameter.expert is not None and parameter.expert >= own_experts):
             continue
         key = (parameter.kind, parameter.shapes, parameter.expert is not None)
-        if key not in sizes:
-            sizes[key] = _size(weight_map, parameter, placement)
-        stage, size = _stage(parameter, stages, placement.pp), sizes[key]
+        if key not in counted:
+            counted[key] = _size(weight_map, parameter, sizes)
+        stage, size = _stage(parameter, stages, sizes.pp), counted[key]
         largest[stage] = max(largest[stage], size)
         kind = "buffers" if parameter.is_buffer else "dense" if parameter.expert is None else "experts"
         counts[stage][kind] += math.ceil(size / PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT if aligned else size
@@ -72,8 +72,8 @@ def _stage(parameter: Parameter, stages: list[int], pp: int) -> int:
     return 0 if parameter.layers is Layers.BEFORE else pp - 1
 
 
-def _size(weight_map: WeightMap, parameter: Parameter, placement: Placement) -> int:
-    parts = placement.etp if parameter.expert is not None else placement.tp
+def _size(weight_map: WeightMap, parameter: Parameter, sizes: AxisSizes) -> int:
+    parts = sizes.etp if parameter.expert is not None else sizes.tp
     return math.prod(weight_map.shard_shape(parameter.megatron, 0, 1 if parameter.kind is Kind.REPLICATED else parts))
 
 
@@ -87,28 +87,28 @@ def gradients(held: Elements) -> float:
     return FLOAT * (held.dense + held.experts)
 
 
-def optimizer_state(held: Elements, parallel: ParallelConfig, placement: Placement, element: int) -> float:
+def optimizer_state(held: Elements, parallel: ParallelConfig, sizes: AxisSizes, element: int) -> float:
     """Adam's ``exp_avg`` and ``exp_avg_sq`` and, for bfloat16 parameters, their float32 main weights."""
-    return FLOAT * (2 if element == FLOAT else 3) * _own_elements(held, parallel, placement)
+    return FLOAT * (2 if element == FLOAT else 3) * _own_elements(held, parallel, sizes)
 
 
-def optimizer_step(held: Elements, parallel: ParallelConfig, placement: Placement) -> float:
+def optimizer_step(held: Elements, parallel: ParallelConfig, sizes: AxisSizes) -> float:
     """Two float32 tensors as large as the largest parameter that the rank updates, which torch's Adam makes on the way."""
-    return 2 * FLOAT * min(held.largest, _own_elements(held, parallel, placement))
+    return 2 * FLOAT * min(held.largest, _own_elements(held, parallel, sizes))
 
 
-def _own_elements(held: Elements, parallel: ParallelConfig, placement: Placement) -> float:
+def _own_elements(held: Elements, parallel: ParallelConfig, sizes: AxisSizes) -> float:
     if not parallel.distributed_optimizer:
         return held.dense + held.experts
-    return held.dense / (placement.dp * placement.cp) + held.experts / placement.expert_dp
+    return held.dense / (sizes.dp * sizes.cp) + held.experts / sizes.expert_dp
 
 
 def batch(num_tokens: int, *, reference: bool, critic: bool) -> float:
     """PackedBatch, TokenScores and TrainBatch, which every rank has whole, in host memory where there are GPUs."""
     packed = 2 * INT + 2 * FLOAT + 1  # token_ids, weight_versions; sampler_logprobs, step_rewards; loss_mask
-    scores = FLOAT * (2 + reference + 2 * critic)  # old, entropies; reference; values and returns
+    outputs = FLOAT * (2 + reference + 2 * critic)  # old, entropies; reference; values and returns
     trained = FLOAT * 2  # advantages, token_weights
-    return num_tokens * (packed + scores + trained)
+    return num_tokens * (packed + outputs + trained)
 
 
 def embedded_engine(config: Config, architecture: Architecture, weight_map: WeightMap, element: int) -> dict[str, float]:

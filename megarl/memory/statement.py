@@ -17,7 +17,7 @@ from megarl.config.schema import Config, CriticConfig, RoleConfig
 from megarl.memory import activations, heads, held
 from megarl.memory.activations import FLOAT, LayerShape
 from megarl.models.architecture import Architecture, padded_vocabulary_size, read_architecture
-from megarl.parallel.placement import Placement, place
+from megarl.parallel.axis_sizes import AxisSizes, axis_sizes
 from megarl.weights.mapping import WeightMap, build_weight_map
 from megarl.weights.value_head import with_value_head
 
@@ -78,7 +78,7 @@ class _Role:
     ranks: range  # of the world
     architecture: Architecture
     weight_map: WeightMap
-    placement: Placement
+    sizes: AxisSizes
     elements: tuple[held.Elements, ...]  # of each pipeline stage
     element: int
     learns: bool
@@ -104,12 +104,12 @@ class _Role:
 
     def layers(self, stage: int) -> list[bool]:
         """For each layer of a stage whether it has experts."""
-        stages = self.placement.pipeline_rank_of_layers(self.architecture.num_layers)
+        stages = self.sizes.pipeline_rank_of_layers(self.architecture.num_layers)
         return [self.architecture.is_moe_layer(layer) for layer, of in enumerate(stages) if of == stage]
 
     def stage_of(self, rank: int) -> int | None:
         """The pipeline stage of a rank of the world; None outside the role."""
-        return (rank - self.ranks.start) // (len(self.ranks) // self.placement.pp) if rank in self.ranks else None
+        return (rank - self.ranks.start) // (len(self.ranks) // self.sizes.pp) if rank in self.ranks else None
 
     def offloaded(self, part: Part) -> bool:
         """Whether a part that the role holds is in host memory while the role is idle."""
@@ -121,7 +121,7 @@ class _Role:
         parts = [Part(self.name, "weights", held.weights(counts, self.element), {})]
         if self.learns:
             parts.append(Part(self.name, "gradients", held.gradients(counts), {}))
-            state = held.optimizer_state(counts, parallel, self.placement, self.element)
+            state = held.optimizer_state(counts, parallel, self.sizes, self.element)
             parts.append(Part(self.name, "optimizer state", state, {}))
         return tuple(parts)
 
@@ -168,7 +168,7 @@ class _Role:
         return (Part(self.name, "gloo's copy of the gradients", held.gradients(self.elements[stage]), {}),)
 
     def step(self, stage: int) -> tuple[Part, ...]:
-        size = held.optimizer_step(self.elements[stage], self.config.parallel, self.placement)
+        size = held.optimizer_step(self.elements[stage], self.config.parallel, self.sizes)
         return (Part(self.name, "optimizer step", size, {}),)
 
     def whole_tensors(self) -> float:
@@ -177,11 +177,11 @@ class _Role:
         return 2.0 * self.element * largest
 
     def _is_last(self, stage: int) -> bool:
-        return stage == self.placement.pp - 1
+        return stage == self.sizes.pp - 1
 
     def _in_flight(self, stage: int) -> float:
         """Micro-batches whose activations of the whole stage are kept at the same time (megatron-core's schedules)."""
-        pp, vpp = self.placement.pp, self.placement.vpp
+        pp, vpp = self.sizes.pp, self.sizes.vpp
         if vpp == 1:
             return min(pp - stage, self.micro_batches)
         warmup = 2 * (pp - stage - 1) + (vpp - 1) * pp
@@ -377,21 +377,21 @@ def _role(config: Config, name: str, world_size: int) -> _Role:
     weight_map = _weight_map(path.resolve(), config.model.vocabulary_pad_multiple, gives_values=gives_values)
     architecture = weight_map.architecture
     ranks = role.ranks(world_size)
-    placement = place(role.parallel, len(ranks))
+    sizes = axis_sizes(role.parallel, len(ranks))
     num_tokens, longest = _batch_sizes(config)
     of_update = num_tokens // (config.algorithm.updates_per_step if config.kind == "rl" and learns else 1)
-    of_replica = max(longest, -(-of_update // placement.dp))
+    of_replica = max(longest, -(-of_update // sizes.dp))
     in_micro_batch = min(role.max_tokens_per_micro_batch, of_replica)
     trained = config.rollout.max_new_tokens / longest if config.kind == "rl" else 1.0
-    tokens = -(-in_micro_batch // placement.cp)
+    tokens = -(-in_micro_batch // sizes.cp)
     return _Role(
         name=name,
         config=role,
         ranks=ranks,
         architecture=architecture,
         weight_map=weight_map,
-        placement=placement,
-        elements=held.elements(weight_map, placement, aligned=learns and role.parallel.distributed_optimizer),
+        sizes=sizes,
+        elements=held.elements(weight_map, sizes, aligned=learns and role.parallel.distributed_optimizer),
         element=ELEMENT[config.model.dtype],
         learns=learns,
         gives_values=gives_values,

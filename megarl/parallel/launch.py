@@ -108,7 +108,7 @@ def first_host(node_list: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
-def join_world(place: LaunchedRank, timeout_seconds: float) -> dist.TCPStore:
+def join_world(launched: LaunchedRank, timeout_seconds: float) -> dist.TCPStore:
     """Join the world as the rank that a launcher made of this process; its store.
 
     Raises:
@@ -116,27 +116,27 @@ def join_world(place: LaunchedRank, timeout_seconds: float) -> dist.TCPStore:
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
-        store = _store_of_launched_ranks(place, timeout)
-        keep_gloo_to(address_towards(place.address, place.port))
+        store = _store_of_launched_ranks(launched, timeout)
+        keep_gloo_to(address_towards(launched.address, launched.port))
     except (OSError, dist.DistNetworkError) as error:
         raise ConfigError(
-            f"rank {place.rank} cannot use {place.address}:{place.port} for the rendezvous: {str(error).splitlines()[0]}; "
+            f"rank {launched.rank} cannot use {launched.address}:{launched.port} for the rendezvous: {str(error).splitlines()[0]}; "
             "set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port of it"
         ) from error
-    _join(store, place.rank, place.world_size, place.local_rank, timeout)
+    _join(store, launched.rank, launched.world_size, launched.local_rank, timeout)
     return store
 
 
-def _store_of_launched_ranks(place: LaunchedRank, timeout: datetime.timedelta) -> dist.TCPStore:
+def _store_of_launched_ranks(launched: LaunchedRank, timeout: datetime.timedelta) -> dist.TCPStore:
     """The store of the rendezvous, which rank 0 serves on MASTER_ADDR alone where no agent does."""
-    if place.rank != 0 or place.agent_serves_store:
-        return dist.TCPStore(place.address, place.port, place.world_size, is_master=False, timeout=timeout)
-    if place.spans_machines and is_loopback(place.address):
+    if launched.rank != 0 or launched.agent_serves_store:
+        return dist.TCPStore(launched.address, launched.port, launched.world_size, is_master=False, timeout=timeout)
+    if launched.spans_machines and is_loopback(launched.address):
         raise ConfigError(
-            f"MASTER_ADDR {place.address} is this machine's own loopback address on rank 0, where ranks of other machines cannot "
-            "reach it; set it to an address of rank 0's machine that they can"
+            f"MASTER_ADDR {launched.address} is this machine's own loopback address on rank 0, where ranks of other machines "
+            "cannot reach it; set it to an address of rank 0's machine that they can"
         )
-    return serve_store(place.address, place.port, place.world_size, timeout, waits=True)
+    return serve_store(launched.address, launched.port, launched.world_size, timeout, waits=True)
 
 
 def _join(store: dist.Store, rank: int, world_size: int, local_rank: int, timeout: datetime.timedelta) -> None:
@@ -216,16 +216,16 @@ def _watched(store: dist.TCPStore, rank: int, world_size: int, crash_folder: Pat
 def run_ranks(
     function: Callable[..., None],
     args: tuple[Any, ...],
-    place: LaunchedRank | None,
+    launched: LaunchedRank | None,
     num_ranks: int,
     timeout_seconds: float,
     crash_folder: Path | None = None,
 ) -> None:
-    """Run ``function(*args)`` as the rank ``place`` or, when no launcher placed this process, on ``num_ranks`` local ranks.
+    """Run ``function(*args)`` as the rank ``launched`` or, when no launcher placed this process, on ``num_ranks`` local ranks.
 
     Args:
         function, args: what each rank runs.
-        place: of this process.
+        launched: of this process.
         num_ranks: local ranks.
         timeout_seconds: of collectives.
         crash_folder: where tracebacks go; None for the system's temporary folder.
@@ -233,33 +233,33 @@ def run_ranks(
     Raises:
         MegaRLError: a user's error, or which rank failed, was killed or hangs.
     """
-    if place is None:
+    if launched is None:
         run_local_ranks(function, args, num_ranks, timeout_seconds, crash_folder)
         return
-    store = join_world(place, timeout_seconds)
+    store = join_world(launched, timeout_seconds)
     try:
-        with _watched(store, place.rank, place.world_size, crash_folder):
+        with _watched(store, launched.rank, launched.world_size, crash_folder):
             function(*args)
     except (Exception, SystemExit) as error:
-        raise _error_of_launched_rank(error, place, store, crash_folder) from error
+        raise _error_of_launched_rank(error, launched, store, crash_folder) from error
     finally:
         dist.destroy_process_group()
 
 
 def _error_of_launched_rank(
-    error: BaseException, place: LaunchedRank, store: dist.TCPStore, crash_folder: Path | None
+    error: BaseException, launched: LaunchedRank, store: dist.TCPStore, crash_folder: Path | None
 ) -> BaseException:
     """What this rank ends with: its own error, or the line that names the rank which it lost."""
-    board = RankBoard(store, place.world_size)
+    board = RankBoard(store, launched.world_size)
     try:
-        failure = next(one for one in board.failures() if one.rank == place.rank)
+        failure = next(one for one in board.failures() if one.rank == launched.rank)
     except (RuntimeError, OSError, StopIteration):
-        failure = failure_of(error, place.rank, "", crash_folder)
+        failure = failure_of(error, launched.rank, "", crash_folder)
     if failure.is_consequence:
-        return explain_launched(board, failure, place.world_size, place.address, GRACE_SECONDS)
-    if place.rank == 0 and not place.agent_serves_store:
+        return explain_launched(board, failure, launched.world_size, launched.address, GRACE_SECONDS)
+    if launched.rank == 0 and not launched.agent_serves_store:
         time.sleep(ANSWER_SECONDS)  # the store ends with this process, and the others ask it why this rank left
-    return as_error(failure, board.place(place.rank), place.world_size)
+    return as_error(failure, board.status(launched.rank), launched.world_size)
 
 
 def _end_openmp_threads() -> None:

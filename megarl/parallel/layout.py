@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megarl.config.schema import ParallelConfig
-from megarl.parallel.placement import place
+from megarl.parallel.axis_sizes import axis_sizes
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
 
@@ -134,12 +134,12 @@ def build_layout(config: ParallelConfig, ranks: range | None = None) -> Layout:
     ranks = ranks or range(dist.get_world_size())
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()  # the one global that linear layers need and no argument replaces
-    placement = place(config, len(ranks))
+    sizes = axis_sizes(config, len(ranks))
     dense = parallel_state.RankGenerator(
-        tp=config.tp, ep=1, dp=placement.dp, pp=config.pp, cp=config.cp, order=RANK_ORDER, rank_offset=ranks.start
+        tp=config.tp, ep=1, dp=sizes.dp, pp=config.pp, cp=config.cp, order=RANK_ORDER, rank_offset=ranks.start
     )
     expert = parallel_state.RankGenerator(
-        tp=placement.etp, ep=config.ep, dp=placement.expert_dp, pp=config.pp, cp=1, order=RANK_ORDER, rank_offset=ranks.start
+        tp=sizes.etp, ep=config.ep, dp=sizes.expert_dp, pp=config.pp, cp=1, order=RANK_ORDER, rank_offset=ranks.start
     )
 
     groups = ProcessGroupCollection()
@@ -166,4 +166,4 @@ def build_layout(config: ParallelConfig, ranks: range | None = None) -> Layout:
     groups.intra_dp_cp, groups.intra_expt_dp = groups.dp_cp, groups.expt_dp
     is_whole_world = len(ranks) == dist.get_world_size()
     groups.intra_dist_opt, groups.inter_dist_opt = dist.group.WORLD if is_whole_world else _new_group([ranks]), None
-    return Layout(config=config, ranks=ranks, dp=placement.dp, groups=groups)
+    return Layout(config=config, ranks=ranks, dp=sizes.dp, groups=groups)

@@ -41,7 +41,7 @@ class RankFailure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankPlace:
+class RankStatus:
     """Where a rank is, and since when it says nothing new.
 
     Attributes:
@@ -68,13 +68,13 @@ class RankBoard:
 
     def announce(self, rank: int, phase: str) -> None:
         """Say which phase the rank begins."""
-        note = RankPlace(host=socket.gethostname(), pid=os.getpid(), phase=phase)
+        note = RankStatus(host=socket.gethostname(), pid=os.getpid(), phase=phase)
         self._store.set(f"place/{rank}", json.dumps(asdict(note)))
 
-    def place(self, rank: int) -> RankPlace | None:
+    def status(self, rank: int) -> RankStatus | None:
         """What the rank announced last, None where it did not get so far."""
         key = f"place/{rank}"
-        return RankPlace(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+        return RankStatus(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def post(self, failure: RankFailure) -> None:
         """Say that the rank leaves, and why."""

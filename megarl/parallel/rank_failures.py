@@ -13,7 +13,7 @@ import torch.distributed as dist
 import megarl.errors
 from megarl.crash import where, write_crash
 from megarl.errors import MegaRLError, RankError, TransferError, one_line, shortened
-from megarl.parallel.rank_board import RankBoard, RankFailure, RankPlace, crash_name
+from megarl.parallel.rank_board import RankBoard, RankFailure, RankStatus, crash_name
 
 # of gloo and NCCL, whose errors have no type of their own, when another rank is gone or late
 _OTHERS_FAULT = re.compile(
@@ -67,18 +67,18 @@ def _is_others_fault(error: BaseException) -> bool:
     )
 
 
-def as_error(failure: RankFailure, place: RankPlace | None, world_size: int) -> MegaRLError:
+def as_error(failure: RankFailure, status: RankStatus | None, world_size: int) -> MegaRLError:
     """The error to raise for a rank's own failure: its own where that is one of ours, else one that names the rank."""
     kind = getattr(megarl.errors, failure.error, None)
     if isinstance(kind, type) and issubclass(kind, MegaRLError):
         return kind(*failure.mistakes)
     details = f"; the traceback is in {failure.log}" if failure.log else ""
-    return RankError(f"{named(failure.rank, place, world_size)} failed{during(failure.phase)}: {failure.reason}{details}")
+    return RankError(f"{named(failure.rank, status, world_size)} failed{during(failure.phase)}: {failure.reason}{details}")
 
 
-def named(rank: int, place: RankPlace | None, world_size: int) -> str:
+def named(rank: int, status: RankStatus | None, world_size: int) -> str:
     """A rank with its host and process."""
-    where_it_is = f" ({place.host}, process {place.pid})" if place is not None else ""
+    where_it_is = f" ({status.host}, process {status.pid})" if status is not None else ""
     return f"rank {rank} of {world_size}{where_it_is}"
 
 
@@ -105,36 +105,36 @@ def explain_local(
     killed = [rank for rank, code in ended.items() if code < 0]
     for rank in killed:
         if ended[rank] != -signal.SIGABRT:
-            return _killed(rank, ended[rank], board.place(rank), world_size, folder)
+            return _killed(rank, ended[rank], board.status(rank), world_size, folder)
     for failure in failures:
         if not failure.is_consequence:
-            return as_error(failure, board.place(failure.rank), world_size)
-    stopped = [rank for rank in silent if _state(board.place(rank)) == "T"]
+            return as_error(failure, board.status(failure.rank), world_size)
+    stopped = [rank for rank in silent if _state(board.status(rank)) == "T"]
     for rank in stopped:
-        return _hanging(rank, board.place(rank), world_size, timeout_seconds, folder)
+        return _hanging(rank, board.status(rank), world_size, timeout_seconds, folder)
     for rank in killed:  # NCCL's watchdog aborts a process that waited too long, which is told after why it waited
-        return _killed(rank, ended[rank], board.place(rank), world_size, folder)
+        return _killed(rank, ended[rank], board.status(rank), world_size, folder)
     said = {failure.rank for failure in failures}
     for rank, code in sorted(ended.items(), key=lambda item: item[1] == 0):
         if rank not in said:
-            place = board.place(rank)
+            status = board.status(rank)
             return RankError(
-                f"{named(rank, place, world_size)} ended with exit code {code}{during(place.phase if place else 'its start')}, "
+                f"{named(rank, status, world_size)} ended with exit code {code}{during(status.phase if status else 'its start')}, "
                 f"without an error; {_go_on(folder)}"
             )
     for rank in silent:
-        return _hanging(rank, board.place(rank), world_size, timeout_seconds, folder)
+        return _hanging(rank, board.status(rank), world_size, timeout_seconds, folder)
     return _all_late(failures, world_size, timeout_seconds)
 
 
-def _killed(rank: int, code: int, place: RankPlace | None, world_size: int, folder: Path | None) -> RankError:
+def _killed(rank: int, code: int, status: RankStatus | None, world_size: int, folder: Path | None) -> RankError:
     hint = _KILL_HINT if -code == signal.SIGKILL else ""
-    phase = during(place.phase if place else "its start")
-    return RankError(f"{named(rank, place, world_size)} was killed by {_signal_name(-code)}{phase}{hint}; {_go_on(folder)}")
+    phase = during(status.phase if status else "its start")
+    return RankError(f"{named(rank, status, world_size)} was killed by {_signal_name(-code)}{phase}{hint}; {_go_on(folder)}")
 
 
-def _hanging(rank: int, place: RankPlace | None, world_size: int, timeout_seconds: float, folder: Path | None) -> RankError:
-    is_stopped = _state(place) == "T"
+def _hanging(rank: int, status: RankStatus | None, world_size: int, timeout_seconds: float, folder: Path | None) -> RankError:
+    is_stopped = _state(status) == "T"
     log = None if folder is None else folder / crash_name(rank)
     if is_stopped:
         how = "is stopped (SIGSTOP)"
@@ -143,7 +143,7 @@ def _hanging(rank: int, place: RankPlace | None, world_size: int, timeout_second
     else:
         how = "hangs"
     return RankError(
-        f"{named(rank, place, world_size)} {how}{during(place.phase if place else 'its start')}: the others waited longer than "
+        f"{named(rank, status, world_size)} {how}{during(status.phase if status else 'its start')}: the others waited longer than "
         f"distributed_timeout {timeout_seconds:g} s for it; raise that where so long is right"
     )
 
@@ -175,9 +175,9 @@ def explain_launched(board: RankBoard, failure: RankFailure, world_size: int, ad
         while time.monotonic() < deadline:
             for other in board.failures():
                 if not other.is_consequence:
-                    place = board.place(other.rank)
+                    status = board.status(other.rank)
                     return RankError(
-                        f"{ends}{named(other.rank, place, world_size)} failed{during(other.phase)}: {shortened(other.reason, 140)}"
+                        f"{ends}{named(other.rank, status, world_size)} failed{during(other.phase)}: {shortened(other.reason, 140)}"
                     )
             time.sleep(0.2)
         after = board.beats()
@@ -185,8 +185,8 @@ def explain_launched(board: RankBoard, failure: RankFailure, world_size: int, ad
         gone = [rank for rank in range(world_size) if rank not in left and after[rank] == before[rank]]
         late = [rank for rank in range(world_size) if rank not in left and rank not in gone]
         for rank, how in [*((rank, "is gone or stopped") for rank in gone), *((rank, "hangs or is late") for rank in late)]:
-            place = board.place(rank)
-            return RankError(f"{ends}{named(rank, place, world_size)} {how}{during(place.phase if place else 'its start')}")
+            status = board.status(rank)
+            return RankError(f"{ends}{named(rank, status, world_size)} {how}{during(status.phase if status else 'its start')}")
         return RankError(f"{ends}the ranks lost each other: {shortened(failure.reason, 140)}; the traceback is in {failure.log}")
     except (RuntimeError, OSError):
         return RankError(f"{ends}rank 0 at {address}, which serves the store of the ranks, is gone; see what it printed last")
@@ -199,12 +199,12 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _state(place: RankPlace | None) -> str:
+def _state(status: RankStatus | None) -> str:
     """The letter of a local process's state, T for one that is stopped; empty for others."""
-    if place is None or place.host != socket.gethostname():
+    if status is None or status.host != socket.gethostname():
         return ""
     try:
-        return (Path("/proc") / str(place.pid) / "stat").read_text().rpartition(") ")[2][:1]
+        return (Path("/proc") / str(status.pid) / "stat").read_text().rpartition(") ")[2][:1]
     except OSError:
         return ""
 

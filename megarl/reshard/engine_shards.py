@@ -1,8 +1,8 @@
 """Models on disk as the shards that an engine's ranks load, each its own (``--load-format sharded_state``).
 
 The files hold the state dict that the loader fills (vLLM 0.32.0, model_executor/model_loader/sharded_state_loader.py; SGLang
-0.5.23, srt/model_loader/loader.py): the parameters of ``engine_side``, under other names where modules of the engine share one,
-as the loaders keep the name that sorts first.
+0.5.23, srt/model_loader/loader.py): the parameters of ``engine_shard_layout``, under other names where modules of the engine share
+one, as the loaders keep the name that sorts first.
 """
 
 import math
@@ -12,19 +12,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megarl.config.engine_checks import NEVER_TIED
+from megarl.config.checks.engine import NEVER_TIED
 from megarl.errors import ConfigError, WeightsError
 from megarl.models.architecture import Architecture
-from megarl.reshard.engines import EngineLayout, engine_side
-from megarl.reshard.side import tensor_table
-from megarl.weights.convert import Options, Progress, Written, purpose, read_cast, set_dtype, split_names, target_dtype, write_file
+from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.reshard.plan.shard_layout import tensor_table
 from megarl.weights.export import copy_side_files
+from megarl.weights.files.convert import (
+    Options,
+    Progress,
+    Written,
+    purpose,
+    read_cast,
+    set_dtype,
+    split_names,
+    target_dtype,
+    write_file,
+)
+from megarl.weights.files.model_folder import PAD_MULTIPLE, ModelFolder, open_model, readable_architecture
+from megarl.weights.files.partial_folder import PartialFolder
+from megarl.weights.files.shard_folder import Block, ShardMap, ShardParameter, rank_file
+from megarl.weights.files.sources import check_tensors
+from megarl.weights.files.stored_tensors import Buffer, TensorFolder, read_ahead, windows
 from megarl.weights.mapping import WeightMap, build_weight_map
-from megarl.weights.model_folder import PAD_MULTIPLE, ModelFolder, open_model, readable_architecture
-from megarl.weights.partial_folder import PartialFolder
-from megarl.weights.shard_folder import Block, ShardMap, ShardParameter, rank_file
-from megarl.weights.sources import check_tensors
-from megarl.weights.stored_tensors import Buffer, TensorFolder, read_ahead, windows
 
 # vLLM's modules that hold another's module, the path of which sorts first (layers/mla.py, layers/fused_moe/runner/)
 VLLM_LATENT_ATTENTION = ("q_a_layernorm.", "q_b_proj.", "q_proj.", "o_proj.")
@@ -40,7 +50,7 @@ def shard_map(weight_map: WeightMap, layout: EngineLayout) -> ShardMap:
     architecture = weight_map.architecture
     _check_loadable(architecture, layout)
     table = tensor_table(weight_map, element_size=1)
-    side = engine_side(architecture, layout, table)
+    side = engine_shard_layout(architecture, layout, table)
     tensors = list(table.numbers)
     blocks: list[list[Block]] = [[] for _ in side.parameters]
     for tensor, row, column, rows, columns, parameter, local_row, local_column, rank_set in side.boxes.tolist():

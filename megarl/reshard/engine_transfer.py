@@ -14,18 +14,18 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from megarl.errors import ConfigError, TransferError, listed
 from megarl.models.build import CausalLM
+from megarl.parallel.axis_sizes import axis_sizes
 from megarl.parallel.layout import Layout
-from megarl.parallel.placement import place
-from megarl.reshard.balance import Machines
-from megarl.reshard.carriers import Carrier, Crew, GroupCarrier, SharedCarrier
-from megarl.reshard.engines import EngineLayout, engine_side
-from megarl.reshard.meeting import first_line
+from megarl.reshard.barrier import first_line
+from megarl.reshard.engine_transports import Crew, GroupTransport, SharedTransport, Transport
 from megarl.reshard.megatron import TransferSettings
-from megarl.reshard.orders import element_size, order
-from megarl.reshard.parcels import FlatPart, Parcel, digest, flat_parts
-from megarl.reshard.plan import Plan, build_plan
-from megarl.reshard.side import megatron_side, tensor_table
-from megarl.reshard.transport_choice import SHARED, Place, choose_transport, own_place
+from megarl.reshard.packed_messages import FlatPart, PackedMessage, digest, flat_parts
+from megarl.reshard.plan.balance import Machines
+from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.reshard.plan.plan import Plan, build_plan
+from megarl.reshard.plan.shard_layout import megatron_shard_layout, tensor_table
+from megarl.reshard.receive_plan import element_size, receive_plan
+from megarl.reshard.transport_choice import SHARED, Location, choose_transport, own_location
 from megarl.sockets import serve_store
 from megarl.weights.mapping import WeightMap
 from megarl.weights.transfer import global_parameters
@@ -46,9 +46,9 @@ class EngineTransfer:
     """Sends the weights of a policy to the workers of one engine, as often as asked.
 
     Trainer ranks and workers are a gloo group of their own, the workers last. When all have said where they are, the transport is
-    chosen (``transport_choice.py``) and the carrier made that brings the parcels (``carriers.py``). A worker is told once, through
-    the group's store, what it will get. Its end is rollout/engine_plugin/megarl_slice_receiver.py: what arrives changed, does not
-    fit or does not come is an error there.
+    chosen (``transport_choice.py``) and made (``engine_transports.py``). Each worker gets its receive plan once, through the
+    group's store. Its end is engines/plugin/megarl_slice_receiver.py: what arrives changed, does not fit or does not come is an
+    error there.
 
     Attributes:
         plan: what each rank sends to each worker.
@@ -78,7 +78,7 @@ class EngineTransfer:
         self._rank, self.first_worker = dist.get_rank(), plan.source.num_ranks
         self.world_size = self.first_worker + plan.destination.num_ranks
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self._carrier: Carrier | None = None
+        self._transport: Transport | None = None
         self.transport = ""
         self.bytes_sent = int(plan.message_bytes[plan.sender == self._rank].sum())
         self.host = address
@@ -88,7 +88,7 @@ class EngineTransfer:
     @property
     def is_joined(self) -> bool:
         """Whether all have joined."""
-        return self._carrier is not None
+        return self._transport is not None
 
     def join(self) -> None:
         """Meet all trainer ranks and workers, and choose the transport.
@@ -98,19 +98,23 @@ class EngineTransfer:
             ConfigError: on every rank, the transport that was asked for cannot join them.
         """
         with self._on_device():
-            places = self._meet()
+            locations = self._meet()
             try:
-                transport = choose_transport(self._settings.transport, places[: self.first_worker], places[self.first_worker :])
+                transport = choose_transport(
+                    self._settings.transport, locations[: self.first_worker], locations[self.first_worker :]
+                )
             except ConfigError:
-                self._give_orders(lambda worker: {"transport": None, "parameters": [], "buckets": []})
+                self._send_receive_plans(lambda worker: {"transport": None, "parameters": [], "buckets": []})
                 raise
-            self._give_orders(lambda worker: order(self.plan, worker, self._dtypes, places, transport))
+            self._send_receive_plans(lambda worker: receive_plan(self.plan, worker, self._dtypes, locations, transport))
             try:
                 group = ProcessGroupGloo(PrefixStore("slices", self._store), self._rank, self.world_size, self._timeout)
                 staging = self._device if transport in ("nccl", "cuda_ipc") else torch.device("cpu")
                 crew = Crew(self.plan, self._rank, group, staging, self._timeout)
-                self._carrier = (
-                    SharedCarrier(crew, self._store, places, transport) if transport in SHARED else GroupCarrier(crew, self._store)
+                self._transport = (
+                    SharedTransport(crew, self._store, locations, transport)
+                    if transport in SHARED
+                    else GroupTransport(crew, self._store)
                 )
             except RuntimeError as error:
                 raise TransferError(f"rank {self._rank} did not meet the engine's workers: {first_line(error)}") from error
@@ -123,23 +127,23 @@ class EngineTransfer:
         Raises:
             TransferError: a worker died or was too slow.
         """
-        assert self._carrier is not None
+        assert self._transport is not None
         held = self._held()
         with self._on_device():
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # on rank 0 this is another thread than the optimizer's
-            self._carrier.carry(lambda parcel, data: self._pack(held, parcel, data))
+            self._transport.send(lambda packed, data: self._pack(held, packed, data))
 
     def close(self) -> None:
         """End what a failed update has left under way."""
-        if self._carrier is not None:
-            self._carrier.close()
+        if self._transport is not None:
+            self._transport.close()
 
-    def _pack(self, held: dict[str, FlatPart], parcel: Parcel, data: Tensor) -> None:
-        regions = [held[copy.source_parameter].region(copy.source) for copy in parcel.copies]
+    def _pack(self, held: dict[str, FlatPart], packed: PackedMessage, data: Tensor) -> None:
+        regions = [held[copy.source_parameter].region(copy.source) for copy in packed.copies]
         staged = [
             data[offset : offset + copy.num_bytes].view(self._dtypes[element_size(copy)]).view(region.shape)
-            for copy, offset, region in zip(parcel.copies, parcel.offsets, regions, strict=True)
+            for copy, offset, region in zip(packed.copies, packed.offsets, regions, strict=True)
         ]
         torch._foreach_copy_(staged, regions)
         words = data.view(torch.int64)
@@ -149,15 +153,15 @@ class EngineTransfer:
         """A thread begins on GPU 0, whatever the process has chosen."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
-    def _meet(self) -> list[Place]:
+    def _meet(self) -> list[Location]:
         """Of all ranks and workers, in order. Rank 0 asks for them and tells the others."""
-        self._store.set(f"place/{self._rank}", json.dumps(asdict(own_place(self._device))))
-        keys = [f"place/{rank}" for rank in range(self.world_size)]
+        self._store.set(f"location/{self._rank}", json.dumps(asdict(own_location(self._device))))
+        keys = [f"location/{rank}" for rank in range(self.world_size)]
         try:
             if self._rank == 0:
                 try:
                     self._store.wait(keys, self._timeout)
-                    found = [json.loads(place) for place in self._store.multi_get(keys)]
+                    found = [json.loads(location) for location in self._store.multi_get(keys)]
                 except RuntimeError:
                     found = [self._name(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
                 self._store.set("places", json.dumps(found))
@@ -167,16 +171,16 @@ class EngineTransfer:
             raise TransferError(f"rank {self._rank} did not hear from rank 0 who has joined: {first_line(error)}") from error
         if isinstance(found[0], str):
             raise TransferError(f"{listed(found)} did not join within {self._timeout.total_seconds():g} s")
-        return [Place(**place) for place in found]
+        return [Location(**location) for location in found]
 
     def _name(self, rank: int) -> str:
         return f"rank {rank}" if rank < self.first_worker else f"worker {rank - self.first_worker} of the engine"
 
-    def _give_orders(self, order_of: Callable[[int], dict[str, Any]]) -> None:
+    def _send_receive_plans(self, receive_plan_of: Callable[[int], dict[str, Any]]) -> None:
         """Tell every worker what it will get."""
         if self._rank == 0:
             for worker in range(self.first_worker, self.world_size):
-                self._store.set(f"order/{worker}", json.dumps(order_of(worker)))
+                self._store.set(f"receive_plan/{worker}", json.dumps(receive_plan_of(worker)))
 
     def _open_store(self) -> TCPStore:
         """The group's store, served by rank 0."""
@@ -209,8 +213,10 @@ def plan_engine_transfer(
     tensors = tensor_table(weight_map, dtype.itemsize)
     chunks, layout = source
     plan = build_plan(
-        megatron_side(weight_map, place(layout.config, len(layout.ranks)), tensors).in_world(layout.ranks, dist.get_world_size()),
-        engine_side(weight_map.architecture, engine, tensors),
+        megatron_shard_layout(weight_map, axis_sizes(layout.config, len(layout.ranks)), tensors).in_world(
+            layout.ranks, dist.get_world_size()
+        ),
+        engine_shard_layout(weight_map.architecture, engine, tensors),
         tensors,
         Machines(gpus_per_node=settings.gpus_per_node),
         settings.bucket_bytes,

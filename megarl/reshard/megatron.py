@@ -9,9 +9,8 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megarl.models.build import CausalLM
+from megarl.parallel.axis_sizes import axis_sizes
 from megarl.parallel.layout import Layout
-from megarl.parallel.placement import place
-from megarl.reshard.balance import Machines
 from megarl.reshard.optimizer_state import (
     MAIN,
     MOMENTS,
@@ -23,10 +22,11 @@ from megarl.reshard.optimizer_state import (
     ranges_of,
     set_step,
 )
-from megarl.reshard.parcels import flat_parts
-from megarl.reshard.plan import build_plan
-from megarl.reshard.side import Side, TensorTable, megatron_side, optimizer_table, tensor_table
-from megarl.reshard.transport import PointToPoint
+from megarl.reshard.packed_messages import flat_parts
+from megarl.reshard.plan.balance import Machines
+from megarl.reshard.plan.plan import build_plan
+from megarl.reshard.plan.shard_layout import ShardLayout, TensorTable, megatron_shard_layout, optimizer_table, tensor_table
+from megarl.reshard.point_to_point import PointToPoint
 from megarl.weights.mapping import WeightMap
 from megarl.weights.rules import Kind
 from megarl.weights.transfer import global_parameters
@@ -68,7 +68,7 @@ class WeightTransfer:
         """
         self._weight_map, self._source, self._destination = weight_map, source, destination
         tensors = _actual_sizes(tensor_table(weight_map, 0), weight_map, global_parameters(source[0], weight_map, source[1]))
-        sides = [_side(weight_map, layout, tensors) for _, layout in (source, destination)]
+        sides = [_shard_layout(weight_map, layout, tensors) for _, layout in (source, destination)]
         self._transport = _transport(sides, tensors, settings, (source[1], destination[1]))
 
     @property
@@ -123,8 +123,8 @@ class OptimizerTransfer:
         self._weight_map, self._source, self._destination = weight_map, source, destination
         held, needed = self._states()
         sides = [
-            _state_side(_side(weight_map, source[1], tensors), source[1], held, with_copies=False),
-            _state_side(_side(weight_map, destination[1], tensors), destination[1], needed, with_copies=True),
+            _state_layout(_shard_layout(weight_map, source[1], tensors), source[1], held, with_copies=False),
+            _state_layout(_shard_layout(weight_map, destination[1], tensors), destination[1], needed, with_copies=True),
         ]
         self._transport = _transport(sides, tensors, settings, (source[1], destination[1]))
         has_main_copies = torch.tensor(any(chunk.config.params_dtype != torch.float32 for chunk in source[0]), dtype=torch.int32)
@@ -163,18 +163,18 @@ def _actual_sizes(tensors: TensorTable, weight_map: WeightMap, parameters: dict[
     return replace(tensors, element_sizes=sizes.numpy())
 
 
-def _side(weight_map: WeightMap, layout: Layout, tensors: TensorTable) -> Side:
-    return megatron_side(weight_map, place(layout.config, len(layout.ranks)), tensors)
+def _shard_layout(weight_map: WeightMap, layout: Layout, tensors: TensorTable) -> ShardLayout:
+    return megatron_shard_layout(weight_map, axis_sizes(layout.config, len(layout.ranks)), tensors)
 
 
-def _state_side(side: Side, layout: Layout, states: dict[str, ParameterState], *, with_copies: bool) -> Side:
+def _state_layout(side: ShardLayout, layout: Layout, states: dict[str, ParameterState], *, with_copies: bool) -> ShardLayout:
     ranges = [ranges_of(side, {})] * dist.get_world_size()
     dist.all_gather_object(ranges, ranges_of(side, states))
     return held_ranges(side, [ranges[rank] for rank in layout.ranks], with_copies=with_copies)
 
 
 def _transport(
-    sides: Sequence[Side], tensors: TensorTable, settings: TransferSettings, layouts: tuple[Layout, Layout]
+    sides: Sequence[ShardLayout], tensors: TensorTable, settings: TransferSettings, layouts: tuple[Layout, Layout]
 ) -> PointToPoint:
     source, destination = layouts
     shift = destination.ranks.start - source.ranks.start

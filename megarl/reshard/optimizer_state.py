@@ -17,8 +17,8 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megarl.reshard.parcels import FlatPart
-from megarl.reshard.side import BOX, RankSets, Side, as_matrix
+from megarl.reshard.packed_messages import FlatPart
+from megarl.reshard.plan.shard_layout import BOX, RankSets, ShardLayout, as_matrix
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "main"  # the float32 parameter that Adam steps: a copy where the parameter is 16-bit, else the parameter itself
@@ -107,14 +107,14 @@ def _parts(optimizer: ChainedOptimizer) -> list[Any]:
     return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
 
-def ranges_of(side: Side, states: Mapping[str, ParameterState]) -> NDArray[np.void]:
+def ranges_of(side: ShardLayout, states: Mapping[str, ParameterState]) -> NDArray[np.void]:
     """Of type RANGE: which elements of which parameter of ``side`` this rank holds."""
     numbers = {name: number for number, name in enumerate(side.parameters)}
     numbers |= {name: number for number, (name, _) in side.copy_names.items()}
     return np.array([(numbers[name], state.start, state.stop) for name, state in states.items()], dtype=RANGE)
 
 
-def held_ranges(side: Side, ranges: Sequence[NDArray[np.void]], *, with_copies: bool) -> Side:
+def held_ranges(side: ShardLayout, ranges: Sequence[NDArray[np.void]], *, with_copies: bool) -> ShardLayout:
     """The side on which each rank holds only a range of each of its parameters.
 
     Args:
@@ -137,7 +137,7 @@ def held_ranges(side: Side, ranges: Sequence[NDArray[np.void]], *, with_copies: 
         boxes.append(_within(mine, start[parameter], stop[parameter], columns[parameter]))
         boxes[-1]["rank_set"] = rank
     together, rank_sets = _merge(np.concatenate(boxes))
-    return Side(side.parameters, side.shapes, together, rank_sets, side.num_ranks, side.copy_names)
+    return ShardLayout(side.parameters, side.shapes, together, rank_sets, side.num_ranks, side.copy_names)
 
 
 def _within(

@@ -1,6 +1,6 @@
 """Memory that another process on the same machine, or on the same GPU, opens by a handle.
 
-The other end is ``open_handle`` in rollout/engine_plugin/megarl_slice_sources.py.
+The other end is ``open_handle`` in engines/plugin/megarl_slice_sources.py.
 """
 
 import json

@@ -10,12 +10,12 @@ import torch
 from megarl.errors import ConfigError
 
 PREFERENCE = ("cuda_ipc", "nccl", "shared_memory", "gloo")  # of auto: the first that is possible
-SHARED = ("cuda_ipc", "shared_memory")  # a worker reads its parcels in memory that a trainer rank has written
+SHARED = ("cuda_ipc", "shared_memory")  # a worker reads its packed messages in memory that a trainer rank has written
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a process is. The workers' are made by rollout/engine_plugin/megarl_slice_sources.py.
+class Location:
+    """Where a process is. The workers' are made by engines/plugin/megarl_slice_sources.py.
 
     Attributes:
         host: the machine since it was started, and the process namespace (a container's own, if it has one) in it.
@@ -26,18 +26,18 @@ class Place:
     gpu: str | None
 
 
-def own_place(device: torch.device) -> Place:
+def own_location(device: torch.device) -> Location:
     """Of this process, which keeps its weights on ``device``."""
     host = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    return Place(host, str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None)
+    return Location(host, str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None)
 
 
-def memory_of(place: Place, transport: str) -> tuple[str, ...]:
+def memory_of(location: Location, transport: str) -> tuple[str, ...]:
     """What two processes must have in common to share memory by a transport of ``SHARED``."""
-    return (place.host, place.gpu or "") if transport == "cuda_ipc" else (place.host,)
+    return (location.host, location.gpu or "") if transport == "cuda_ipc" else (location.host,)
 
 
-def choose_transport(asked: str, ranks: Sequence[Place], workers: Sequence[Place]) -> str:
+def choose_transport(asked: str, ranks: Sequence[Location], workers: Sequence[Location]) -> str:
     """The transport of ``rollout.weight_transfer.transport``; for auto the first of ``PREFERENCE`` that is possible.
 
     Raises:
@@ -50,25 +50,25 @@ def choose_transport(asked: str, ranks: Sequence[Place], workers: Sequence[Place
     return asked
 
 
-def _obstacle(transport: str, ranks: Sequence[Place], workers: Sequence[Place]) -> str:
+def _obstacle(transport: str, ranks: Sequence[Location], workers: Sequence[Location]) -> str:
     """Why a transport is impossible; empty when it is possible."""
-    named = [(f"trainer rank {number}", place) for number, place in enumerate(ranks)]
-    named += [(f"the engine's worker {number}", place) for number, place in enumerate(workers)]
+    named = [(f"trainer rank {number}", location) for number, location in enumerate(ranks)]
+    named += [(f"the engine's worker {number}", location) for number, location in enumerate(workers)]
     if transport in ("nccl", "cuda_ipc"):
-        without = [name for name, place in named if place.gpu is None]
+        without = [name for name, location in named if location.gpu is None]
         if without:
             return f"{without[0]} has no GPU"
     if transport == "nccl":
         users: dict[str | None, str] = {}
-        for name, place in named:
-            if place.gpu in users:
-                return f"{users[place.gpu]} and {name} share GPU {place.gpu}, of which NCCL takes only one into a group"
-            users[place.gpu] = name
+        for name, location in named:
+            if location.gpu in users:
+                return f"{users[location.gpu]} and {name} share GPU {location.gpu}, of which NCCL takes only one into a group"
+            users[location.gpu] = name
     if transport in SHARED:
-        shared = {memory_of(place, transport) for place in ranks}
-        for name, place in named[len(ranks) :]:
-            if memory_of(place, transport) not in shared:
+        shared = {memory_of(location, transport) for location in ranks}
+        for name, location in named[len(ranks) :]:
+            if memory_of(location, transport) not in shared:
                 if transport == "cuda_ipc":
-                    return f"{name} is on GPU {place.gpu}, which no trainer rank of its machine and container uses"
+                    return f"{name} is on GPU {location.gpu}, which no trainer rank of its machine and container uses"
                 return f"{name} is on a machine, or in a container, where no trainer rank is"
     return ""

@@ -14,7 +14,7 @@ from megarl.server_answers import parse_answer, read_text
 
 _MAX_ANSWER_BYTES = 16 << 20
 _RETRIED_STATUS = {408, 425, 429}  # beside all of 500 and above: the server may answer later
-_PLACE = re.compile(r"\{(question|answer|reference)\}")
+_PLACEHOLDER = re.compile(r"\{(question|answer|reference)\}")
 
 
 class JudgeFailure(Exception):
@@ -83,7 +83,7 @@ class Judge:
     def _body(self, question: str, answer: str, references: Sequence[str]) -> dict[str, Any]:
         values = {"question": question, "answer": answer, "reference": " or ".join(references)}
         # One pass: an answer that holds "{reference}" must not have it filled in.
-        prompt = _PLACE.sub(lambda place: values[place[1]], self.config.prompt)
+        prompt = _PLACEHOLDER.sub(lambda found: values[found[1]], self.config.prompt)
         return {
             **self.config.arguments,
             "model": self.config.model,

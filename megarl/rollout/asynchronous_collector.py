@@ -9,7 +9,7 @@ from megarl.errors import RolloutError
 from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.collector import Take
 from megarl.rollout.lock_step import LockStep
-from megarl.rollout.outstanding import OutstandingGroup, next_batch
+from megarl.rollout.pending_groups import PendingGroup, next_batch
 from megarl.rollout.progress import Progress
 from megarl.rollout.resumable_collector import ResumableCollector
 from megarl.types import Prompt
@@ -19,7 +19,7 @@ class AsynchronousCollector(ResumableCollector):
     """Keeps groups under way on the event loop's thread, whatever the thread that calls it does meanwhile.
 
     Groups outstanding and in training are at most ``rollout.asynchronous.max_staleness`` + 1 steps' groups: the bound of AReaL
-    (arXiv 2505.24298, section 5.1) on groups begun. ``outstanding.next_batch`` says which are trained on next.
+    (arXiv 2505.24298, section 5.1) on groups begun. ``pending.next_batch`` says which are trained on next.
 
     A failure of any group ends the run at the next call.
     """
@@ -42,7 +42,7 @@ class AsynchronousCollector(ResumableCollector):
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
 
-    async def go_on(self, take: Take, version: int) -> None:
+    async def resume(self, take: Take, version: int) -> None:
         """Let groups grow by the weights of ``version``, which the engine has, and begin as many as the bound allows."""
         self._version, self._take, self._num_in_training = version, take, 0
         self._may_send = True
@@ -51,10 +51,10 @@ class AsynchronousCollector(ResumableCollector):
                 held.set_result(None)
         self._held.clear()
         if not self._tasks:  # at the start of the run: those that a checkpoint brought
-            self._start([group for group in self.outstanding.groups if group.scored is None])
+            self._start([group for group in self.pending.groups if group.scored is None])
         self._fill()
 
-    async def hold(self) -> None:
+    async def pause(self) -> None:
         """Let no request be at the engine, for a weight update: they are cut, or waited for.
 
         Raises:
@@ -64,7 +64,7 @@ class AsynchronousCollector(ResumableCollector):
         if self._settings.on_update == "continue":
             self._is_cutting = True
             try:
-                await self._engine.cut()
+                await self._engine.abort()
                 await self._until(lambda: self._progress.at_engine == 0)
             finally:
                 self._is_cutting = False
@@ -92,8 +92,8 @@ class AsynchronousCollector(ResumableCollector):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _next_batch(self) -> list[OutstandingGroup] | None:
-        return next_batch(self.outstanding.groups, self._version, self._settings.max_staleness, self._rollout.prompts_per_step)
+    def _next_batch(self) -> list[PendingGroup] | None:
+        return next_batch(self.pending.groups, self._version, self._settings.max_staleness, self._rollout.prompts_per_step)
 
     def _take_stats(self) -> CollectStats:
         """What was counted since the last batch. The groups under way go on counting in the same object, from nothing."""
@@ -106,10 +106,10 @@ class AsynchronousCollector(ResumableCollector):
         """Begin as many groups as the bound allows, and none that the run's last step would leave over."""
         assert self._take is not None
         num_steps = min(self._settings.max_staleness + 1, self._config.steps - self._version)
-        num_new = num_steps * self._rollout.prompts_per_step - len(self.outstanding.groups) - self._num_in_training
+        num_new = num_steps * self._rollout.prompts_per_step - len(self.pending.groups) - self._num_in_training
         self._start([self._begin(prompt, self._version) for _ in range(num_new) for prompt in self._take(1, {})])
 
-    def _start(self, groups: Iterable[OutstandingGroup]) -> None:
+    def _start(self, groups: Iterable[PendingGroup]) -> None:
         for group in sorted(groups, key=lambda group: group.prompt.token_ids):  # as Collector sends them
             task = asyncio.create_task(self._complete(group))
             self._tasks.add(task)
@@ -121,7 +121,7 @@ class AsynchronousCollector(ResumableCollector):
         self._failure = self._failure or error
         self._changed.set()
 
-    async def _complete(self, group: OutstandingGroup) -> None:
+    async def _complete(self, group: PendingGroup) -> None:
         """One group from its prompt to its rewards, over weight updates."""
         async with self._slots:
             while group.unfinished:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
-from megarl.rollout.outstanding import Tickets
+from megarl.rollout.pending_groups import Tickets
 from megarl.types import RolloutGroup
 
 

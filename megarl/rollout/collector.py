@@ -9,15 +9,15 @@ from contextlib import asynccontextmanager
 from itertools import chain
 
 from megarl.config.schema import Config
+from megarl.engines.protocol import Generation, RolloutEngine, SamplingParams
 from megarl.errors import CheckpointError, RolloutError
 from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.episodes import EpisodePlayer
+from megarl.rollout.leftover_groups import LeftoverGroup, fill_step, groups_per_task
 from megarl.rollout.lock_step import EpisodeKey, LockStep
 from megarl.rollout.progress import Progress
-from megarl.rollout.protocol import Generation, RolloutEngine, SamplingParams
 from megarl.rollout.requests import LIMIT_KEYS, Request, RequestFailed, RequestMaker, run_together
 from megarl.rollout.saved_groups import PromptOf, Saved, load_group, refuse_damage, save_group
-from megarl.rollout.surplus import SurplusGroup, fill_step, groups_per_task
 from megarl.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 
 Score = Callable[[Rollout], Awaitable[ScoredRollout | None]]
@@ -66,13 +66,13 @@ class Collector:
         self._warn = warn
         self._requests = RequestMaker(config, stop_token_ids, with_greedy=with_greedy)
         self._player = player
-        self.surplus: list[SurplusGroup] = []
+        self.leftover: list[LeftoverGroup] = []
 
     async def collect(self, take: Take, step: int) -> CollectResult:
         """Collect exactly ``rollout.prompts_per_step`` groups, asking ``take`` in waves for as many prompts as are missing.
 
         With dynamic sampling, groups whose rewards are all equal are dropped and replaced; what is sampled beyond the step's groups
-        (``algorithm.over_sampling``) waits in ``surplus`` for the next steps, which take it first.
+        (``algorithm.over_sampling``) waits in ``leftover`` for the next steps, which take it first.
 
         Args:
             take: gives the next so many prompts, knowing how many groups of each task the step has.
@@ -84,8 +84,8 @@ class Collector:
         stats = CollectStats()
         num_groups, algorithm = self._rollout.prompts_per_step, self._config.algorithm
         per_task = groups_per_task(self._config)
-        waiting = [one for one in self.surplus if step - one.step <= algorithm.max_surplus_age]
-        stats.dropped_surplus = len(self.surplus) - len(waiting)
+        waiting = [one for one in self.leftover if step - one.step <= algorithm.max_surplus_age]
+        stats.dropped_surplus = len(self.leftover) - len(waiting)
         sampled: list[RolloutGroup] = []
         filtered: list[RolloutGroup] = []
         position = 0
@@ -102,10 +102,10 @@ class Collector:
                 if algorithm.dynamic_sampling and group.has_equal_rewards:
                     filtered.append(group)
                 else:
-                    waiting.append(SurplusGroup(step=step, group=group))
+                    waiting.append(LeftoverGroup(step=step, group=group))
             stats.dropped_filtered = len(filtered)
-        self.surplus = [one for one in waiting if not any(one is other for other in kept)]
-        stats.surplus, stats.reused = len(self.surplus), sum(one.step < step for one in kept)
+        self.leftover = [one for one in waiting if not any(one is other for other in kept)]
+        stats.surplus, stats.reused = len(self.leftover), sum(one.step < step for one in kept)
         groups_of_step = tuple(one.group for one in kept)
         return CollectResult(groups=groups_of_step, filtered=tuple(filtered), sampled=tuple(sampled), stats=stats, tickets=None)
 
@@ -124,8 +124,8 @@ class Collector:
 
     def state(self) -> Saved:
         """The groups that wait for the next step as JSON values, for a checkpoint."""
-        surplus = [{"step": one.step, "group": save_group(one.group)} for one in self.surplus]
-        return {"surplus": surplus, "outstanding": None}
+        leftover = [{"step": one.step, "group": save_group(one.group)} for one in self.leftover]
+        return {"surplus": leftover, "outstanding": None}
 
     def restore(self, state: Saved, prompt_of: PromptOf) -> None:
         """Go on from ``state()``; ``prompt_of`` gives the prompt of an id.
@@ -139,7 +139,7 @@ class Collector:
                     "the checkpoint has groups that were begun and not yet trained on; resume with the rollout.asynchronous or "
                     "rollout.partial of the interrupted run"
                 )
-            self.surplus = [SurplusGroup(step=one["step"], group=load_group(one["group"], prompt_of)) for one in state["surplus"]]
+            self.leftover = [LeftoverGroup(step=one["step"], group=load_group(one["group"], prompt_of)) for one in state["surplus"]]
 
     async def _wave(self, requests: Sequence[Request], stats: CollectStats) -> list[RolloutGroup]:
         """Answer and score all prompts at the same time; the groups that were scored, in prompt order."""

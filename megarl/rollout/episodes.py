@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from megarl.engines.protocol import Generation, SamplingParams
 from megarl.environments.run import EnvironmentFailure, Environments
-from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.types import NO_VERSION, Episode, FinishReason, Prompt, Rollout, Turn
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ from megarl.errors import RolloutError
 from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.collector import Take
 from megarl.rollout.lock_step import LockStep
-from megarl.rollout.outstanding import OutstandingGroup
+from megarl.rollout.pending_groups import PendingGroup
 from megarl.rollout.progress import Progress
 from megarl.rollout.requests import run_together
 from megarl.rollout.resumable_collector import ResumableCollector
@@ -29,7 +29,7 @@ class PartialCollector(ResumableCollector):
         stats, size = CollectStats(), self._rollout.prompts_per_step
         while (missing := size - len(self._whole)) > 0 or stats.waves == 0:
             self._check_waves(stats)
-            waiting = [group for group in self.outstanding.groups if group.scored is None]
+            waiting = [group for group in self.pending.groups if group.scored is None]
             if stats.waves == 0:
                 wave, num_new = waiting, missing
             elif len(waiting) >= self._num_segments * size:
@@ -52,8 +52,8 @@ class PartialCollector(ResumableCollector):
         return -(-self._rollout.max_new_tokens // self._budget)
 
     @property
-    def _whole(self) -> list[OutstandingGroup]:
-        return [group for group in self.outstanding.groups if group.scored is not None]
+    def _whole(self) -> list[PendingGroup]:
+        return [group for group in self.pending.groups if group.scored is not None]
 
     def _check_waves(self, stats: CollectStats) -> None:
         """Only dropped groups could make a step's waves endless."""
@@ -66,7 +66,7 @@ class PartialCollector(ResumableCollector):
                 "model sometimes solves, or raise algorithm.max_sampling_waves"
             )
 
-    async def _wave_of(self, groups: list[OutstandingGroup], stats: CollectStats) -> None:
+    async def _wave_of(self, groups: list[PendingGroup], stats: CollectStats) -> None:
         """Let all these groups grow by the budget at the same time, and score those that are whole."""
         stats.waves += 1
         started = asyncio.get_running_loop().time()
@@ -78,7 +78,7 @@ class PartialCollector(ResumableCollector):
         finally:
             stats.wall_seconds += asyncio.get_running_loop().time() - started
 
-    async def _grow(self, group: OutstandingGroup, slots: asyncio.Semaphore, progress: Progress, stats: CollectStats) -> None:
+    async def _grow(self, group: PendingGroup, slots: asyncio.Semaphore, progress: Progress, stats: CollectStats) -> None:
         async with slots:
             await self._extend(group, self._budget, progress, stats)
         if not group.unfinished:

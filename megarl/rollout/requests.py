@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megarl.config.schema import Config
+from megarl.engines.protocol import SamplingParams
 from megarl.rollout.lock_step import EpisodeKey
-from megarl.rollout.protocol import SamplingParams
 from megarl.types import GREEDY_INDEX, Prompt
 
 T = TypeVar("T")

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from megarl.engines.protocol import SamplingParams, resumed
 from megarl.errors import CheckpointError, RolloutError
 from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.collector import Collector
-from megarl.rollout.outstanding import Outstanding, OutstandingGroup, joined
+from megarl.rollout.pending_groups import PendingGroup, PendingGroups, joined
 from megarl.rollout.progress import Progress
-from megarl.rollout.protocol import SamplingParams, resumed
 from megarl.rollout.requests import LIMIT_KEYS, Request, RequestFailed, run_together
 from megarl.rollout.saved_groups import PromptOf, Saved, refuse_damage
 from megarl.types import FinishReason, Prompt, RolloutGroup
@@ -24,19 +24,19 @@ class ResumableCollector(Collector):
     scoring.
 
     Attributes:
-        outstanding: the groups begun and not yet trained on; a part of every checkpoint.
+        pending: the groups begun and not yet trained on; a part of every checkpoint.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         """As Collector's."""
         super().__init__(*arguments, **settings)
-        self.outstanding = Outstanding()
+        self.pending = PendingGroups()
         self._is_cutting = False
         self._filtered: list[RolloutGroup] = []  # since the last step
 
     def state(self) -> Saved:
         """Those groups as JSON values, for a checkpoint; on the event loop, where nothing else happens meanwhile."""
-        return super().state() | {"outstanding": self.outstanding.state()}
+        return super().state() | {"outstanding": self.pending.state()}
 
     def restore(self, state: Saved, prompt_of: PromptOf) -> None:
         """Go on from ``state()``; groups that waited for a next step of other rollouts are given up.
@@ -46,28 +46,28 @@ class ResumableCollector(Collector):
         """
         with refuse_damage():
             if state["outstanding"] is not None:
-                self.outstanding.restore(state["outstanding"], prompt_of)
+                self.pending.restore(state["outstanding"], prompt_of)
         num_samples = self._requests.num_training_responses
-        for group in self.outstanding.groups:
+        for group in self.pending.groups:
             if group.scored is None and len(group.samples) != num_samples:
                 raise CheckpointError(
                     f"the checkpoint has groups of {len(group.samples)} responses that are under way, and this run's have "
                     f"{num_samples}; resume with the rollout.samples_per_prompt and the method of the interrupted run"
                 )
 
-    def _step_result(self, taken: Iterable[OutstandingGroup], stats: CollectStats) -> CollectResult:
+    def _step_result(self, taken: Iterable[PendingGroup], stats: CollectStats) -> CollectResult:
         """Take these groups out of the store."""
-        groups, tickets = self.outstanding.take(taken)
+        groups, tickets = self.pending.take(taken)
         filtered, self._filtered = tuple(self._filtered), []
         return CollectResult(groups=groups, filtered=filtered, sampled=groups + filtered, stats=stats, tickets=tickets)
 
-    def _begin(self, prompt: Prompt, version: int) -> OutstandingGroup:
-        return self.outstanding.begin(prompt, version, self._requests.num_training_responses)
+    def _begin(self, prompt: Prompt, version: int) -> PendingGroup:
+        return self.pending.begin(prompt, version, self._requests.num_training_responses)
 
-    def _request(self, group: OutstandingGroup) -> Request:
+    def _request(self, group: PendingGroup) -> Request:
         return self._requests.training(group.prompt, "ticket", 0, group.ticket)
 
-    async def _extend(self, group: OutstandingGroup, budget: int, progress: Progress, stats: CollectStats) -> None:
+    async def _extend(self, group: PendingGroup, budget: int, progress: Progress, stats: CollectStats) -> None:
         """Let every unfinished response grow by up to ``budget`` tokens, or up to a cut; with retries.
 
         Raises:
@@ -103,7 +103,7 @@ class ResumableCollector(Collector):
     async def _until_requests_may_be_sent(self, prompt: Prompt) -> None:
         """Nothing to wait for, where no weights change while groups are under way."""
 
-    def _parts(self, group: OutstandingGroup, budget: int) -> list[tuple[list[int], SamplingParams]]:
+    def _parts(self, group: PendingGroup, budget: int) -> list[tuple[list[int], SamplingParams]]:
         """The requests for a group's unfinished responses, and which responses each is for.
 
         All samples of a new group are one request, so that the engine reads their prompt once.
@@ -122,7 +122,7 @@ class ResumableCollector(Collector):
                 requests.append(([index], resumed(request.greedy, 0, len(group.samples[index].token_ids))))
         return [(indices, replace(one, max_new_tokens=min(one.max_new_tokens, budget))) for indices, one in requests]
 
-    async def _ask_for(self, group: OutstandingGroup, indices: list[int], sampling: SamplingParams) -> None:
+    async def _ask_for(self, group: PendingGroup, indices: list[int], sampling: SamplingParams) -> None:
         """One request; its answers are kept at once, so that a retry of the others loses none."""
         so_far = group.samples[indices[0]].token_ids
         try:
@@ -134,7 +134,7 @@ class ResumableCollector(Collector):
         for index, answer in zip(indices, answers, strict=True):
             group.samples[index] = joined(group.samples[index], answer, self._rollout.max_new_tokens)
 
-    async def _finish(self, group: OutstandingGroup, progress: Progress, stats: CollectStats) -> None:
+    async def _finish(self, group: PendingGroup, progress: Progress, stats: CollectStats) -> None:
         """Score a group of whole responses; it is dropped when that fails, or when dynamic sampling has no use for it."""
         limit, request = self._rollout.time_limit(len(group.prompt.token_ids)), self._request(group)
         try:
@@ -144,10 +144,10 @@ class ResumableCollector(Collector):
             raise RolloutError(f"prompt {group.prompt.prompt_id} was not scored within {limit:g} s ({LIMIT_KEYS})") from None
         if scored is None:
             stats.dropped_unscored += 1
-            self.outstanding.drop(group)
+            self.pending.drop(group)
         elif self._config.algorithm.dynamic_sampling and scored.has_equal_rewards:
             stats.dropped_filtered += 1
             self._filtered.append(scored)
-            self.outstanding.drop(group)
+            self.pending.drop(group)
         else:
             group.scored, group.samples = scored, []

@@ -11,8 +11,8 @@ from typing import Any
 import numpy
 import torch
 
+from megarl.engines.protocol import Generation
 from megarl.errors import CheckpointError, one_line
-from megarl.rollout.protocol import Generation
 from megarl.types import Episode, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout, Turn
 
 Saved = dict[str, Any]

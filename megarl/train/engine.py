@@ -82,22 +82,26 @@ class TrainingEngine:
         config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(model, None, **kwargs)
         return wrapped
 
-    def score(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+    def forward_only(self, batch: PackedBatch) -> tuple[Tensor, ...]:
         """What the head gives for every trained token, without gradients; collective over the world.
 
         Returns:
             For each of the head's outputs a float32 CPU tensor [num_tokens], 0 where ``loss_mask`` is False; equal on all ranks.
         """
-        return self.share_scores(self.compute_scores(batch))
+        return self.share_outputs(self.compute_outputs(batch))
 
-    def share_scores(self, scores: Tensor) -> tuple[Tensor, ...]:
-        """Scores from the role's ranks to all ranks of the world, as ``score`` returns them."""
+    def share_outputs(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        """Outputs from the role's ranks to all ranks of the world, as ``forward_only`` returns them."""
         if not self.layout.is_whole_world:
-            dist.broadcast(scores, src=self.layout.ranks.start)
-        return tuple(scores)
+            dist.broadcast(outputs, src=self.layout.ranks.start)
+        return tuple(outputs)
 
-    def compute_scores(self, batch: PackedBatch) -> Tensor:
-        """The part of ``score`` that only the role's ranks work on: float32 [outputs, num_tokens] on the CPU, 0 on other ranks."""
+    def compute_outputs(self, batch: PackedBatch) -> Tensor:
+        """Compute the role's part of ``forward_only``, without communication beyond its ranks.
+
+        Returns:
+            float32 [outputs, num_tokens] on the CPU; 0 on ranks outside the role.
+        """
         values = torch.zeros(self._head.num_outputs, batch.token_ids.numel(), device=self.device)
         if not self.layout.is_member:
             return values.cpu()
@@ -106,8 +110,8 @@ class TrainingEngine:
             return outputs[0].sum(), (micro_batch.index, torch.stack(outputs))
 
         with torch.no_grad(), self.weights.on_device():
-            scored = self._run(batch, self.chunks, collect, forward_only=True)
-        for index, rows in scored:
+            found = self._run(batch, self.chunks, collect, forward_only=True)
+        for index, rows in found:
             values[:, index.to(self.device)] = rows
         self._sum_over_replicas(values)
         return values.cpu()

@@ -26,11 +26,11 @@ from megarl.train.engine import TrainingEngine
 from megarl.train.heads import LogProbHead, ValueHead
 from megarl.train.offload import Offloaded
 from megarl.train.optimizer import EngineOptimizer
-from megarl.types import PackedBatch, TokenScores, TrainBatch, UpdateResult
+from megarl.types import PackedBatch, TokenOutputs, TrainBatch, UpdateResult
 from megarl.weights.distributed_checkpoint import is_distributed_checkpoint
+from megarl.weights.files.sources import RandomSource, SafetensorsSource, WeightSource
 from megarl.weights.mapping import WeightMap, build_weight_map
 from megarl.weights.megatron_start import load_megatron_weights
-from megarl.weights.sources import RandomSource, SafetensorsSource, WeightSource
 from megarl.weights.transfer import hugging_face_tensors, load_weights
 from megarl.weights.value_head import value_head_source, with_value_head
 
@@ -109,10 +109,10 @@ class RewardModel:
         self.engine, _ = _build_value_model(config, role, role.path, trainable=False)
         self.engine.weights.release()
 
-    def score(self, packed: PackedBatch) -> Tensor:
+    def rewards(self, packed: PackedBatch) -> Tensor:
         """Its score of each sequence, read at the last token as transformers does: float32 [num_sequences] on the CPU."""
         ends = with_scored_ends(packed)
-        (scores,) = self.engine.score(ends)
+        (scores,) = self.engine.forward_only(ends)
         return scores[ends.loss_mask]
 
 
@@ -348,17 +348,17 @@ def build_learner(config: Config, total_updates: int) -> Learner:
     return LearningRewardModel(config, total_updates) if config.kind == "reward_model" else Policy(config, total_updates)
 
 
-def score(policy: Learner, reference: Reference | None, critic: Critic | None, packed: PackedBatch) -> TokenScores:
+def compute_outputs(policy: Learner, reference: Reference | None, critic: Critic | None, packed: PackedBatch) -> TokenOutputs:
     """What all models say of the batch before the updates. Models on disjoint ranks work at the same time."""
     engines = [None if model is None else model.engine for model in (policy, reference, critic)]
-    computed = [None if engine is None else engine.compute_scores(packed) for engine in engines]
+    computed = [None if engine is None else engine.compute_outputs(packed) for engine in engines]
     shared = [
-        None if engine is None or scores is None else engine.share_scores(scores)
-        for engine, scores in zip(engines, computed, strict=True)
+        None if engine is None or outputs is None else engine.share_outputs(outputs)
+        for engine, outputs in zip(engines, computed, strict=True)
     ]
     of_policy, of_reference, of_critic = shared
     assert of_policy is not None
-    return TokenScores(
+    return TokenOutputs(
         old=of_policy[0],
         entropies=of_policy[1],
         reference=None if of_reference is None else of_reference[0],

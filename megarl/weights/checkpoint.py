@@ -55,12 +55,12 @@ class DataState:
 
     Attributes:
         position: as the sampler gives it.
-        outstanding: what was taken from it and not yet trained on, as the collector gives it; None where nothing is sampled to be
+        pending: what was taken from it and not yet trained on, as the collector gives it; None where nothing is sampled to be
             trained on, and on ranks other than 0.
     """
 
     position: dict[str, Any]
-    outstanding: dict[str, Any] | None
+    pending: dict[str, Any] | None
 
 
 def model_digest(weight_map: WeightMap) -> str:
@@ -123,12 +123,12 @@ def read_data_state(checkpoint: Path, state: RunState) -> DataState:
     """
     file = checkpoint / OUTSTANDING
     if dist.get_rank() != 0 or not file.exists():
-        return DataState(position=state.data, outstanding=None)
+        return DataState(position=state.data, pending=None)
     with refused_json(file):
-        outstanding = json.loads(file.read_bytes())
-    if not isinstance(outstanding, dict):
+        pending = json.loads(file.read_bytes())
+    if not isinstance(pending, dict):
         raise CheckpointError(f"{file} holds no groups of a run; {another_checkpoint(checkpoint)}")
-    return DataState(position=state.data, outstanding=outstanding)
+    return DataState(position=state.data, pending=pending)
 
 
 def load_policy(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
@@ -157,8 +157,8 @@ class CheckpointWriter:
         self._queue = AsyncCallsQueue() if asynchronous else None
         start_result_queue()
 
-    def save(self, sharded_state: dict[str, Any], state: RunState, outstanding: dict[str, Any] | None = None) -> None:
-        """Save one checkpoint; collective. ``outstanding``: of DataState, on rank 0.
+    def save(self, sharded_state: dict[str, Any], state: RunState, pending: dict[str, Any] | None = None) -> None:
+        """Save one checkpoint; collective. ``pending``: of DataState, on rank 0.
 
         Raises:
             CheckpointError: it could not be written; earlier checkpoints are untouched.
@@ -170,8 +170,8 @@ class CheckpointWriter:
                 remove_checkpoint(checkpoint)
                 (checkpoint / POLICY).mkdir(parents=True)
             dist.barrier()
-            if outstanding is not None:
-                (checkpoint / OUTSTANDING).write_text(json.dumps(outstanding))
+            if pending is not None:
+                (checkpoint / OUTSTANDING).write_text(json.dumps(pending))
             request = dist_checkpointing.save(sharded_state, str(checkpoint / POLICY), async_sharded_save=True, **_async_strategy())
             if request.async_fn is not None:  # None: this rank has nothing to write
                 write = partial(write_and_digest, request.async_fn, checkpoint / POLICY, dist.get_rank())

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, TensorStorageMetadata
 
 from megarl.errors import CheckpointError, shortened
-from megarl.weights.stored_tensors import StoredTensor, read_into
+from megarl.weights.files.stored_tensors import StoredTensor, read_into
 
 METADATA = ".metadata"
 MEGATRON_MARKER = "metadata.json"  # written last by megatron-core

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megarl.weights.checkpoint_map import Fragment
-from megarl.weights.partial_folder import PartialFolder
-from megarl.weights.stored_tensors import Buffer, read_ahead, windows
+from megarl.weights.files.checkpoint_map import Fragment
+from megarl.weights.files.partial_folder import PartialFolder
+from megarl.weights.files.stored_tensors import Buffer, read_ahead, windows
 
 
 @dataclass(frozen=True, slots=True)

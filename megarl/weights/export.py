@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megarl.errors import WeightsError
 from megarl.weights.distributed_checkpoint import MEGATRON_MARKER
-from megarl.weights.safetensors_files import INDEX, write_safetensors
-from megarl.weights.shard_folder import SHARD_MAP
+from megarl.weights.files.safetensors_files import INDEX, write_safetensors
+from megarl.weights.files.shard_folder import SHARD_MAP
 
 SHARD_BYTES = 4 * 2**30
 CARRIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # config, generation config, tokenizer files, chat template

@@ -89,16 +89,16 @@ def build_weight_map(architecture: Architecture, pad_multiple: int, with_transfo
 
 
 def _apply(rules: tuple[Rule, ...], architecture: Architecture, with_transformer_engine: bool) -> Iterator[Parameter]:
-    def place(where: Iterable[Layers], layer: int | None) -> Iterator[Parameter]:
+    def parameters_of(where: Iterable[Layers], layer: int | None) -> Iterator[Parameter]:
         for rule in rules:
             if rule.layers in where:
                 for expert in range(architecture.num_experts) if rule.per_expert else (None,):
                     yield _parameter(rule, layer, expert, with_transformer_engine)
 
-    yield from place((Layers.BEFORE,), None)
+    yield from parameters_of((Layers.BEFORE,), None)
     for layer in range(architecture.num_layers):
-        yield from place((Layers.ALL, Layers.MOE if architecture.is_moe_layer(layer) else Layers.DENSE), layer)
-    yield from place((Layers.AFTER,), None)
+        yield from parameters_of((Layers.ALL, Layers.MOE if architecture.is_moe_layer(layer) else Layers.DENSE), layer)
+    yield from parameters_of((Layers.AFTER,), None)
 
 
 def _parameter(rule: Rule, layer: int | None, expert: int | None, with_transformer_engine: bool) -> Parameter:

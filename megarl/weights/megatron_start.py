@@ -9,8 +9,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megarl.models.build import CausalLM
 from megarl.parallel.layout import Layout
 from megarl.weights.distributed_checkpoint import DistributedCheckpoint
+from megarl.weights.files.stored_tensors import check_finite
 from megarl.weights.sharded_state import fill_from
-from megarl.weights.stored_tensors import check_finite
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from megarl.errors import WeightsError, listed
 from megarl.models.build import CausalLM
+from megarl.parallel.axis_sizes import axis_sizes
 from megarl.parallel.layout import Layout
-from megarl.parallel.placement import place
+from megarl.weights.files.sources import WeightSource
 from megarl.weights.mapping import WeightMap
 from megarl.weights.rules import Layers, Parameter
-from megarl.weights.sources import WeightSource
 
 
 def global_parameters(chunks: list[CausalLM], weight_map: WeightMap, layout: Layout) -> dict[str, Tensor]:
@@ -148,10 +148,10 @@ class _Holders:
     """The ranks of the world that hold the parts of a parameter, in the order of the parts, in the first replica."""
 
     def __init__(self, weight_map: WeightMap, layout: Layout) -> None:
-        placement = place(layout.config, len(layout.ranks))
-        self._dense = placement.dense_ranks() + layout.ranks.start
-        self._experts = placement.expert_ranks() + layout.ranks.start
-        self._stages = placement.pipeline_rank_of_layers(weight_map.architecture.num_layers)
+        sizes = axis_sizes(layout.config, len(layout.ranks))
+        self._dense = sizes.dense_ranks() + layout.ranks.start
+        self._experts = sizes.expert_ranks() + layout.ranks.start
+        self._stages = sizes.pipeline_rank_of_layers(weight_map.architecture.num_layers)
         self._experts_per_rank = weight_map.architecture.num_experts // layout.config.ep
         self._weight_map = weight_map
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megarl.data.packing import no_routing
-from megarl.types import NO_VERSION, PackedBatch, TokenScores
+from megarl.types import NO_VERSION, PackedBatch, TokenOutputs
 
 # p: prompt, r: response token of the policy, e: token of the environment
 SEQUENCES = ("pprrr", "p", "ppprerrr", "ppp", "prreeer", "pprrrr", "prr", "ppprreerr", "pr", "prrrrrr")
@@ -27,7 +27,7 @@ class Ragged:
     """
 
     packed: PackedBatch
-    scores: TokenScores
+    scores: TokenOutputs
     trained: list[list[int]]
 
     def steps(self) -> list[list[tuple[int, float]]]:
@@ -78,7 +78,7 @@ def ragged(seed: int, dtype: torch.dtype = torch.float64, spread: float = 0.3) -
     )
     entropies = torch.rand(len(text), generator=generator, dtype=torch.float64) * mask
     values = torch.randn(len(text), generator=generator, dtype=torch.float64) * mask
-    scores = TokenScores(old=old.to(dtype), entropies=entropies.to(dtype), reference=reference.to(dtype), values=values.to(dtype))
+    scores = TokenOutputs(old=old.to(dtype), entropies=entropies.to(dtype), reference=reference.to(dtype), values=values.to(dtype))
     trained = [[p for p in range(starts[i], starts[i + 1]) if mask[p]] for i in range(len(SEQUENCES))]
     return Ragged(packed=packed, scores=scores, trained=trained)
 

@@ -8,7 +8,7 @@ import torch
 import references
 from megarl.algorithms.advantages import ADVANTAGES, AdvantageInput, whiten
 from megarl.algorithms.sequences import spread_over_tokens
-from megarl.config.algorithm_checks import GREEDY_ADVANTAGES
+from megarl.config.checks.algorithm import GREEDY_ADVANTAGES
 from ragged import EQUAL_REWARD_GROUP, GROUPS, TASKS, Ragged, assert_tokens, ragged
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}

@@ -11,7 +11,7 @@ from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.batches import slice_sequences
 from megarl.config.schema import AlgorithmConfig
 from megarl.data.packing import no_routing
-from megarl.types import TokenScores
+from megarl.types import TokenOutputs
 from methods import RUNNABLE, Reference, objective_of
 from ragged import LONGEST, SEQUENCES, Ragged, ragged
 
@@ -147,7 +147,7 @@ def kimi_example(sampler: list[float], correction: dict[str, Any]) -> tuple[floa
         rewards=torch.zeros(1, dtype=torch.float64),
         routed_experts=no_routing(3),
     )
-    batch = Ragged(packed=packed, scores=TokenScores(old=old, entropies=0 * old, reference=None, values=None), trained=[[1, 2]])
+    batch = Ragged(packed=packed, scores=TokenOutputs(old=old, entropies=0 * old, reference=None, values=None), trained=[[1, 2]])
     config = AlgorithmConfig.model_validate(
         {"preset": "kimi_k1_5", "mirror_descent_tau": 2.0, "sampler_correction": correction, "reward_shaping": {"length_weight": 0}}
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from megarl.algorithms.algorithm import Algorithm
 from megarl.config.schema import AlgorithmConfig
 from megarl.data.packing import no_routing
-from megarl.types import PackedBatch, TokenScores
+from megarl.types import PackedBatch, TokenOutputs
 from methods import objective_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minimal_grpo.py"
@@ -69,7 +69,7 @@ def test_loss_and_gradient_are_the_library_s(example: ModuleType, seed: int) -> 
         greedy_rewards=torch.zeros(num_responses),
         greedy_lengths=torch.zeros(num_responses, dtype=torch.int64),
     )
-    scores = TokenScores(old=packed(old, mask), entropies=packed(0 * old, mask), reference=packed(reference, mask), values=None)
+    scores = TokenOutputs(old=packed(old, mask), entropies=packed(0 * old, mask), reference=packed(reference, mask), values=None)
     (train_batch,) = algorithm.prepare(batch, scores, step=0).batches
     objective = objective_of(algorithm, train_batch, packed(logprobs, mask), scores.entropies, range(num_responses))
     (expected,) = torch.autograd.grad(objective.loss, logprobs)

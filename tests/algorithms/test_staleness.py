@@ -10,14 +10,14 @@ from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.off_policy import sampler_weights
 from megarl.algorithms.staleness import staleness_metrics
 from megarl.config.schema import AlgorithmConfig
-from megarl.types import PackedBatch, TokenScores
+from megarl.types import PackedBatch, TokenOutputs
 from ragged import ragged
 
 VERSION = 7
 CAP = 1.5
 
 
-def make_batch(seed: int) -> tuple[PackedBatch, TokenScores]:
+def make_batch(seed: int) -> tuple[PackedBatch, TokenOutputs]:
     """Ragged responses whose tokens are 0 to 3 versions old, older ones first, with wide gaps to the trainer."""
     batch = ragged(seed, dtype=torch.float32)
     packed, scores = batch.packed, batch.scores

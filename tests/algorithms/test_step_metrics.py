@@ -10,7 +10,7 @@ from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.metrics import METRICS, Part, combined, step_metrics
 from megarl.config.schema import AlgorithmConfig
 from megarl.data.packing import no_routing
-from megarl.types import PackedBatch, TokenScores, UpdateResult
+from megarl.types import PackedBatch, TokenOutputs, UpdateResult
 from methods import objective_of
 from ragged import LONGEST
 
@@ -97,7 +97,7 @@ def whole_distribution(settings: dict[str, Any], new: tuple[float, ...], referen
         greedy_rewards=torch.zeros(20),
         greedy_lengths=torch.zeros(20, dtype=torch.int64),
     )
-    scores = TokenScores(old=logprobs(OLD), entropies=torch.zeros(40), reference=logprobs(reference), values=None)
+    scores = TokenOutputs(old=logprobs(OLD), entropies=torch.zeros(40), reference=logprobs(reference), values=None)
     algorithm = Algorithm(AlgorithmConfig.model_validate(settings), LONGEST)
     prepared = algorithm.prepare(packed, scores, 0)
     objective = objective_of(algorithm, prepared.batches[0], logprobs(new), torch.zeros(40), list(range(20)))

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megarl.cli.prompts import first_prompts
 from megarl.config.load import load_config
 from megarl.errors import CheckpointError, ConfigError, DataError, RankError
 from megarl.loop import relayout
 from megarl.loop.launch import launch_evaluation, launch_training
-from megarl.loop.prompts import first_prompts
 from runs import logged, megarl_here, write_config
 
 RANKS = 4

@@ -13,8 +13,8 @@ from megarl.config.schema import Config
 from megarl.loop import launch, parity
 from megarl.loop.launch import launch_evaluation, launch_training
 from megarl.weights.checkpoint import whole_checkpoints
-from megarl.weights.convert import Options, hugging_face_to_megatron
-from megarl.weights.model_folder import open_model
+from megarl.weights.files.convert import Options, hugging_face_to_megatron
+from megarl.weights.files.model_folder import open_model
 from runs import TIMEOUT, logged, megarl_here, write_config
 
 SCALING = {"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 8}  # prompts are longer than 8 tokens

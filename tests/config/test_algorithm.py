@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megarl.config.algorithm_checks import CLASHES, check_algorithm
+from megarl.config.checks.algorithm import CLASHES, check_algorithm
 from megarl.config.load import dump_config, load_config
 from megarl.config.presets import FOLDER, PRESETS
 from megarl.config.schema import AlgorithmConfig, Config

@@ -16,7 +16,7 @@ import torch
 
 from megarl.config.load import load_config
 from megarl.config.stages import configs_of
-from megarl.rollout.vllm import VllmEngine
+from megarl.engines.vllm import VllmEngine
 from megarl.weights.manifest import MANIFEST
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,9 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from megarl.cli.parity import parse_layout, with_layout
 from megarl.config.load import save_config
 from megarl.config.schema import Config
-from megarl.loop.parity import parse_layout, with_layout
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.weights.checkpoint import CheckpointWriter

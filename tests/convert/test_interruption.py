@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from megarl.weights import partial_folder, stored_tensors
+from megarl.weights.files import partial_folder, stored_tensors
 from tools import SMALL_FILES, assert_same, make_model, refusal, tensors_of, tool
 
 CONVERSIONS = [

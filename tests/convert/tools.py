@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megarl.command_line import run
+from megarl.cli.command_line import run
 from tiny import write_tiny_model
 
 TOOLS = Path(__file__).parent.parent.parent / "tools" / "convert"

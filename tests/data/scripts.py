@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from megarl.command_line import run
+from megarl.cli.command_line import run
 
 ROOT = Path(__file__).parents[2]
 

@@ -79,11 +79,11 @@ def test_evidence_is_spread_and_needles_are_everywhere(make):
     depths = []
     for row in make(1, 3, size=60, max_tokens=1500):
         text = row["documents"][0]
-        places = sorted(text.index(fact) / len(text) for fact in row["evidence"])
+        locations = sorted(text.index(fact) / len(text) for fact in row["evidence"])
         if row["hops"] == 1:
-            depths += places
+            depths += locations
         else:
-            assert places[-1] - places[0] > 1 / 4
+            assert locations[-1] - locations[0] > 1 / 4
     assert min(depths) < 0.2
     assert max(depths) > 0.8
 

@@ -134,5 +134,5 @@ def test_balanced_tasks_fill_up_what_the_step_holds():
     chooser = TaskChooser([5.0, 1.0, 1.0], 7, balanced=True)
     assert sorted(chooser.choose(0, 9, [0, 0, 0])) == [0] * 3 + [1] * 3 + [2] * 3
     assert sorted(chooser.choose(9, 4, [3, 1, 1])) == [1, 1, 2, 2]
-    one_by_one = [chooser.choose(place, 1, [0, 0, 0])[0] for place in range(6)]
+    one_by_one = [chooser.choose(location, 1, [0, 0, 0])[0] for location in range(6)]
     assert one_by_one == [0, 1, 2, 0, 1, 2]

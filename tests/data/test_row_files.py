@@ -44,7 +44,7 @@ def test_files_with_the_same_rows(tmp_path, name, kind):
     path.write_bytes(READ[name])
     rows = read_rows(kind.model_validate({"path": str(path), **FIELDS}), "train")
     assert [(row.prompt, row.answer) for row in rows] == [("2 * 2?", "4"), ("3 * 3?", "9")]
-    assert rows[1].place in (f"{path}:2", f"{path} row 1")
+    assert rows[1].location in (f"{path}:2", f"{path} row 1")
     assert rows[0].reference["extra"] == {"truth": ["4"]}
 
 
@@ -53,7 +53,7 @@ def test_tables(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     first, second = read_rows(JsonlSource(path=tmp_path / name, prompt_field="asked"), "train")
     assert (first.prompt.split("\n")[-1], first.answer, second.answer) == ("or what?", "4", "9")
-    assert (first.place, second.place) == (f"{tmp_path / name}:2", f"{tmp_path / name}:4")
+    assert (first.location, second.location) == (f"{tmp_path / name}:2", f"{tmp_path / name}:4")
 
 
 def test_folders_of_datasets(tmp_path):

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megarl.engines.environment import default_python
 from megarl.models.architecture import read_architecture
-from megarl.reshard.engines import EngineLayout, engine_side
-from megarl.reshard.side import Side, tensor_table
-from megarl.rollout.engine_environment import default_python
+from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.reshard.plan.shard_layout import ShardLayout, tensor_table
 from megarl.weights.mapping import build_weight_map
 from tiny import CLASSES
 
@@ -44,7 +44,7 @@ def check_loaded(folder: Path, layout: EngineLayout) -> None:
     """``rank_*.safetensors``, which an engine's ranks saved, are what a plan for this layout writes."""
     architecture = read_architecture(folder)
     table = tensor_table(build_weight_map(architecture, 1, with_transformer_engine=False), 4)
-    side = engine_side(architecture, layout, table)
+    side = engine_shard_layout(architecture, layout, table)
     tensors = hugging_face_tensors(architecture)
     for rank in range(layout.ranks_per_engine):
         loaded = load_file(folder / f"rank_{rank}.safetensors")
@@ -54,7 +54,7 @@ def check_loaded(folder: Path, layout: EngineLayout) -> None:
             assert torch.equal(tensor, written[name]), (folder, rank, name)
 
 
-def write_boxes(side: Side, tensors: list[Tensor], rank: int) -> dict[str, Tensor]:
+def write_boxes(side: ShardLayout, tensors: list[Tensor], rank: int) -> dict[str, Tensor]:
     """What a rank holds when all boxes are copied, one after the other, into zeros."""
     held = {name: torch.zeros(shape) for name, shape in zip(side.parameters, side.shapes, strict=True)}
     for tensor, row, column, rows, columns, parameter, local_row, local_column, rank_set in side.boxes.tolist():

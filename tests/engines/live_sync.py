@@ -13,10 +13,10 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from megarl.config.schema import Config
+from megarl.engines.server_engine import ServerEngine
 from megarl.loop.weight_sync import MainRankEngine, WeightSync
-from megarl.rollout.server_engine import ServerEngine
 from megarl.train.roles import Policy
-from megarl.weights.sources import SafetensorsSource
+from megarl.weights.files.sources import SafetensorsSource
 from megarl.weights.transfer import load_weights
 from real_engines import all_gone, make_engine, server_processes
 from tiny import write_tiny_model

@@ -7,8 +7,8 @@ import psutil
 from safetensors.torch import load_file
 
 from megarl.config.schema import Config
-from megarl.rollout.build import build_engine
-from megarl.rollout.server_engine import ServerEngine
+from megarl.engines.build import build_engine
+from megarl.engines.server_engine import ServerEngine
 
 # Small caches; vLLM's default block of 128 tokens would hide a prefix cache that is not reset. SGLang reads long
 # prompts in chunks; for vLLM, which must not do so on CPU, several prompts are too many to be read together.

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.schema import EngineServerConfig
+from megarl.engines.server_launch import flags, inherited_environment, server_python
+from megarl.engines.server_process import ServerProcess, free_port
+from megarl.engines.sglang import CPU_FOLDER
 from megarl.errors import RewardError
 from megarl.rewards.combine import RewardScorer
-from megarl.rollout.server_launch import flags, inherited_environment, server_python
-from megarl.rollout.server_process import ServerProcess, free_port
-from megarl.rollout.sglang import CPU_FOLDER
 from megarl.sockets import LOCALHOST
 
 START_TIMEOUT = 150

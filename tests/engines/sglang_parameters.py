@@ -29,7 +29,7 @@ from sglang.srt.server_args import ServerArgs
 
 def main() -> None:
     """Load each folder; ranks form new groups where the layout changes."""
-    rank, meetings = int(sys.argv[1]), Path(sys.argv[2])
+    rank, barrier = int(sys.argv[1]), Path(sys.argv[2])
     groups_of = None
     for job in sys.argv[3:]:
         tp, ep, device, folder = job.split(",", 3)
@@ -40,7 +40,7 @@ def main() -> None:
             destroy_distributed_environment()
         publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=rank))
         if groups_of != layout:
-            os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{meetings}/{tp}_{ep}"
+            os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{barrier}/{tp}_{ep}"
             bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=0)
             groups_of = layout
         initialize_moe_config()
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def server_arguments(folder: str, tp: int, ep: int) -> ServerArgs:
-    """As megarl/reshard/engines.py tells an engine of ``tp`` and ``ep`` to be started."""
+    """As megarl/reshard/plan/engine_layouts.py tells an engine of ``tp`` and ``ep`` to be started."""
     num_ranks = max(tp, ep)
     return ServerArgs(
         model_path=folder,

@@ -9,9 +9,9 @@ import aiohttp
 import psutil
 import pytest
 
+from megarl.engines.build import build_engine
+from megarl.engines.server_engine import ServerEngine
 from megarl.models.scaled_folder import NOT_COMPUTED, with_scaled_model
-from megarl.rollout.build import build_engine
-from megarl.rollout.server_engine import ServerEngine
 from real_engines import all_gone, make_engine, server_processes
 from tiny_rollout import exported_weights, generate_all, make_tiny_model, sampling, weight_shapes, worst_gap
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megarl.rollout import server_engine
+from megarl.engines import server_engine
 from real_engines import all_gone, make_engine, server_processes
 from tiny import write_tiny_model
 from tiny_deepseek import DEEPSEEK_KEYS

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from engine_parameters import check_loaded, free_port, run_in_engine, write_numbered_model
+from megarl.engines import sglang, vllm
 from megarl.reshard.engine_shards import write_engine_shards
-from megarl.reshard.engines import EngineLayout
-from megarl.rollout import sglang, vllm
-from megarl.weights.convert import Options
+from megarl.reshard.plan.engine_layouts import EngineLayout
+from megarl.weights.files.convert import Options
 from real_engines import ARGUMENTS, all_gone, make_engine, server_processes
 from tiny import write_tiny_model
 from tiny_deepseek import DEEPSEEK_KEYS

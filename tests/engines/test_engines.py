@@ -15,12 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from megarl.config.schema import RepetitionStopConfig
+from megarl.engines.protocol import Generation, SamplingParams, resumed
+from megarl.engines.server_engine import ServerEngine
 from megarl.environments.protocol import Step
 from megarl.errors import RolloutError, WeightsError
 from megarl.rollout.episodes import EpisodePlayer
-from megarl.rollout.outstanding import joined
-from megarl.rollout.protocol import Generation, SamplingParams, resumed
-from megarl.rollout.server_engine import ServerEngine
+from megarl.rollout.pending_groups import joined
 from megarl.types import FinishReason, Prompt, Rollout
 from real_engines import all_gone, make_engine, server_processes
 from tiny_rollout import (
@@ -173,27 +173,27 @@ def test_a_response_ends_with_its_first_stop_token(served: Served) -> None:
     stop = (free[0][1].token_ids[5],)
     stopped = served.run(generate_all(served.engine, PROMPTS, sampling(stop_token_ids=stop)))
     for free_group, group in zip(free, stopped, strict=True):
-        for whole, cut in zip(free_group, group, strict=True):
+        for whole, abort in zip(free_group, group, strict=True):
             length = whole.token_ids.index(stop[0]) + 1 if stop[0] in whole.token_ids else len(whole.token_ids)
-            assert cut.token_ids == whole.token_ids[:length]
-            assert len(cut.logprobs) == length
-            assert cut.finish_reason is (FinishReason.STOP if stop[0] in whole.token_ids else FinishReason.LENGTH)
+            assert abort.token_ids == whole.token_ids[:length]
+            assert len(abort.logprobs) == length
+            assert abort.finish_reason is (FinishReason.STOP if stop[0] in whole.token_ids else FinishReason.LENGTH)
 
 
 def test_vllm_ends_responses_that_repeat_themselves(served: Served) -> None:
     if served.engine.name != "vLLM":
-        pytest.skip("config/data_checks.py refuses it for SGLang")
+        pytest.skip("config/checks/data.py refuses it for SGLang")
     stop = RepetitionStopConfig(min_pattern_size=2, max_pattern_size=6, min_count=2)
     reasons = []
     for temperature in (0.05, 0.5):  # some repeat themselves, some do not
         settings = {"num_samples": 8, "max_new_tokens": 32, "temperature": temperature}
         free = served.run(generate_all(served.engine, PROMPTS, sampling(**settings)))
         ended = served.run(generate_all(served.engine, PROMPTS, sampling(**settings, repetition_stop=stop)))
-        for whole, cut in ((whole, cut) for pair in zip(free, ended, strict=True) for whole, cut in zip(*pair, strict=True)):
+        for whole, abort in ((whole, abort) for pair in zip(free, ended, strict=True) for whole, abort in zip(*pair, strict=True)):
             length = repeats_first_at(whole.token_ids[:31], 2, 6, 2)
-            assert cut.token_ids == whole.token_ids[:length] if length else cut.token_ids == whole.token_ids
-            reasons.append(cut.finish_reason)
-            assert cut.finish_reason is (FinishReason.REPETITION if length else FinishReason.LENGTH)
+            assert abort.token_ids == whole.token_ids[:length] if length else abort.token_ids == whole.token_ids
+            reasons.append(abort.finish_reason)
+            assert abort.finish_reason is (FinishReason.REPETITION if length else FinishReason.LENGTH)
     assert len(set(reasons)) == 2
 
 
@@ -224,7 +224,7 @@ def test_a_response_cut_at_an_update_goes_on_with_the_new_weights(served: Served
     engine, params = served.engine, sampling(max_new_tokens=120, temperature=0.7)
     prompts = [(1, 2, 3), (4, 5), LONG_PROMPT[:30]]
 
-    async def go_on(prompt: tuple[int, ...], index: int, part: Generation) -> Generation:
+    async def resume(prompt: tuple[int, ...], index: int, part: Generation) -> Generation:
         if part.finish_reason is not FinishReason.ABORT:
             return part
         (rest,) = await engine.generate(prompt + part.token_ids, resumed(params, index, len(part.token_ids)))
@@ -236,14 +236,14 @@ def test_a_response_cut_at_an_update_goes_on_with_the_new_weights(served: Served
             await asyncio.wait(requests, timeout=0.04 * 1.5**attempt)  # until this falls between the first token and the last
             late = asyncio.ensure_future(engine.generate((9, 9), params))  # on its way when the others are cut
             await asyncio.sleep(0)
-            await engine.cut()
+            await engine.abort()
             assert all(request.done() for request in (*requests, late))
             parts = [request.result() for request in (*requests, late)]
             if any(0 < len(part.token_ids) < 120 for group in parts[:3] for part in group):
                 break
         await engine.update_weights(exported_weights(served.model(5)), 10)
         resumed_groups = [
-            asyncio.gather(*(go_on(prompt, index, part) for index, part in enumerate(group)))
+            asyncio.gather(*(resume(prompt, index, part) for index, part in enumerate(group)))
             for prompt, group in zip((*prompts, (9, 9)), parts, strict=True)
         ]
         return parts, [list(group) for group in await asyncio.gather(*resumed_groups)]

@@ -17,9 +17,9 @@ from live_sync import LiveSync, live_sync, write_shuffled_model
 from megarl.errors import MegaRLError, RolloutError
 from megarl.parallel import launch
 from megarl.parallel.launch import run_local_ranks
-from megarl.reshard import meeting
+from megarl.reshard import barrier
 from megarl.reshard.engine_transfer import EngineTransfer
-from megarl.reshard.parcels import FlatPart, Parcel
+from megarl.reshard.packed_messages import FlatPart, PackedMessage
 from real_engines import server_processes
 from tiny_rollout import generate_all, sampling, worst_gap
 
@@ -32,13 +32,13 @@ pytestmark = pytest.mark.timeout(2 * TIMEOUT)
 
 
 def midway(transfer: EngineTransfer, rank: int, fault: Callable[[Tensor], None]) -> None:
-    """Once, when ``rank`` has packed the second parcel of the update that is to come."""
-    pack, packed = transfer._pack, []
+    """Once, when ``rank`` has packed the second packed message of the update that is to come."""
+    pack, done = transfer._pack, []
 
-    def pack_with_fault(held: dict[str, FlatPart], parcel: Parcel, data: Tensor) -> None:
-        pack(held, parcel, data)
-        packed.append(parcel)
-        if dist.get_rank() == rank and len(packed) == 2:
+    def pack_with_fault(held: dict[str, FlatPart], packed: PackedMessage, data: Tensor) -> None:
+        pack(held, packed, data)
+        done.append(packed)
+        if dist.get_rank() == rank and len(done) == 2:
             fault(data)
 
     transfer._pack = pack_with_fault
@@ -113,7 +113,7 @@ def test_an_engine_killed_in_an_update_is_started_again(tmp_path: Path) -> None:
 def test_a_killed_trainer_rank_is_named_and_ends_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_models(tmp_path)
     monkeypatch.setattr(launch, "GRACE_SECONDS", 120.0)  # as under srun, where no launcher ends the others at once
-    monkeypatch.setattr(meeting, "ABSENCE_SECONDS", 40.0)
+    monkeypatch.setattr(barrier, "ABSENCE_SECONDS", 40.0)
     with pytest.raises(MegaRLError):
         run_local_ranks(update_with_fault, (tmp_path, "vllm", "killed rank"), 4, TIMEOUT)
     found = {path.name: path.read_text() for path in tmp_path.glob("error*")}

@@ -79,7 +79,7 @@ def _position(**values: Any) -> Damage:
 
 
 def _outstanding(text: str) -> Damage:
-    """Another ``outstanding.json``, which the manifest knows nothing of."""
+    """Another ``pending.json``, which the manifest knows nothing of."""
     return lambda run: (_step(run) / "outstanding.json").write_text(text)
 
 

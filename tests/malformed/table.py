@@ -21,7 +21,7 @@ class Templates:
     Attributes:
         model: folder of a tiny random model with a tokenizer.
         run: a finished SFT run of it, with a checkpoint.
-        waiting: a finished run with partial rollouts, whose checkpoint has an ``outstanding.json``.
+        waiting: a finished run with partial rollouts, whose checkpoint has an ``pending.json``.
         url: a server that answers what a case's ``answer`` says.
     """
 

@@ -61,7 +61,7 @@ def main() -> None:
 
     import megarl.cli
     import megarl.loop.launch
-    import megarl.weights.convert  # noqa: F401
+    import megarl.weights.files.convert  # noqa: F401
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from megarl.config.schema import Config, RolloutConfig
+from megarl.engines.embedded import EmbeddedEngine
+from megarl.engines.protocol import SamplingParams
 from megarl.memory.statement import Device, RankMemory, state_memory, state_relayout
 from megarl.models.architecture import read_architecture
-from megarl.rollout.embedded import EmbeddedEngine
-from megarl.rollout.protocol import SamplingParams
 from megarl.weights.mapping import build_weight_map
 
 ROOT = Path(__file__).parents[2]

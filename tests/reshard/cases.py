@@ -9,11 +9,11 @@ from transformers import PretrainedConfig
 
 from megarl.config.schema import ParallelConfig
 from megarl.models.architecture import Architecture, read_architecture
-from megarl.parallel.placement import place
-from megarl.reshard.balance import Machines
-from megarl.reshard.engines import EngineLayout, engine_side
-from megarl.reshard.plan import build_plan
-from megarl.reshard.side import Side, TensorTable, megatron_side, optimizer_table, tensor_table
+from megarl.parallel.axis_sizes import axis_sizes
+from megarl.reshard.plan.balance import Machines
+from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.reshard.plan.plan import build_plan
+from megarl.reshard.plan.shard_layout import ShardLayout, TensorTable, megatron_shard_layout, optimizer_table, tensor_table
 from megarl.weights.mapping import WeightMap, build_weight_map
 from slow_layouts import EngineSizes, MegatronSizes, engine_rank, hugging_face_tensors, megatron_rank
 from tiny import CLASSES
@@ -102,7 +102,7 @@ class Case:
         if isinstance(self.target, EngineSizes):
             s = self.target
             layout = EngineLayout(engine=s.engine, tp=s.tp, ep=s.ep, replicas=s.replicas)
-            self.destination = engine_side(a, layout, self.tensors)
+            self.destination = engine_shard_layout(a, layout, self.tensors)
         else:
             self.destination = megatron(self.weight_map, self.target, self.tensors)
         first_gpu = rng.choice((0, 64)) if to_engine else 0
@@ -113,8 +113,8 @@ class Case:
         return f"{self.architecture.family} {self.source_sizes} → {self.target}"
 
 
-def megatron(weight_map: WeightMap, s: MegatronSizes, tensors: TensorTable) -> Side:
-    return megatron_side(weight_map, place(parallel_config(s), s.world_size), tensors)
+def megatron(weight_map: WeightMap, s: MegatronSizes, tensors: TensorTable) -> ShardLayout:
+    return megatron_shard_layout(weight_map, axis_sizes(parallel_config(s), s.world_size), tensors)
 
 
 def contents(case: Case, s: MegatronSizes | EngineSizes) -> list[dict[str, Tensor]]:

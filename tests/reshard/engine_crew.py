@@ -12,8 +12,8 @@ from torch import Tensor
 from engine_plugin import load_plugin
 from megarl.reshard import engine_transfer
 from megarl.reshard.engine_transfer import EngineTransfer, EngineTransferSettings
-from megarl.reshard.parcels import flat_parts
-from megarl.reshard.transport_choice import Place
+from megarl.reshard.packed_messages import flat_parts
+from megarl.reshard.transport_choice import Location
 from transfers import Transfer
 
 receiver_module = load_plugin("megarl_slice_receiver")
@@ -41,11 +41,11 @@ class Parameters:
 class Crew:
     """This rank's part. Worker w of the plan runs beside rank w."""
 
-    def __init__(self, case: Transfer, asked: str, places: Sequence[Place], timeout: float = TIMEOUT) -> None:
-        """``places``: where all ranks and then all workers say that they are."""
+    def __init__(self, case: Transfer, asked: str, locations: Sequence[Location], timeout: float = TIMEOUT) -> None:
+        """``locations``: where all ranks and then all workers say that they are."""
         self.rank = dist.get_rank()
-        self.case, self.places, self.timeout = case, places, timeout
-        engine_transfer.own_place = lambda device: places[self.rank]
+        self.case, self.locations, self.timeout = case, locations, timeout
+        engine_transfer.own_location = lambda device: locations[self.rank]
         settings = EngineTransferSettings(bucket_bytes=0, gpus_per_node=8, timeout_seconds=timeout, transport=asked)
         held = flat_parts(case.held[self.rank])
         self.transfer = EngineTransfer(case.plan, lambda: held, {8: torch.int64}, "127.0.0.1", settings)
@@ -64,7 +64,7 @@ class Crew:
 
     def join_worker(self) -> Any:
         number = self.transfer.first_worker + self.rank
-        receiver_module.own_place = lambda device: asdict(self.places[number])
+        receiver_module.own_location = lambda device: asdict(self.locations[number])
         address = (self.transfer.host, self.transfer.port, self.transfer.world_size, number)
         return receiver_module.SliceReceiver(*address, self.timeout, CPU)
 
@@ -82,11 +82,11 @@ class Crew:
 
 
 def before_pack(transfer: EngineTransfer, hook: Callable[[int], None]) -> None:
-    """Call ``hook`` with the number of its bucket before each parcel of this rank is packed."""
+    """Call ``hook`` with the number of its bucket before each packed message of this rank is packed."""
     pack = transfer._pack
 
-    def pack_after_hook(held: Any, parcel: Any, data: Tensor) -> None:
-        hook(parcel.bucket)
-        pack(held, parcel, data)
+    def pack_after_hook(held: Any, packed: Any, data: Tensor) -> None:
+        hook(packed.bucket)
+        pack(held, packed, data)
 
     transfer._pack = pack_after_hook

@@ -10,10 +10,10 @@ import pytest
 
 from cases import BUCKET, FAMILIES, Case, contents
 from megarl.errors import ConfigError
-from megarl.reshard.balance import Machines, choose_senders, least_worst_load
-from megarl.reshard.plan import Message, Plan, build_plan
-from megarl.reshard.report import LinkSpeeds, report
-from megarl.reshard.side import RankSets
+from megarl.reshard.plan.balance import Machines, choose_senders, least_worst_load
+from megarl.reshard.plan.plan import Message, Plan, build_plan
+from megarl.reshard.plan.report import LinkSpeeds, report
+from megarl.reshard.plan.shard_layout import RankSets
 
 SPEEDS = LinkSpeeds(within_node=4e9, between_nodes=1e9)
 
@@ -146,7 +146,7 @@ def test_views_of_ranks_are_the_messages(cases: list[Case]) -> None:
 def test_same_arguments_give_the_same_plan(cases: list[Case]) -> None:
     for case in cases[::4]:
         again = build_plan(case.source, case.destination, case.tensors, case.machines, BUCKET)
-        for column in ("pieces", "first_piece", "chunk", "sender", "receiver", "bucket", "message_bytes"):
+        for column in ("overlaps", "first_overlap", "chunk", "sender", "receiver", "bucket", "message_bytes"):
             assert np.array_equal(getattr(again, column), getattr(case.plan, column)), (case, column)
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from megarl.config.schema import ModelConfig, ParallelConfig
-from megarl.reshard.balance import Machines
-from megarl.reshard.build import plan_transfer
-from megarl.reshard.engines import EngineLayout
-from megarl.reshard.plan import Plan
-from megarl.reshard.report import LinkSpeeds, PlanReport, report
+from megarl.reshard.plan.balance import Machines
+from megarl.reshard.plan.build import plan_transfer
+from megarl.reshard.plan.engine_layouts import EngineLayout
+from megarl.reshard.plan.plan import Plan
+from megarl.reshard.plan.report import LinkSpeeds, PlanReport, report
 
 MODEL = Path(__file__).parent.parent.parent / "benchmarks" / "deepseek_v3"
 HIDDEN, VOCABULARY, EXPERT = 7168, 129280, 3 * 7168 * 2048

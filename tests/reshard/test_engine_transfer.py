@@ -18,8 +18,8 @@ from engine_plugin import load_plugin
 from megarl.errors import ConfigError, TransferError
 from megarl.parallel import launch
 from megarl.parallel.launch import run_local_ranks
-from megarl.reshard import carriers
-from megarl.reshard.transport_choice import Place, own_place
+from megarl.reshard import engine_transports
+from megarl.reshard.transport_choice import Location, own_location
 from slow_layouts import EngineSizes, MegatronSizes
 from transfers import Transfer, transfer
 
@@ -41,18 +41,18 @@ def dense(folder: Path) -> Transfer:
     return case_of(folder, "llama", EngineSizes(engine="vllm", tp=2))
 
 
-def hosts(names: str) -> list[Place]:
+def hosts(names: str) -> list[Location]:
     """Four ranks, then the workers, one letter each."""
-    return [Place(name, None) for name in names]
+    return [Location(name, None) for name in names]
 
 
-def gpus(names: str) -> list[Place]:
-    return [Place("host", f"GPU-{name}") for name in names]
+def gpus(names: str) -> list[Location]:
+    return [Location("host", f"GPU-{name}") for name in names]
 
 
-def update_three_times(cases: list[tuple[Transfer, str, list[Place], str]]) -> None:
-    for case, asked, places, expected in cases:
-        crew = Crew(case, asked, places)
+def update_three_times(cases: list[tuple[Transfer, str, list[Location], str]]) -> None:
+    for case, asked, locations, expected in cases:
+        crew = Crew(case, asked, locations)
         crew.join()
         assert crew.transfer.transport == expected
         for _ in range(3):
@@ -111,8 +111,10 @@ class Coalescing:
 
 
 def test_messages_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carriers.Crew, "uses_nccl", property(lambda crew: True))
-    monkeypatch.setattr(carriers, "_nccl_group", lambda crew, store, size: Coalescing(store, crew.rank, size, crew.timeout))
+    monkeypatch.setattr(engine_transports.Crew, "uses_nccl", property(lambda crew: True))
+    monkeypatch.setattr(
+        engine_transports, "_nccl_group", lambda crew, store, size: Coalescing(store, crew.rank, size, crew.timeout)
+    )
     monkeypatch.setattr(
         "megarl_slice_sources._nccl_group", lambda store, rank, size, device, timeout: Coalescing(store, rank, size, timeout)
     )
@@ -196,8 +198,8 @@ def test_a_buffer_is_not_filled_again_before_it_is_read(tmp_path: Path) -> None:
     run_local_ranks(read_slowly, (dense(tmp_path),), RANKS, LAUNCH_SECONDS)
 
 
-def update_while_one_dies(folder: Path, case: Transfer, places: list[Place]) -> None:
-    crew = Crew(case, "shared_memory", places, timeout=5.0)
+def update_while_one_dies(folder: Path, case: Transfer, locations: list[Location]) -> None:
+    crew = Crew(case, "shared_memory", locations, timeout=5.0)
     crew.join()
     if crew.rank == 3:
         before_pack(crew.transfer, lambda bucket: os.kill(os.getpid(), signal.SIGKILL) if bucket == 1 else None)
@@ -206,15 +208,15 @@ def update_while_one_dies(folder: Path, case: Transfer, places: list[Place]) -> 
 
 @pytest.mark.parametrize("places", ["aaaaaa", "aabbab"])
 def test_the_neighbours_of_a_killed_rank_name_tensor_and_bucket(
-    tmp_path: Path, places: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, locations: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "GRACE_SECONDS", 30.0)  # all have the time to say what they saw
     with pytest.raises(Exception, match=r"rank|exitcode|signal"):
-        run_local_ranks(update_while_one_dies, (tmp_path, dense(tmp_path), hosts(places)), RANKS, LAUNCH_SECONDS)
+        run_local_ranks(update_while_one_dies, (tmp_path, dense(tmp_path), hosts(locations)), RANKS, LAUNCH_SECONDS)
     found = errors(tmp_path)
     assert found  # a rank that has nothing more to do when the other dies has no error of its own
     assert all("bucket " in text and "model." in text for text in found.values())
-    if places == "aabbab":  # what rank 3 has for worker 0 goes through rank 1
+    if locations == "aabbab":  # what rank 3 has for worker 0 goes through rank 1
         assert "from rank 3" in found[1] or "worker 0" in found[1]
 
 
@@ -223,9 +225,9 @@ def update_with_flipped_bit(folder: Path, case: Transfer) -> None:
     crew.join()
     pack, send = crew.transfer._pack, crew.transfer.send
 
-    def pack_and_flip(held: Any, parcel: Any, data: Any) -> None:
-        pack(held, parcel, data)
-        if crew.rank == 2 and parcel.bucket == 1:
+    def pack_and_flip(held: Any, packed: Any, data: Any) -> None:
+        pack(held, packed, data)
+        if crew.rank == 2 and packed.bucket == 1:
             data[3] ^= 1
 
     crew.transfer._pack = pack_and_flip
@@ -248,6 +250,6 @@ def test_a_changed_bit_is_found_and_the_bucket_not_acknowledged(tmp_path: Path, 
 
 
 def test_both_ends_say_where_they_are_in_the_same_words() -> None:
-    here = load_plugin("megarl_slice_sources").own_place(receiver_module.torch.device("cpu"))
-    place = own_place(receiver_module.torch.device("cpu"))
-    assert here == {"host": place.host, "gpu": place.gpu} and place.gpu is None and place.host
+    here = load_plugin("megarl_slice_sources").own_location(receiver_module.torch.device("cpu"))
+    location = own_location(receiver_module.torch.device("cpu"))
+    assert here == {"host": location.host, "gpu": location.gpu} and location.gpu is None and location.host

@@ -13,17 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.cli.parity import parse_layout, synthetic_batch, with_layout
 from megarl.config.schema import Config
-from megarl.loop.parity import parse_layout, synthetic_batch, with_layout
 from megarl.models.architecture import read_architecture
 from megarl.models.build import CausalLM, build_model_chunks
 from megarl.parallel.launch import run_local_ranks
 from megarl.parallel.layout import Layout, build_layout
 from megarl.reshard.megatron import OptimizerTransfer, TransferSettings, WeightTransfer
 from megarl.train.roles import Policy
-from megarl.types import TokenScores
+from megarl.types import TokenOutputs
+from megarl.weights.files.sources import SafetensorsSource
 from megarl.weights.mapping import WeightMap, build_weight_map
-from megarl.weights.sources import SafetensorsSource
 from megarl.weights.transfer import global_parameters, load_weights
 from slow_layouts import Tensors
 from tiny import PROMPTS, tiny_config, write_tiny_model
@@ -87,8 +87,8 @@ def update(policy: Policy, config: Config) -> tuple[dict[str, Tensor], float]:
     packed = synthetic_batch(PROMPTS, config)
     before = {name: tensor.clone() for name, tensor in policy.hugging_face_tensors()}
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
-    old, entropies = policy.engine.score(packed)
-    scores = TokenScores(old=old + 0.1, entropies=entropies, reference=old - 0.2, values=None)
+    old, entropies = policy.engine.forward_only(packed)
+    scores = TokenOutputs(old=old + 0.1, entropies=entropies, reference=old - 0.2, values=None)
     result = policy.update(algorithm.prepare(packed, scores, step=0).batches[0], algorithm.objective)
     return {name: tensor - before[name] for name, tensor in policy.hugging_face_tensors()}, result.gradient_norm
 
@@ -104,11 +104,11 @@ def step_on_given_gradients(policy: Policy) -> Tensors:
         shard = weight_map.shard(name, group.rank(), group.size())
         tensor.main_grad.zero_()
         start = 0
-        for piece in shard.slices:
-            generator = torch.Generator().manual_seed(zlib.crc32(piece.name.encode()))
-            whole = torch.randn(weight_map.hugging_face_shapes()[piece.name], generator=generator)
-            length = piece.stop - piece.start
-            tensor.main_grad.narrow(shard.dim, start, length).copy_(whole.narrow(piece.dim, piece.start, length))
+        for overlap in shard.slices:
+            generator = torch.Generator().manual_seed(zlib.crc32(overlap.name.encode()))
+            whole = torch.randn(weight_map.hugging_face_shapes()[overlap.name], generator=generator)
+            length = overlap.stop - overlap.start
+            tensor.main_grad.narrow(shard.dim, start, length).copy_(whole.narrow(overlap.dim, overlap.start, length))
             start += length
     policy.optimizer.step()
     return {name: tensor.clone() for name, tensor in policy.hugging_face_tensors()}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cases import BUCKET, FAMILIES, Case, contents
 from megarl.reshard.optimizer_state import MAIN, ParameterState, held_ranges, optimizer_parts, ranges_of
-from megarl.reshard.plan import build_plan
-from megarl.reshard.side import as_matrix
+from megarl.reshard.plan.plan import build_plan
+from megarl.reshard.plan.shard_layout import as_matrix
 from slow_layouts import MegatronSizes, Tensors
 
 States = list[dict[str, ParameterState]]

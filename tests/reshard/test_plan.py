@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cases import FAMILIES, Case, contents
-from megarl.reshard.plan import Plan
+from megarl.reshard.plan.plan import Plan
 
 
 def matrix(tensor: Tensor) -> Tensor:

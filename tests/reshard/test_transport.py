@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from megarl.errors import RankError, TransferError
 from megarl.parallel.launch import run_local_ranks
-from megarl.reshard.parcels import flat_parts
-from megarl.reshard.transport import PointToPoint
+from megarl.reshard.packed_messages import flat_parts
+from megarl.reshard.point_to_point import PointToPoint
 from slow_layouts import EngineSizes, MegatronSizes
 from transfers import Transfer, transfer
 
@@ -72,10 +72,10 @@ def execute(case: Transfer, timeout_seconds: float) -> None:
 def test_a_changed_message_is_an_error_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack = PointToPoint._pack
 
-    def flip_a_bit(self, parcel, source):
-        pack(self, parcel, source)
-        if dist.get_rank() == 1 and parcel.peer == 2 and parcel.bucket == 1:
-            self._send_buffer[parcel.start + 100] ^= 4
+    def flip_a_bit(self, packed, source):
+        pack(self, packed, source)
+        if dist.get_rank() == 1 and packed.peer == 2 and packed.bucket == 1:
+            self._send_buffer[packed.start + 100] ^= 4
 
     monkeypatch.setattr(PointToPoint, "_pack", flip_a_bit)
     case = four_ranks(tmp_path)

@@ -6,12 +6,12 @@ import torch
 from megarl.config.schema import Config
 from megarl.errors import ConfigError
 from megarl.loop.weight_sync import check_transport
-from megarl.reshard.transport_choice import Place, choose_transport
+from megarl.reshard.transport_choice import Location, choose_transport
 
 
-def places(text: str) -> list[Place]:
+def locations(text: str) -> list[Location]:
     """``host:gpu`` of each process; a host alone is a process on CPU."""
-    return [Place(host, gpu or None) for host, _, gpu in (name.partition(":") for name in text.split())]
+    return [Location(host, gpu or None) for host, _, gpu in (name.partition(":") for name in text.split())]
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,9 @@ def places(text: str) -> list[Place]:
     ],
 )
 def test_auto(ranks: str, workers: str, expected: str) -> None:
-    assert choose_transport("auto", places(ranks), places(workers)) == expected
-    assert choose_transport(expected, places(ranks), places(workers)) == expected
-    assert choose_transport("gloo", places(ranks), places(workers)) == "gloo"
+    assert choose_transport("auto", locations(ranks), locations(workers)) == expected
+    assert choose_transport(expected, locations(ranks), locations(workers)) == expected
+    assert choose_transport("gloo", locations(ranks), locations(workers)) == "gloo"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_auto(ranks: str, workers: str, expected: str) -> None:
 )
 def test_an_impossible_one_is_refused(asked: str, ranks: str, workers: str, reason: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        choose_transport(asked, places(ranks), places(workers))
+        choose_transport(asked, locations(ranks), locations(workers))
     assert str(refusal.value) == f"rollout.weight_transfer.transport {asked} is impossible: {reason}; use auto"
 
 

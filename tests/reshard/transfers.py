@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from cases import PAD_MULTIPLE, megatron, random_architecture
-from megarl.reshard.balance import Machines
-from megarl.reshard.engines import EngineLayout, engine_side
-from megarl.reshard.plan import Plan, build_plan
-from megarl.reshard.side import tensor_table
-from megarl.reshard.transport import PointToPoint
+from megarl.reshard.plan.balance import Machines
+from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.reshard.plan.plan import Plan, build_plan
+from megarl.reshard.plan.shard_layout import tensor_table
+from megarl.reshard.point_to_point import PointToPoint
 from megarl.weights.mapping import build_weight_map
 from slow_layouts import EngineSizes, MegatronSizes, Tensors, engine_rank, hugging_face_tensors, megatron_rank
 
@@ -61,7 +61,7 @@ def transfer(
     for sizes, ranks in (source, target):
         if isinstance(sizes, EngineSizes):
             layout = EngineLayout(engine=sizes.engine, tp=sizes.tp, ep=sizes.ep, replicas=sizes.replicas)
-            sides.append(engine_side(architecture, layout, tensors))
+            sides.append(engine_shard_layout(architecture, layout, tensors))
             held = [engine_rank(values, architecture, sizes, rank) for rank in range(len(ranks))]
         else:
             sides.append(megatron(weight_map, sizes, tensors))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megarl.config.algorithm_checks import check_correctness
+from megarl.config.checks.algorithm import check_correctness
 from megarl.config.schema import Config
 from megarl.rewards.correctness import correctness
 from megarl.types import FinishReason, Prompt, Rollout, ScoredRollout

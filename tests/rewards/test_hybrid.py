@@ -6,7 +6,7 @@ import pytest
 from aiohttp import web
 
 from judge_server import completion, serve
-from megarl.config.run_checks import check_run
+from megarl.config.checks.run import check_run
 from megarl.config.schema import Config, RewardsConfig, ScorerConfig
 from megarl.errors import RewardError
 from megarl.rewards.combine import RewardScorer

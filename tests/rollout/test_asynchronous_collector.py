@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from megarl.config.schema import Config
+from megarl.engines.protocol import Generation, SamplingParams
 from megarl.errors import RolloutError
 from megarl.loop.background import NAME, BackgroundLoop
 from megarl.rollout.asynchronous_collector import AsynchronousCollector
-from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.types import FinishReason, Prompt, Rollout, ScoredRollout
 
 pytestmark = pytest.mark.timeout(30)
@@ -52,7 +52,7 @@ class Engine:
         finally:
             self.sent.remove(request)
 
-    async def cut(self) -> None:
+    async def abort(self) -> None:
         self.num_cuts += 1
         for request in self.sent:
             request.give(2, self.version, FinishReason.ABORT)
@@ -84,9 +84,9 @@ class Trainer:
             for number in range(first, first + count)
         ]
 
-    async def go_on(self, version: int) -> None:
+    async def resume(self, version: int) -> None:
         self.engine.version = version
-        await self.collector.go_on(self.take, version)
+        await self.collector.resume(self.take, version)
         await settle()
 
     async def collect(self, step: int) -> Any:
@@ -141,7 +141,7 @@ def run(
 
 def test_groups_begun_are_bounded_and_the_oldest_whole_ones_are_trained() -> None:
     async def use(trainer: Trainer) -> None:
-        await trainer.go_on(0)
+        await trainer.resume(0)
         assert len(trainer.taken) == 4  # two steps' groups
         for number in (3, 1, 2):
             trainer.engine.of(number).give(3, 0)
@@ -149,8 +149,8 @@ def test_groups_begun_are_bounded_and_the_oldest_whole_ones_are_trained() -> Non
         assert result.tickets.trained == ((1, "p/1"), (2, "p/2"))  # group 0 may wait until step 1
         await settle()
         assert len(trainer.taken) == 4  # those in training count
-        await trainer.collector.hold()
-        await trainer.go_on(1)
+        await trainer.collector.pause()
+        await trainer.resume(1)
         assert len(trainer.taken) == 6
         for number in (4, 5):
             trainer.engine.of(number).give(3, 1)
@@ -167,19 +167,19 @@ def test_groups_begun_are_bounded_and_the_oldest_whole_ones_are_trained() -> Non
 def test_prompts_of_one_document_are_sent_one_after_the_other() -> None:
     async def use(trainer: Trainer) -> None:
         trainer.documents = {0: (7, 7, 5), 1: (3, 1), 2: (7, 7, 4), 3: (3, 0, 9)}
-        await trainer.go_on(0)
+        await trainer.resume(0)
         assert [request.prompt for request in trainer.engine.sent] == [(3, 0, 9), (3, 1), (7, 7, 4), (7, 7, 5)]
-        assert [group.ticket for group in trainer.collector.outstanding.groups] == [0, 1, 2, 3]
+        assert [group.ticket for group in trainer.collector.pending.groups] == [0, 1, 2, 3]
         for number in (3, 7):
             for request in [request for request in trainer.engine.sent if request.prompt[0] == number][:1]:
                 request.give(3, 0)
         await trainer.collect(0)
-        await trainer.collector.hold()
+        await trainer.collector.pause()
         trainer.documents |= {4: (5, 5), 5: (2, 2)}
-        await trainer.go_on(1)  # the groups that were cut, and then the new ones
+        await trainer.resume(1)  # the groups that were cut, and then the new ones
         assert [request.prompt[:2] for request in trainer.engine.sent] == [(3, 1)] * 2 + [(7, 7)] * 2 + [(2, 2), (5, 5)]
-        await trainer.collector.hold()
-        await trainer.go_on(2)
+        await trainer.collector.pause()
+        await trainer.resume(2)
         assert [request.prompt[:2] for request in trainer.engine.sent] == [
             prompt for prompt in ((2, 2), (3, 1), (5, 5), (7, 7)) for _ in range(2)
         ]
@@ -189,12 +189,12 @@ def test_prompts_of_one_document_are_sent_one_after_the_other() -> None:
 
 def test_responses_go_on_with_the_new_weights() -> None:
     async def use(trainer: Trainer) -> None:
-        await trainer.go_on(0)
-        await trainer.collector.hold()
+        await trainer.resume(0)
+        await trainer.collector.pause()
         assert trainer.engine.sent == [] and trainer.engine.num_cuts == 1
         await settle()
         assert trainer.engine.sent == []  # nothing is sent while weights change
-        await trainer.go_on(1)
+        await trainer.resume(1)
         resumed = [request for request in trainer.engine.sent if request.prompt[0] == 0]
         assert [request.prompt for request in resumed] == [(0, 1, 0, 1)] * 2  # one request for each sample, with its two tokens
         assert {request.sampling.max_new_tokens for request in resumed} == {MAX_NEW_TOKENS - 2}
@@ -212,18 +212,18 @@ def test_responses_go_on_with_the_new_weights() -> None:
 
 def test_an_update_can_wait_for_what_is_under_way() -> None:
     async def use(trainer: Trainer) -> None:
-        await trainer.go_on(0)
-        holding = asyncio.ensure_future(trainer.collector.hold())
+        await trainer.resume(0)
+        pausing = asyncio.ensure_future(trainer.collector.pause())
         await settle()
-        assert not holding.done() and trainer.engine.num_cuts == 0
+        assert not pausing.done() and trainer.engine.num_cuts == 0
         first, *others = trainer.engine.sent
         for request in others:
             request.give(3, 0)
         await settle()
         first.answer.set_exception(RolloutError("overloaded"))  # and is not sent again before the update
-        await asyncio.wait_for(holding, 10)
+        await asyncio.wait_for(pausing, 10)
         assert trainer.engine.sent == []
-        await trainer.go_on(1)
+        await trainer.resume(1)
         assert {request.prompt for request in trainer.engine.sent} == {first.prompt, (3, 1)}
 
     run(use, asynchronous={"on_update": "finish"}, concurrency=3)
@@ -231,7 +231,7 @@ def test_an_update_can_wait_for_what_is_under_way() -> None:
 
 def test_none_are_begun_that_the_run_would_leave_over() -> None:
     async def use(trainer: Trainer) -> None:
-        await trainer.go_on(0)
+        await trainer.resume(0)
         assert len(trainer.taken) == 2
 
     run(use, steps=1)
@@ -239,7 +239,7 @@ def test_none_are_begun_that_the_run_would_leave_over() -> None:
 
 def test_dropped_groups_are_replaced_and_named() -> None:
     async def use(trainer: Trainer) -> None:
-        await trainer.go_on(0)
+        await trainer.resume(0)
         for number in range(4):
             trainer.engine.of(number).give(3, 0)
         await settle()
@@ -258,7 +258,7 @@ def test_dropped_groups_are_replaced_and_named() -> None:
 
 def test_sampling_that_can_never_fill_a_step_ends_the_run() -> None:
     async def use(trainer: Trainer) -> None:
-        await trainer.go_on(0)
+        await trainer.resume(0)
         waiting = asyncio.ensure_future(trainer.collect(0))
         for _ in range(10):
             for request in list(trainer.engine.sent):
@@ -274,19 +274,19 @@ def test_sampling_that_can_never_fill_a_step_ends_the_run() -> None:
 @pytest.mark.parametrize("call", ["collect", "hold"])
 def test_a_dead_engine_ends_the_run_at_the_next_call(call: str) -> None:
     async def use(trainer: Trainer) -> None:
-        await trainer.go_on(0)
+        await trainer.resume(0)
         trainer.engine.dead = "the engine was killed"
         trainer.engine.of(0).answer.set_exception(RolloutError("connection lost"))
         await settle()
         with pytest.raises(RolloutError, match="the engine was killed"):
-            await (trainer.collect(0) if call == "collect" else trainer.collector.hold())
+            await (trainer.collect(0) if call == "collect" else trainer.collector.pause())
 
     run(use)
 
 
 def test_a_request_given_up_by_the_engine_or_late_is_sent_again() -> None:
     async def use(trainer: Trainer) -> None:
-        await trainer.go_on(0)
+        await trainer.resume(0)
         trainer.engine.of(0).give(2, 0, FinishReason.ABORT)  # nobody asked for that
         trainer.engine.of(1).answer.set_exception(RolloutError("overloaded"))
         await settle()

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from megarl.config.schema import Config, EmbeddedEngineConfig
 from megarl.data.packing import pack_groups
+from megarl.engines.embedded import EmbeddedEngine
+from megarl.engines.protocol import Generation, SamplingParams
 from megarl.errors import RolloutError
 from megarl.rollout.collect_result import CollectResult
 from megarl.rollout.collector import Collector
-from megarl.rollout.embedded import EmbeddedEngine
-from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.types import GREEDY_INDEX, FinishReason, PackedBatch, Prompt, Rollout, RolloutGroup, ScoredRollout
 from tiny_rollout import exported_weights, make_tiny_model, weight_shapes
 
@@ -96,7 +96,7 @@ def make_config(
     if tasks:
         data["train"] = {"type": "mixture", "tasks": [{"name": name, "source": rows} for name in tasks]}
         data["sampling"] = {"mixture": "balanced"}
-    surplus = {"over_sampling": over_sampling, "max_surplus_age": max_surplus_age}
+    leftover = {"over_sampling": over_sampling, "max_surplus_age": max_surplus_age}
     settings = {"prompts_per_step": 6, "samples_per_prompt": 4, "max_new_tokens": 6, "request_timeout": 30.0, "max_retries": 2}
     return Config.model_validate(
         {
@@ -105,7 +105,7 @@ def make_config(
             "seed": 7,
             "model": {"path": "unused"},
             "data": data,
-            "algorithm": {"max_sampling_waves": 5, "dynamic_sampling": dynamic} | surplus,
+            "algorithm": {"max_sampling_waves": 5, "dynamic_sampling": dynamic} | leftover,
             "observe": {"stall_warning": stall},
             "evaluation": evaluation or {},
             "rollout": settings | rollout,
@@ -249,7 +249,7 @@ def test_surplus_groups_are_used_by_the_next_step_and_then_dropped() -> None:
         (2, 0, 0),
         (0, 2, 1),
     ]
-    assert texts([one.group for one in collector.surplus]) == ["18", "21"]
+    assert texts([one.group for one in collector.leftover]) == ["18", "21"]
 
     async def two_steps_later() -> CollectResult:
         return await collector.collect(PromptSource(), step=9)
@@ -272,7 +272,7 @@ def test_surplus_may_wait_longer_and_is_saved_whole(model_folder: Path) -> None:
         source, copy = PromptSource(), PromptSource()
         collector = make_collector(engine, score_first_token, **options)
         first = await collector.collect(source, step=1)
-        assert 0 < len(collector.surplus) <= 6
+        assert 0 < len(collector.leftover) <= 6
         saved = json.loads(json.dumps(collector.state()))
         resumed = make_collector(engine, score_first_token, **options)
         resumed.restore(saved, lambda prompt_id: make_prompt(int(prompt_id.removeprefix("task/"))))
@@ -307,11 +307,11 @@ def test_a_balanced_step_leaves_what_is_too_many_of_one_task_for_the_next() -> N
     async def run() -> tuple[CollectResult, list[RolloutGroup]]:
         options: dict[str, Any] = {"prompts_per_step": 4, "dynamic": True, "over_sampling": 2.0, "tasks": ("a", "b")}
         collector = make_collector(FailingEngine(), score, **options)
-        return await collector.collect(ByTurns(), step=0), [one.group for one in collector.surplus]
+        return await collector.collect(ByTurns(), step=0), [one.group for one in collector.leftover]
 
-    result, surplus = asyncio.run(run())
+    result, leftover = asyncio.run(run())
     assert texts(result.groups) == ["0", "3", "2", "9"]  # of 8 prompts one b teaches, of the next 2 another
-    assert texts(surplus) == ["4", "6", "8"]
+    assert texts(leftover) == ["4", "6", "8"]
 
 
 def test_balanced_steps_replace_a_dropped_group_by_one_of_its_task() -> None:

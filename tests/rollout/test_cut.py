@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megarl.config.schema import EmbeddedEngineConfig
-from megarl.rollout.embedded import EmbeddedEngine
-from megarl.rollout.outstanding import joined
-from megarl.rollout.protocol import Generation, resumed
-from megarl.rollout.sampler import GumbelSampler
+from megarl.engines.embedded import EmbeddedEngine
+from megarl.engines.protocol import Generation, resumed
+from megarl.engines.token_sampler import GumbelSampler
+from megarl.rollout.pending_groups import joined
 from megarl.types import FinishReason
 from tiny_rollout import exported_weights, generate_all, make_tiny_model, reference_logprobs, sampling, weight_shapes
 
@@ -56,17 +56,17 @@ async def cut_and_go_on(engine: EmbeddedEngine, reached: asyncio.Event) -> tuple
     """What had come when all requests were cut, and the whole responses with the weights of seed 1 for the rest, as version 4."""
     running = asyncio.ensure_future(generate_all(engine, PROMPTS, sampling()))
     await asyncio.wait_for(reached.wait(), TIMEOUT)
-    await engine.cut()
+    await engine.abort()
     parts = await asyncio.wait_for(running, TIMEOUT)
     await engine.update_weights(exported_weights(make_tiny_model(1)), 4)
 
-    async def go_on(prompt: tuple[int, ...], index: int, part: Generation) -> Generation:
+    async def resume(prompt: tuple[int, ...], index: int, part: Generation) -> Generation:
         length = len(part.token_ids)
         (rest,) = await engine.generate(prompt + part.token_ids, resumed(sampling(), index, length))
         return joined(part, rest, sampling().max_new_tokens)
 
     whole = [
-        list(await asyncio.gather(*(go_on(prompt, index, part) for index, part in enumerate(group))))
+        list(await asyncio.gather(*(resume(prompt, index, part) for index, part in enumerate(group))))
         for prompt, group in zip(PROMPTS, parts, strict=True)
     ]
     return parts, whole
@@ -109,7 +109,7 @@ def test_the_same_cut_goes_on_the_same_way(model_folder: Path) -> None:
 def test_requests_that_wait_are_cut_before_their_first_token(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(engine: EmbeddedEngine) -> Any:
         parts, _ = await cut_and_go_on(engine, cut_after(monkeypatch, engine, 2))
-        await engine.cut()  # nothing is in flight
+        await engine.abort()  # nothing is in flight
         return parts
 
     parts = with_engine(model_folder, use, batch_size=4)  # of nine responses

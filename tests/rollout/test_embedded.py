@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megarl.config.schema import EmbeddedEngineConfig, RepetitionStopConfig
+from megarl.engines.embedded import EmbeddedEngine
+from megarl.engines.protocol import Generation
 from megarl.errors import RolloutError, WeightsError
-from megarl.rollout.embedded import EmbeddedEngine
-from megarl.rollout.protocol import Generation
 from megarl.types import FinishReason
 from tiny_rollout import (
     exported_weights,
@@ -111,12 +111,12 @@ def test_a_response_ends_with_its_first_stop_token(with_engine: WithEngine) -> N
     stop = (free[1][2].token_ids[4], free[0][0].token_ids[0])
     stopped = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling(stop_token_ids=stop)))
     for free_group, group in zip(free, stopped, strict=True):
-        for whole, cut in zip(free_group, group, strict=True):
+        for whole, abort in zip(free_group, group, strict=True):
             length = next((index + 1 for index, token in enumerate(whole.token_ids) if token in stop), 12)
-            assert cut.token_ids == whole.token_ids[:length]
-            assert len(cut.logprobs) == length
-            expected = FinishReason.STOP if cut.token_ids[-1] in stop else FinishReason.LENGTH
-            assert cut.finish_reason is expected
+            assert abort.token_ids == whole.token_ids[:length]
+            assert len(abort.logprobs) == length
+            expected = FinishReason.STOP if abort.token_ids[-1] in stop else FinishReason.LENGTH
+            assert abort.finish_reason is expected
 
 
 def test_a_response_that_repeats_itself_is_ended_there(with_engine: WithEngine) -> None:
@@ -129,14 +129,14 @@ def test_a_response_that_repeats_itself_is_ended_there(with_engine: WithEngine) 
     alone = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling(stop_token_ids=(rare,), **settings)), batch_size=1)
     reasons = []
     for free_group, group, alone_group in zip(free, together, alone, strict=True):
-        for whole, cut, other in zip(free_group, group, alone_group, strict=True):
+        for whole, abort, other in zip(free_group, group, alone_group, strict=True):
             stop = whole.token_ids.index(rare) + 1 if rare in whole.token_ids else 1000
             repetition = repeats_first_at(whole.token_ids, 2, 6, 2) or 1000
             expected = min((stop, 0, FinishReason.STOP), (40, 1, FinishReason.LENGTH), (repetition, 2, FinishReason.REPETITION))
-            assert (len(cut.token_ids), cut.finish_reason) == (expected[0], expected[2])
-            assert cut.token_ids == whole.token_ids[: expected[0]] == other.token_ids
-            assert len(cut.logprobs) == len(cut.weight_versions) == expected[0] and cut.finish_reason is other.finish_reason
-            reasons.append(cut.finish_reason)
+            assert (len(abort.token_ids), abort.finish_reason) == (expected[0], expected[2])
+            assert abort.token_ids == whole.token_ids[: expected[0]] == other.token_ids
+            assert len(abort.logprobs) == len(abort.weight_versions) == expected[0] and abort.finish_reason is other.finish_reason
+            reasons.append(abort.finish_reason)
     assert all(reasons.count(reason) >= 2 for reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION))
     # a response that repeats itself with its very last token is as long as it may be
     group, sample = next(

@@ -14,6 +14,8 @@ from torch import Tensor
 from megarl.algorithms.algorithm import Algorithm
 from megarl.config.schema import AlgorithmConfig, Config, EmbeddedEngineConfig
 from megarl.data.packing import pack_groups
+from megarl.engines.embedded import EmbeddedEngine
+from megarl.engines.protocol import Generation, SamplingParams
 from megarl.environments.protocol import Step
 from megarl.environments.run import EnvironmentFailure
 from megarl.errors import RewardError, RolloutError
@@ -21,10 +23,8 @@ from megarl.observe.metrics import rollout_metrics
 from megarl.rewards.episodes import EpisodeScorer
 from megarl.rollout.collect_result import CollectResult
 from megarl.rollout.collector import Collector
-from megarl.rollout.embedded import EmbeddedEngine
 from megarl.rollout.episodes import EpisodePlayer
-from megarl.rollout.protocol import Generation, SamplingParams
-from megarl.types import GREEDY_INDEX, NO_VERSION, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout, TokenScores, Turn
+from megarl.types import GREEDY_INDEX, NO_VERSION, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout, TokenOutputs, Turn
 from tiny_rollout import exported_weights, make_tiny_model, reference_logprobs, weight_shapes
 
 pytestmark = pytest.mark.timeout(60)
@@ -415,7 +415,7 @@ def test_an_algorithm_skips_the_environments_tokens() -> None:
     values = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     garbage = 1e3  # whatever stands at tokens that nobody sampled
     per_token = torch.tensor([garbage] * 2 + values[:3] + [garbage] * 3 + values[3:])
-    scores = TokenScores(old=packed.sampler_logprobs, entropies=per_token, reference=None, values=per_token)
+    scores = TokenOutputs(old=packed.sampler_logprobs, entropies=per_token, reference=None, values=per_token)
     config = AlgorithmConfig.model_validate(
         {"advantage": "gae", "gae": {"discount": 0.9, "trace_decay": 0.5}, "reward_shaping": {"overlong_buffer": 0.5}}
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megarl.rollout.sampler import GumbelSampler
+from megarl.engines.token_sampler import GumbelSampler
 
 NUM_ROWS = 4000
 CHI_SQUARE_99 = {3: 11.34, 5: 15.09}  # 99 % quantile by degrees of freedom

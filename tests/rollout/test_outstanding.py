@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from megarl.rollout.outstanding import NOTHING_YET, Outstanding, OutstandingGroup, Tickets, joined, next_batch
-from megarl.rollout.protocol import Generation, resumed
+from megarl.engines.protocol import Generation, resumed
+from megarl.rollout.pending_groups import NOTHING_YET, PendingGroup, PendingGroups, Tickets, joined, next_batch
 from megarl.types import FinishReason, Prompt, RolloutGroup
 from tiny_rollout import sampling
 
@@ -16,7 +16,7 @@ def prompt(number: int) -> Prompt:
     return Prompt(prompt_id=f"train/{number}", token_ids=(1, 2), text="", reference={"answer": number}, task="train")
 
 
-def score(group: OutstandingGroup) -> None:
+def score(group: PendingGroup) -> None:
     group.scored = RolloutGroup(prompt=group.prompt, rollouts=(), greedy=None)
 
 
@@ -30,7 +30,7 @@ def generation(tokens: tuple[int, ...], version: int, reason: FinishReason) -> G
 @pytest.mark.parametrize("chance", [0.05, 0.3, 0.9])
 def test_no_group_is_trained_later_than_the_bound_and_none_blocks_for_ever(max_staleness: int, chance: float) -> None:
     """Groups that become whole in random order, under AReaL's bound on groups begun; 60 updates of 3 groups."""
-    size, store, dice = 3, Outstanding(), random.Random(max_staleness)
+    size, store, dice = 3, PendingGroups(), random.Random(max_staleness)
     for version in range(60):
         while store.num_begun < (version + max_staleness + 1) * size:  # AReaL: floor((N - 1) / B) <= version + staleness
             store.begin(prompt(store.num_begun), version, 1)
@@ -48,7 +48,7 @@ def test_no_group_is_trained_later_than_the_bound_and_none_blocks_for_ever(max_s
 
 def test_a_straggler_is_waited_for_only_when_it_is_due() -> None:
     """Four groups begun at version 0 for steps of two, which may be trained at versions 0 and 1."""
-    store = Outstanding()
+    store = PendingGroups()
     groups = [store.begin(prompt(number), 0, 1) for number in range(4)]
     for group in groups[1:]:
         score(group)
@@ -60,7 +60,7 @@ def test_a_straggler_is_waited_for_only_when_it_is_due() -> None:
 
 
 def test_the_store_survives_a_checkpoint_and_every_ticket_is_somewhere_once() -> None:
-    store, other = Outstanding(), Outstanding()
+    store, other = PendingGroups(), PendingGroups()
     groups = [store.begin(prompt(number), number, 2) for number in range(6)]
     groups[1].samples[0] = generation((5, 6), 3, FinishReason.STOP)
     score(groups[3])
@@ -89,7 +89,7 @@ def test_a_response_is_whole_when_it_ends_or_has_all_tokens() -> None:
 
 def test_no_two_continuations_share_their_random_numbers() -> None:
     cuts = [resumed(sampling(seed=seed), index, length) for seed, index, length in itertools.product((1, 2), (0, 1), (0, 3, 4))]
-    assert len({cut.seed for cut in cuts}) == len(cuts)
-    assert all(0 <= cut.seed < 2**62 for cut in cuts)
-    assert {cut.max_new_tokens for cut in cuts} == {12, 9, 8} and {cut.num_samples for cut in cuts} == {1}
+    assert len({abort.seed for abort in cuts}) == len(cuts)
+    assert all(0 <= abort.seed < 2**62 for abort in cuts)
+    assert {abort.max_new_tokens for abort in cuts} == {12, 9, 8} and {abort.num_samples for abort in cuts} == {1}
     assert cuts == [resumed(sampling(seed=seed), i, n) for seed, i, n in itertools.product((1, 2), (0, 1), (0, 3, 4))]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from megarl.config.schema import Config
+from megarl.engines.protocol import Generation, SamplingParams
 from megarl.errors import CheckpointError
 from megarl.rollout.collector import Collector
 from megarl.rollout.partial_collector import PartialCollector
-from megarl.rollout.protocol import Generation, SamplingParams
 from megarl.types import FinishReason, Prompt, Rollout, ScoredRollout
 
 pytestmark = pytest.mark.timeout(30)
@@ -147,7 +147,7 @@ def test_when_all_responses_are_long_steps_still_fill_and_the_store_is_bounded()
     collector, engine = make([12] * 60)
     steps = run_steps(collector, engine, range(12))
     assert steps == [[2 * step, 2 * step + 1] for step in range(12)]
-    assert len(collector.outstanding.groups) <= 3 * 2  # three budgets make a response, two groups a step
+    assert len(collector.pending.groups) <= 3 * 2  # three budgets make a response, two groups a step
     first_tokens_of_last = [so_far for number, so_far, _ in engine.asked[-12:]]
     assert set(first_tokens_of_last) == {0, 4, 8}  # in the end every step adds one budget to three steps' groups
 
@@ -166,10 +166,10 @@ def prompt_of(prompt_id: str) -> Prompt:
 @pytest.mark.parametrize("greedy", [False, True])
 def test_a_store_that_went_through_a_checkpoint_goes_on_as_if_nothing_had_been(greedy: bool) -> None:
     whole, engine, saved = interrupted(greedy)
-    num_taken, num_asked = whole.outstanding.num_begun, len(engine.asked)
+    num_taken, num_asked = whole.pending.num_begun, len(engine.asked)
     resumed, other = make(engine.lengths, greedy=greedy)
     resumed.restore(saved, prompt_of)
-    assert resumed.outstanding.groups == whole.outstanding.groups
+    assert resumed.pending.groups == whole.pending.groups
     assert run_steps(resumed, other, range(2, 5), num_taken) == run_steps(whole, engine, range(2, 5), num_taken)
     assert other.asked == engine.asked[num_asked:]
 

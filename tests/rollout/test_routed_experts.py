@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import Config, EmbeddedEngineConfig
+from megarl.engines.build import build_engine
+from megarl.engines.embedded import EmbeddedEngine
+from megarl.engines.protocol import Generation
+from megarl.engines.routed_experts import reported_experts
 from megarl.errors import RolloutError
-from megarl.rollout.build import build_engine
-from megarl.rollout.embedded import EmbeddedEngine
-from megarl.rollout.protocol import Generation
-from megarl.rollout.routed_experts import reported_experts
 from tiny import chosen_experts, write_tiny_model
 from tiny_rollout import generate_all, sampling
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from megarl.engines.protocol import Generation
 from megarl.errors import CheckpointError
-from megarl.rollout.protocol import Generation
 from megarl.rollout.saved_groups import load_group, load_sample, refuse_damage, save_group, save_sample
 from megarl.types import GREEDY_INDEX, NO_EXPERT, Episode, FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout, Turn
 

@@ -10,10 +10,10 @@ import pytest
 from aiohttp import web
 
 from megarl.config.schema import Config, RewardsConfig
+from megarl.engines.build import build_engine
+from megarl.engines.server_engine import ServerEngine
 from megarl.errors import ConfigError, MegaRLError
 from megarl.rewards.combine import RewardScorer
-from megarl.rollout.build import build_engine
-from megarl.rollout.server_engine import ServerEngine
 from tiny_rollout import exported_weights, make_tiny_model, sampling, weight_shapes
 
 pytestmark = pytest.mark.timeout(60)

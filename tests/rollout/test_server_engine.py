@@ -12,8 +12,8 @@ from aiohttp import web
 
 from engine_plugin import load_plugin
 from megarl.config.schema import Config
+from megarl.engines.sglang import SGLangEngine
 from megarl.errors import RolloutError, WeightsError
-from megarl.rollout.sglang import SGLangEngine
 from megarl.types import FinishReason
 from tiny_rollout import exported_weights, make_tiny_model, sampling, weight_shapes
 
@@ -161,15 +161,15 @@ def test_a_cut_ends_when_all_requests_are_answered(model_folder: Path) -> None:
 
     async def use(fake: FakeSGLang, engine: SGLangEngine) -> None:
         await engine.update_weights(exported_weights(make_tiny_model(1)), 0)
-        await engine.cut()
+        await engine.abort()
         assert "/abort_request" not in fake.calls  # nothing is in flight
         fake.aborts_needed = 2
         requests = [asyncio.ensure_future(engine.generate((1, 2), sampling())) for _ in range(3)]
         await asyncio.sleep(0)
-        await engine.cut()
+        await engine.abort()
         assert fake.calls.count("/abort_request") == 2
         assert len(await asyncio.gather(*requests)) == 3
-        await asyncio.wait_for(engine.cut(), 1)
+        await asyncio.wait_for(engine.abort(), 1)
 
     with_server(model_folder, use)
 
@@ -182,7 +182,7 @@ def test_a_cut_that_takes_too_long_is_an_error(model_folder: Path) -> None:
         request = asyncio.ensure_future(engine.generate((1, 2), sampling()))
         await asyncio.sleep(0)
         with pytest.raises(RolloutError, match=r"did not give up its requests within 1 s \(rollout\.sglang\.update_timeout\)"):
-            await engine.cut()
+            await engine.abort()
         request.cancel()
 
     with_server(model_folder, use, update_timeout=1.0)

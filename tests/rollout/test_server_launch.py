@@ -11,12 +11,12 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply
 
 from engine_plugin import load_plugin
 from megarl.config.schema import Config
+from megarl.engines.build import build_engine
+from megarl.engines.server_engine import ServerEngine
+from megarl.engines.server_launch import cores_of_ranks
+from megarl.engines.sglang import CPU_FOLDER
+from megarl.engines.vllm import VllmEngine
 from megarl.errors import RolloutError
-from megarl.rollout.build import build_engine
-from megarl.rollout.server_engine import ServerEngine
-from megarl.rollout.server_launch import cores_of_ranks
-from megarl.rollout.sglang import CPU_FOLDER
-from megarl.rollout.vllm import VllmEngine
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the settings of CPU servers")
 

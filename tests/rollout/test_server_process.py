@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megarl.engines.environment import COMPLETE_MARKER, default_python, engine_folder
+from megarl.engines.server_process import ServerProcess, free_port
 from megarl.errors import RolloutError
-from megarl.rollout.engine_environment import COMPLETE_MARKER, default_python, engine_folder
-from megarl.rollout.server_process import ServerProcess, free_port
 
 # A server with a child of its own; both ignore TERM when told to. It writes the process ids once all are up.
 SERVER = """
@@ -33,7 +33,7 @@ time.sleep(600)
 TRAINER = """
 import asyncio, sys
 from pathlib import Path
-from megarl.rollout.server_process import ServerProcess
+from megarl.engines.server_process import ServerProcess
 async def main():
     folder = Path(sys.argv[1])
     command = [sys.executable, "-c", sys.argv[2], "polite", str(folder / "pids")]
@@ -58,7 +58,7 @@ def all_gone(processes: list[psutil.Process]) -> bool:
 
 @pytest.mark.parametrize("manner", ["polite", "deaf"])
 def test_close_ends_the_server_and_its_children(tmp_path: Path, manner: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megarl.rollout.server_process.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("megarl.engines.server_process.GRACE_SECONDS", 0.5)
 
     async def run() -> list[psutil.Process]:
         server = ServerProcess("server", [sys.executable, "-c", SERVER, manner, str(tmp_path / "pids")], {}, tmp_path / "log")

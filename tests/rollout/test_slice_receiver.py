@@ -39,24 +39,24 @@ class Parameters:
         self.finished.append(name)
 
 
-def parcel(*parts: Tensor) -> Tensor:
+def packed(*parts: Tensor) -> Tensor:
     """Parts at multiples of 8 bytes, then the digest."""
     data = b"".join(part.contiguous().view(torch.uint8).numpy().tobytes().ljust(-(-part.nbytes // 8) * 8, b"\0") for part in parts)
     words = torch.frombuffer(bytearray(data), dtype=torch.int64)
     return torch.cat([words, words.sum()[None]]).view(torch.uint8)
 
 
-def send(order: dict[str, Any], parcels: list[Tensor], parameters: Parameters, timeout: float = SECONDS) -> None:
-    """Give a receiver its order and the parcels; raises what it raises."""
+def send(receive_plan: dict[str, Any], packed_messages: list[Tensor], parameters: Parameters, timeout: float = SECONDS) -> None:
+    """Give a receiver its order and the packed messages; raises what it raises."""
     limit = timedelta(seconds=SECONDS)
     store = TCPStore("127.0.0.1", 0, 2, is_master=True, timeout=limit, wait_for_workers=False)
-    store.set("order/1", json.dumps(order))
+    store.set("receive_plan/1", json.dumps(receive_plan))
     join: Callable[[], Any] = lambda: SliceReceiver("127.0.0.1", store.port, 2, 1, timeout, torch.device("cpu"))  # noqa: E731
     with ThreadPoolExecutor(1) as pool:
         receiver: Future[Any] = pool.submit(join)
         group = ProcessGroupGloo(PrefixStore("slices", store), 0, 2, limit)
         receiving = pool.submit(receiver.result(SECONDS).receive, parameters)
-        for number, bucket in enumerate(parcels):
+        for number, bucket in enumerate(packed_messages):
             group.send([bucket], 1, number).wait()
         receiving.result(SECONDS)
 
@@ -70,14 +70,14 @@ def fresh() -> Parameters:
 
 def test_slices_arrive_where_they_belong_and_padding_is_zero() -> None:
     parameters = fresh()
-    send(ORDER, [parcel(MATRIX[:, :2].contiguous()), parcel(MATRIX[:, 2].contiguous(), VECTOR)], parameters)
+    send(ORDER, [packed(MATRIX[:, :2].contiguous()), packed(MATRIX[:, 2].contiguous(), VECTOR)], parameters)
     assert torch.equal(parameters.tensors["matrix"], torch.cat([MATRIX, torch.zeros(1, 3, dtype=torch.bfloat16)]))
     assert torch.equal(parameters.tensors["vector"], VECTOR.double())
     assert parameters.finished == ["matrix", "vector"]
 
 
 def test_a_changed_bit_is_an_error() -> None:
-    changed = parcel(MATRIX[:, :2].contiguous())
+    changed = packed(MATRIX[:, :2].contiguous())
     changed[3] ^= 1
     with pytest.raises(RuntimeError, match=r"bucket 0 \(a …\) from trainer rank 0 arrived changed"):
         send(ORDER, [changed], fresh())
@@ -86,19 +86,19 @@ def test_a_changed_bit_is_an_error() -> None:
 def test_a_parameter_of_another_shape_is_refused() -> None:
     parameters = Parameters(matrix=torch.zeros(4, 2, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match=r"matrix has the shape \[4, 2\] in this engine, the trainer's plan says \[4, 3\]"):
-        send(ORDER, [parcel(MATRIX[:, :2].contiguous())], parameters)
+        send(ORDER, [packed(MATRIX[:, :2].contiguous())], parameters)
 
 
 def test_a_parameter_that_does_not_hold_what_came_is_an_error() -> None:
     column_again = {"tensor": "b", "copies": [(0, 0, 3, 0, 1, 0)], "bytes": 16} | FIRST  # and the last one never
-    order = {"transport": "gloo", "parameters": ORDER["parameters"][:1], "buckets": [ORDER["buckets"][0], [column_again]]}
+    receive_plan = {"transport": "gloo", "parameters": ORDER["parameters"][:1], "buckets": [ORDER["buckets"][0], [column_again]]}
     with pytest.raises(RuntimeError, match="matrix does not hold what was written into it"):
-        send(order, [parcel(MATRIX[:, :2].contiguous()), parcel(MATRIX[:, 0].contiguous())], fresh())
+        send(receive_plan, [packed(MATRIX[:, :2].contiguous()), packed(MATRIX[:, 0].contiguous())], fresh())
 
 
 def test_a_parameter_of_which_a_part_never_comes_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"no or not all values came for \['matrix', 'vector'\]"):
-        send(ORDER | {"buckets": ORDER["buckets"][:1]}, [parcel(MATRIX[:, :2].contiguous())], fresh())
+        send(ORDER | {"buckets": ORDER["buckets"][:1]}, [packed(MATRIX[:, :2].contiguous())], fresh())
 
 
 def test_a_sender_that_is_silent_is_named() -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from engine_plugin import load_plugin
-from megarl.rollout.server_launch import PLUGIN_FOLDER
-from megarl.rollout.weight_sender import BUCKET_BYTES, WeightSender, buckets
+from megarl.engines.server_launch import PLUGIN_FOLDER
+from megarl.engines.weight_sender import BUCKET_BYTES, WeightSender, buckets
 
 WeightReceiver = load_plugin("megarl_weight_receiver").WeightReceiver
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarl.loop.parity import ParityRun, parse_layout
+from megarl.cli.parity import ParityRun, parse_layout
 from megarl.train.activation_offload import ActivationOffload
 from tiny import PROMPTS, tiny_config, write_tiny_model
 

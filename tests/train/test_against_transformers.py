@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from megarl.cli.parity import ParityRun, parse_layout, synthetic_batch, with_layout
 from megarl.config.schema import Config
-from megarl.loop.parity import ParityRun, parse_layout, synthetic_batch, with_layout
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
-from megarl.types import PackedBatch, TokenScores
+from megarl.types import PackedBatch, TokenOutputs
 from tiny import PROMPTS, VOCABULARY_SIZE, tiny_config, write_tiny_model
 
 
@@ -29,7 +29,7 @@ def transformers_logprobs(model: PreTrainedModel, tokens: Tensor, temperature: f
 
 
 def compute_logprobs(config: Config, packed: PackedBatch, output: Path) -> None:
-    values = Policy(config, total_updates=1).engine.score(packed)
+    values = Policy(config, total_updates=1).engine.forward_only(packed)
     if is_main_rank():
         torch.save(values, output)
 
@@ -74,7 +74,7 @@ def test_logprobs_and_entropy_with_stretched_positions_and_temperature(tmp_path:
         assert (actual - expected).abs().max() <= 1e-5, layout
 
 
-def loop_written_grpo(model: PreTrainedModel, packed: PackedBatch, scores: TokenScores, config: Config) -> Tensor:
+def loop_written_grpo(model: PreTrainedModel, packed: PackedBatch, scores: TokenOutputs, config: Config) -> Tensor:
     """GRPO (arXiv 2402.03300, equations 3 and 4, plus an entropy bonus), in float64 and Python loops."""
     algorithm = config.algorithm
     assert scores.reference is not None

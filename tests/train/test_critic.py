@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.cli.parity import CRITIC, ParityRun, parse_layout, synthetic_batch, with_layout
 from megarl.config.schema import Config
 from megarl.errors import WeightsError
 from megarl.loop.learning import build_models, learn
-from megarl.loop.parity import CRITIC, ParityRun, parse_layout, synthetic_batch, with_layout
 from megarl.observe.timers import PhaseTimer
 from megarl.parallel.launch import run_local_ranks
-from megarl.train.roles import Critic, Policy, RewardModel, is_main_rank, score, share_results
-from megarl.types import PackedBatch, TokenScores
+from megarl.train.roles import Critic, Policy, RewardModel, compute_outputs, is_main_rank, share_results
+from megarl.types import PackedBatch, TokenOutputs
 from megarl.weights.export import write_hugging_face_folder
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
@@ -48,7 +48,7 @@ def expected_values(model: PreTrainedModel, packed: PackedBatch) -> list[list[to
 
 
 def compute_values(config: Config, packed: PackedBatch, output: Path) -> None:
-    (values,) = Critic(config, total_updates=1).engine.score(packed)
+    (values,) = Critic(config, total_updates=1).engine.forward_only(packed)
     if is_main_rank():
         torch.save(values, output)
 
@@ -135,7 +135,7 @@ def test_an_exported_critic_is_what_transformers_and_the_next_run_load(tmp_path:
 
 def score_responses(config: Config, packed: PackedBatch, output: Path) -> None:
     assert config.reward_model is not None
-    scores = RewardModel(config, config.reward_model).score(packed)
+    scores = RewardModel(config, config.reward_model).rewards(packed)
     if is_main_rank():
         torch.save(scores, output)
 
@@ -169,7 +169,7 @@ def score_and_update(config: Config, packed: PackedBatch, output: Path) -> None:
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     history = []
     for step in range(4):
-        scores: TokenScores = score(policy, None, critic, packed)
+        scores: TokenOutputs = compute_outputs(policy, None, critic, packed)
         prepared = algorithm.prepare(packed, scores, step)
         policy.update(prepared.batches[0], algorithm.objective)
         (result,) = share_results(critic, [critic.update(prepared.batches[0], algorithm.value_objective)])

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from megarl.algorithms.batches import build_supervised_batch
 from megarl.algorithms.objectives import supervised_objective
+from megarl.cli.parity import gather_sharded_gradients, parse_layout, synthetic_batch, with_layout
 from megarl.config.schema import Config
-from megarl.loop.parity import gather_sharded_gradients, parse_layout, synthetic_batch, with_layout
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.types import PackedBatch

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.loop.parity import ParityRun, parse_layout
+from megarl.cli.parity import ParityRun, parse_layout
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
 BOUND = 1e-5

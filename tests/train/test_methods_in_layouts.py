@@ -9,9 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megarl.config.presets import PRESETS
-from megarl.config.schema import Config
-from megarl.loop.parity import (
+from megarl.cli.parity import (
     CRITIC,
     LayoutResult,
     ParityRun,
@@ -21,6 +19,8 @@ from megarl.loop.parity import (
     parse_layout,
     with_layout,
 )
+from megarl.config.presets import PRESETS
+from megarl.config.schema import Config
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Critic, Policy, is_main_rank
 from tiny import PROMPTS, tiny_config, write_tiny_model

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.cli.parity import synthetic_batch
 from megarl.config.schema import Config
-from megarl.loop.parity import synthetic_batch
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
-from megarl.train.roles import Critic, Learner, Policy, Reference, is_main_rank, score, share_results
+from megarl.train.roles import Critic, Learner, Policy, Reference, compute_outputs, is_main_rank, share_results
 from megarl.types import PackedBatch
 from megarl.weights.checkpoint import CheckpointWriter, load_policy, whole_checkpoints
 from megarl.weights.manifest import RunState
@@ -66,7 +66,7 @@ def train(config: Config, packed: PackedBatch, folder: Path, output: Path) -> No
     history = []
     for step in range(first, STEPS):
         assert_idle(config, policy, reference, critic)
-        scores = score(policy, reference, critic, packed)
+        scores = compute_outputs(policy, reference, critic, packed)
         prepared = algorithm.prepare(packed, scores, step)
         results = share_results(policy, policy.update_each(prepared.batches, algorithm.objective))
         critic_results = share_results(critic, critic.update_each(prepared.batches, algorithm.value_objective))

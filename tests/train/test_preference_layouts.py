@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from megarl.cli.parity import ParityRun, parse_layout
 from megarl.errors import DataError
-from megarl.loop.parity import ParityRun, parse_layout
 from tiny import tiny_config, write_tiny_model
 
 BOUND = 1e-5
@@ -71,7 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ParityRun]:
 @pytest.mark.parametrize(("loss", "layout"), LAYOUTS)
 def test_gradients_equal_one_rank(runs: dict[str, ParityRun], loss: str, layout: str) -> None:
     row = runs[loss].compare_layout(layout, parse_layout(layout))
-    assert max(row.worst_gap, row.loss_gap, row.norm_gap, row.score_gap) <= BOUND, row
+    assert max(row.worst_gap, row.loss_gap, row.norm_gap, row.output_gap) <= BOUND, row
 
 
 @pytest.mark.timeout(60)
@@ -80,7 +80,7 @@ def test_with_experts(tmp_path: Path) -> None:
     run = preference_run(tmp_path, "dpo")
     layout = "cp=2,ep=2,max_tokens_per_micro_batch=40"
     row = run.compare_layout(layout, parse_layout(layout))
-    assert max(row.worst_gap, row.loss_gap, row.norm_gap, row.score_gap) <= BOUND, row
+    assert max(row.worst_gap, row.loss_gap, row.norm_gap, row.output_gap) <= BOUND, row
 
 
 def mean_or_sum(model: PreTrainedModel, tokens: Tensor, prompt: int, *, is_mean: bool) -> Tensor:

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.cli.parity import synthetic_batch
 from megarl.config.schema import Config
-from megarl.loop.parity import synthetic_batch
 from megarl.loop.relayout import move_learner
 from megarl.parallel.launch import run_local_ranks
-from megarl.train.roles import Critic, Learner, Policy, score, share_results
+from megarl.train.roles import Critic, Learner, Policy, compute_outputs, share_results
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
 RANKS = 4
@@ -52,7 +52,7 @@ def move_and_compare(first: Config, second: Config, output: Path) -> None:
 
     def step(learners: tuple[Learner, ...]) -> list[dict[str, float]]:
         """One update of each; what all ranks see of it."""
-        scores = score(learners[0], None, learners[1], packed)
+        scores = compute_outputs(learners[0], None, learners[1], packed)
         batches = algorithm.prepare(packed, scores, step=0).batches
         metrics = []
         for learner, objective in zip(learners, objectives, strict=True):

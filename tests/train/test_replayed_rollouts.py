@@ -14,7 +14,7 @@ from megarl.algorithms.objectives import supervised_objective
 from megarl.config.schema import Config
 from megarl.data.packing import no_routing
 from megarl.data.template import load_tokenizer
-from megarl.loop.rollout import Rollout, read_prompts
+from megarl.loop.rollout_manager import RolloutManager, read_prompts
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.types import NO_EXPERT
@@ -56,14 +56,14 @@ def sample_and_score(config: Config, output: Path) -> None:
     policy = Policy(config, total_updates=1)
     tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, tokenizer) if is_main_rank() else None
-    rollout = Rollout(config, tokenizer, policy, print, prompts, with_greedy=False)
+    rollout = RolloutManager(config, tokenizer, policy, print, prompts, with_greedy=False)
     try:
         rollout.push_weights(0)
         packed = rollout.collect(0).packed
     finally:
         rollout.close()
     own = replace(packed, routed_experts=no_routing(packed.token_ids.numel()))
-    replayed, routed = policy.engine.score(packed)[0], policy.engine.score(own)[0]
+    replayed, routed = policy.engine.forward_only(packed)[0], policy.engine.forward_only(own)[0]
     result = policy.update(build_supervised_batch(packed), supervised_objective)
     if is_main_rank():
         torch.save((packed, replayed, routed, result.gradient_norm), output)

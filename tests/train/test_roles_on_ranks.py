@@ -10,10 +10,10 @@ from torch.distributed import distributed_c10d
 from transformers import AutoModelForSequenceClassification
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.cli.parity import ParityRun, parse_layout, synthetic_batch, with_layout
 from megarl.config.schema import Config
-from megarl.loop.parity import ParityRun, parse_layout, synthetic_batch, with_layout
 from megarl.parallel.launch import run_local_ranks
-from megarl.train.roles import Critic, Policy, score
+from megarl.train.roles import Critic, Policy, compute_outputs
 from megarl.types import PackedBatch
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
@@ -57,14 +57,14 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> ParityRun:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_and_scores_equal_one_rank(one_rank: ParityRun, layout: str) -> None:
     row = one_rank.compare_layout(layout, parse_layout(layout))
-    assert max(row.worst_gap, row.loss_gap, row.norm_gap, row.score_gap) <= BOUND, row
+    assert max(row.worst_gap, row.loss_gap, row.norm_gap, row.output_gap) <= BOUND, row
 
 
 def work_one_after_the_other(config: Config, packed: PackedBatch) -> None:
     """The critic's ranks do nothing until the policy's are done, and then the other way round."""
     policy, critic = Policy(config, total_updates=1), Critic(config, total_updates=1)
     algorithm, store = Algorithm(config.algorithm, config.rollout.max_new_tokens), distributed_c10d._get_default_store()
-    scores = score(policy, None, critic, packed)
+    scores = compute_outputs(policy, None, critic, packed)
     batches = algorithm.prepare(packed, replace(scores, reference=scores.old), 0).batches
     works = {
         "policy": (policy, lambda: policy.update_each(batches, algorithm.objective)),
@@ -75,7 +75,7 @@ def work_one_after_the_other(config: Config, packed: PackedBatch) -> None:
             model, update = works[name]
             done = [f"{first}/{name}/{rank}" for rank in model.engine.layout.ranks]
             if model.engine.layout.is_member:
-                model.engine.compute_scores(packed)
+                model.engine.compute_outputs(packed)
                 update()
                 store.set(f"{first}/{name}/{dist.get_rank()}", "done")
             store.wait(done)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from megarl.cli.parity import ParityRun
 from megarl.config.schema import Config, EmbeddedEngineConfig
+from megarl.engines.embedded import EmbeddedEngine
 from megarl.errors import ConfigError
-from megarl.loop.parity import ParityRun
 from megarl.models.architecture import read_architecture
 from megarl.models.rope import rotary_frequencies, softmax_scale
 from megarl.models.scaled_folder import with_scaled_model
-from megarl.rollout.embedded import EmbeddedEngine
 from tiny import YARN as LATENT_YARN
 from tiny import tiny_config, write_tiny_model
 from tiny_rollout import exported_weights, generate_all, make_tiny_model, sampling, weight_shapes, worst_gap

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from megarl.algorithms.batches import build_supervised_batch
 from megarl.algorithms.objectives import supervised_objective
+from megarl.cli.parity import gather_sharded_gradients, parse_layout, synthetic_batch, with_layout
 from megarl.config.schema import Config
-from megarl.loop.parity import gather_sharded_gradients, parse_layout, synthetic_batch, with_layout
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.types import NO_EXPERT, PackedBatch
@@ -131,7 +131,8 @@ def compute(config: Config, packed: PackedBatch, own: Tensor, output: Path) -> N
     """One rank: log-probabilities and gradients with forced experts, log-probabilities with the model's own ones and without."""
     policy = Policy(config, total_updates=1)
     scores = [
-        policy.engine.score(replace(packed, routed_experts=experts))[0] for experts in (packed.routed_experts, own, own[:, :0, :0])
+        policy.engine.forward_only(replace(packed, routed_experts=experts))[0]
+        for experts in (packed.routed_experts, own, own[:, :0, :0])
     ]
     policy.engine.forward_backward(build_supervised_batch(packed), supervised_objective)
     gather_sharded_gradients(policy.engine)

@@ -14,12 +14,12 @@ from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.batches import build_supervised_batch
 from megarl.algorithms.metrics import step_metrics
 from megarl.algorithms.objectives import supervised_objective
+from megarl.cli.parity import synthetic_batch
 from megarl.config.schema import Config
 from megarl.errors import TrainingError
-from megarl.loop.parity import synthetic_batch
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, Reference, is_main_rank
-from megarl.types import TokenScores, TrainBatch
+from megarl.types import TokenOutputs, TrainBatch
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
 
@@ -169,10 +169,10 @@ def watch_a_step(config: Config, output: Path) -> None:
     packed = synthetic_batch(PROMPTS[:3], config)
     kept = packed.group_ids.repeat_interleave(packed.sequence_lengths) < 2
     packed = replace(packed, loss_mask=packed.loss_mask & kept)
-    logprobs, entropies = policy.engine.score(packed)
+    logprobs, entropies = policy.engine.forward_only(packed)
     generator = torch.Generator().manual_seed(0)
     old = logprobs + 0.3 * torch.randn(logprobs.shape, generator=generator) * packed.loss_mask
-    scores = TokenScores(old=old, entropies=entropies, reference=None, values=None)
+    scores = TokenOutputs(old=old, entropies=entropies, reference=None, values=None)
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     batches = algorithm.prepare(packed, scores, 0).batches
     results = policy.update_each(batches, algorithm.objective)
@@ -224,14 +224,14 @@ def test_bfloat16_trains_near_float32(tmp_path: Path, parallel: dict[str, Any]) 
 def compare_roles(config: Config) -> None:
     policy, reference = Policy(config, total_updates=1), Reference(config)
     packed = synthetic_batch(PROMPTS, config)
-    ours, entropies = policy.engine.score(packed)
-    theirs, _ = reference.engine.score(packed)
+    ours, entropies = policy.engine.forward_only(packed)
+    theirs, _ = reference.engine.forward_only(packed)
     assert ours[packed.loss_mask].abs().min() > 0
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     before = ours
     policy.update(supervised(config), supervised_objective)
-    assert (policy.engine.score(packed)[0] - before).abs().max() > 1e-3, "the policy learns"
-    assert torch.equal(reference.engine.score(packed)[0], theirs), "the reference does not"
+    assert (policy.engine.forward_only(packed)[0] - before).abs().max() > 1e-3, "the policy learns"
+    assert torch.equal(reference.engine.forward_only(packed)[0], theirs), "the reference does not"
     assert entropies.min() >= 0 and dist.get_world_size() == 4
 
 

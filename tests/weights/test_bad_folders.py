@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from megarl.config.model_facts import read_model_facts
 from megarl.errors import ConfigError, MegaRLError, WeightsError
 from megarl.models.architecture import read_architecture
-from megarl.weights.convert import Options, hugging_face_to_megatron
 from megarl.weights.export import write_hugging_face_folder
+from megarl.weights.files.convert import Options, hugging_face_to_megatron
+from megarl.weights.files.safetensors_files import SafetensorsFolder
+from megarl.weights.files.sources import SafetensorsSource
 from megarl.weights.mapping import FAMILIES, build_weight_map
-from megarl.weights.safetensors_files import SafetensorsFolder
-from megarl.weights.sources import SafetensorsSource
 from tiny import write_tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

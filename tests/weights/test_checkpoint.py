@@ -11,12 +11,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.cli.parity import parse_layout, synthetic_batch, with_layout
 from megarl.config.schema import Config
 from megarl.errors import CheckpointError
-from megarl.loop.parity import parse_layout, synthetic_batch, with_layout
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
-from megarl.types import TokenScores
+from megarl.types import TokenOutputs
 from megarl.weights import checkpoint as checkpoint_module
 from megarl.weights.checkpoint import (
     CheckpointWriter,
@@ -46,8 +46,8 @@ def train(config: Config, folder: Path, resume: bool, asynchronous: bool, output
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     records = []
     for step in range(first, UPDATES):
-        old, entropies = policy.engine.score(packed)
-        scores = TokenScores(old=old + 0.1, entropies=entropies, reference=old - 0.2, values=None)
+        old, entropies = policy.engine.forward_only(packed)
+        scores = TokenOutputs(old=old + 0.1, entropies=entropies, reference=old - 0.2, values=None)
         result = policy.update(algorithm.prepare(packed, scores, step=0).batches[0], algorithm.objective)
         records.append(dict(result.metrics) | {"norm": result.gradient_norm, "lr": result.learning_rate})
         if step + 1 == SAVE_AFTER:
@@ -119,7 +119,7 @@ def resume_only(config: Config, folder: Path) -> None:
     policy = Policy(config, total_updates=UPDATES)
     checkpoint = whole_checkpoints(folder)[-1]
     data = read_data_state(checkpoint, check_checkpoint_together(checkpoint, policy.weight_map).state)
-    assert data == DataState(position={"position": 7}, outstanding={"groups": ["ü"]} if is_main_rank() else None)
+    assert data == DataState(position={"position": 7}, pending={"groups": ["ü"]} if is_main_rank() else None)
     load_policy(checkpoint, policy.sharded_state(is_loading=True))
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from layout_cases import SEQUENCE, WORLDS
+from megarl.cli.parity import parse_layout, with_layout
 from megarl.config.checks import check
 from megarl.config.schema import Config
 from megarl.data.packing import pack_examples
 from megarl.data.template import SFTExample
-from megarl.loop.parity import parse_layout, with_layout
 from megarl.models.architecture import read_architecture
 from megarl.models.transformer_config import DTYPES
 from megarl.parallel.launch import run_local_ranks
@@ -81,7 +81,7 @@ def differences(exported: Mapping[str, Tensor], original: Mapping[str, Tensor]) 
 def run_layout(config: Config, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor], Layout]:
     """One rank: the model without optimizer, its float64 scores, and on rank 0 the exported weights."""
     engine = Reference(config).engine
-    scores = torch.stack(engine.score(packed)).double()
+    scores = torch.stack(engine.forward_only(packed)).double()
     weight_map = build_weight_map(
         read_architecture(config.model.path), config.model.vocabulary_pad_multiple, with_transformer_engine=False
     )

@@ -15,9 +15,9 @@ from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy
 from megarl.weights import mapping
 from megarl.weights.families.blocks import layer_part, layer_rule
+from megarl.weights.files.sources import SafetensorsSource
 from megarl.weights.mapping import FAMILIES, WeightMap, build_weight_map
 from megarl.weights.rules import Family, Kind, Layers, Rule
-from megarl.weights.sources import SafetensorsSource
 from tiny import tiny_config, write_tiny_model
 
 

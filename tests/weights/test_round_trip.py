@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megarl.cli.parity import parse_layout, with_layout
 from megarl.config.schema import Config
 from megarl.errors import WeightsError
-from megarl.loop.parity import parse_layout, with_layout
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.weights import export

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megarl.weights import write_through
-from megarl.weights.write_through import WriteThroughFile
+from megarl.weights.files import write_through
+from megarl.weights.files.write_through import WriteThroughFile
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from megarl.command_line import run
+from megarl.cli.command_line import run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -27,7 +27,7 @@ def main(
       python tools/convert/inspect.py models/Qwen2.5-7B
       python tools/convert/inspect.py runs/grpo/checkpoints/step_00000060 --tensors
     """
-    from megarl.weights.describe import describe, totals_by_dtype
+    from megarl.weights.files.describe import describe, totals_by_dtype
 
     found = describe(path)
     print(f"{path}: {found.layout}")

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from megarl.command_line import Dtype, finite, progress_of_bytes, run
+from megarl.cli.command_line import Dtype, finite, progress_of_bytes, run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -43,7 +43,7 @@ def main(
     start = time.monotonic()
     import torch
 
-    from megarl.weights.convert import Options, megatron_to_hugging_face
+    from megarl.weights.files.convert import Options, megatron_to_hugging_face
 
     options = Options(None if dtype is None else getattr(torch, dtype), int(file_size * 1e9))
     with progress_of_bytes(f"{checkpoint.name} → {output.name}") as progress:

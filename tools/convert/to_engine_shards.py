@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megarl.command_line import Dtype, finite, progress_of_bytes, run
+from megarl.cli.command_line import Dtype, finite, progress_of_bytes, run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -49,8 +49,8 @@ def main(
     import torch
 
     from megarl.reshard.engine_shards import write_engine_shards
-    from megarl.reshard.engines import EngineLayout
-    from megarl.weights.convert import Options
+    from megarl.reshard.plan.engine_layouts import EngineLayout
+    from megarl.weights.files.convert import Options
 
     layout = EngineLayout(engine=engine, tp=tp, ep=ep)
     options = Options(None if dtype is None else getattr(torch, dtype), int(file_size * 1e9))

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from megarl.command_line import progress_of_bytes, run
+from megarl.cli.command_line import progress_of_bytes, run
 
 SHOWN = 20  # differences, without --all
 
@@ -37,8 +37,8 @@ def main(
       python tools/convert/verify.py models/Qwen2.5-7B checkpoints/Qwen2.5-7B
       python tools/convert/verify.py models/Qwen2.5-7B models/Qwen2.5-7B-float32 --cast
     """
-    from megarl.weights.compare import compare
-    from megarl.weights.model_folder import open_model
+    from megarl.weights.files.compare import compare
+    from megarl.weights.files.model_folder import open_model
 
     models = open_model(first, config), open_model(second, config)
     with progress_of_bytes(f"{first.name} and {second.name}") as progress:

@@ -1,0 +1,33 @@
+"""The engine that a configuration asks for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megarl.config.schema import Config
+from megarl.engines.embedded import EmbeddedEngine
+from megarl.engines.protocol import RolloutEngine
+from megarl.engines.sglang import SGLangEngine
+from megarl.engines.vllm import VllmEngine
+
+
+def build_engine(config: Config, run_dir: Path, weight_shapes: Mapping[str, tuple[int, ...]]) -> RolloutEngine:
+    """The engine of ``rollout.engine``, not yet started; on rank 0 only.
+
+    Args:
+        config: the run.
+        run_dir: where a server's log goes.
+        weight_shapes: of every Hugging Face tensor that a weight update brings, by name.
+    """
+    if config.rollout.engine == "vllm":
+        return VllmEngine(config, run_dir, weight_shapes)
+    if config.rollout.engine == "sglang":
+        return SGLangEngine(config, run_dir, weight_shapes)
+    return EmbeddedEngine(
+        config.model.path,
+        getattr(torch, config.model.dtype),
+        config.rollout.embedded,
+        weight_shapes,
+        reports_experts=config.rollout.routing_replay,
+    )

@@ -1,0 +1,97 @@
+"""What a rollout engine is: token ids in; token ids, log-probabilities, finish reason and weight version out."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from megarl.config.schema import RepetitionStopConfig
+from megarl.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How responses to one prompt are sampled.
+
+    Attributes:
+        num_samples: responses per prompt.
+        max_new_tokens: longest response.
+        temperature: softmax temperature; 0 means greedy.
+        top_p: nucleus mass, 1 means off.
+        top_k: 0 means off.
+        stop_token_ids: sampling stops after one of these.
+        repetition_stop: when a response ends because it repeats itself, if nothing else has ended it; None: never.
+        seed: sample ``i`` of the prompt depends only on the weights, the prompt and ``(seed, i)``.
+    """
+
+    num_samples: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop_token_ids: tuple[int, ...]
+    repetition_stop: RepetitionStopConfig | None
+    seed: int
+
+
+def resumed(sampling: SamplingParams, sample_index: int, num_tokens: int) -> SamplingParams:
+    """How sample ``sample_index`` of a request goes on behind its first ``num_tokens`` tokens, as a request of its own.
+
+    Its prompt is the first request's and those tokens. Its seed depends on the first request's, the index and ``num_tokens`` only:
+    the same cut goes on with the same random numbers, and never with some that were used before.
+    """
+    digest = hashlib.blake2b(f"{sampling.seed}/{sample_index}/{num_tokens}".encode(), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little") >> 2
+    return replace(sampling, num_samples=1, max_new_tokens=sampling.max_new_tokens - num_tokens, seed=seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One response of an engine.
+
+    Attributes:
+        token_ids: response tokens, the stop token included.
+        logprobs: log-probability of each (nats) under softmax(logits / temperature) over the whole vocabulary, before top-k and
+            top-p; at temperature 0 (greedy) under softmax(logits).
+        weight_versions: version of the weights that sampled each.
+        finish_reason: why it ended.
+        routed_experts: int16 [prompt and response tokens - 1, num_moe_layers, top_k], the experts that each token was sent to when
+            it was read; the last was sampled and never read. None without rollout.routing_replay.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    weight_versions: tuple[int, ...]
+    finish_reason: FinishReason
+    routed_experts: Tensor | None = field(default=None, compare=False)
+
+
+class RolloutEngine(Protocol):
+    """An engine; all methods run on rank 0's asyncio loop. Failures raise RolloutError naming the engine and the fix."""
+
+    async def start(self) -> None:
+        """Start the engine or connect to it; returns when it is healthy. Its weights are not yet valid."""
+
+    async def health(self) -> None:
+        """Raise RolloutError when the engine cannot answer."""
+
+    async def generate(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
+        """Sample ``sampling.num_samples`` responses to one prompt, in order."""
+
+    async def abort(self) -> None:
+        """End the requests in flight at the next token; returns when all have answered.
+
+        A sample that was still being made comes with what there is of it, perhaps nothing, and FinishReason.ABORT. Only while no
+        request is sent meanwhile is there an end of them. ``resumed`` says how such a sample goes on.
+        """
+
+    async def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Load a whole new set of weights: Hugging Face names and full CPU or GPU tensors, each tensor used once.
+
+        After it returns every generation uses the new weights and reports ``version``, and no cache of old weights is used.
+        """
+
+    async def close(self) -> None:
+        """End what was started; never raises."""

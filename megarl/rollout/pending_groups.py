@@ -1,0 +1,156 @@
+"""The store of groups that were begun and not yet trained on: whole ones in wait, and those with responses under way."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from megarl.engines.protocol import Generation
+from megarl.rollout.saved_groups import PromptOf, Saved, load_group, load_prompt, load_sample, save_group, save_prompt, save_sample
+from megarl.types import FinishReason, Prompt, RolloutGroup
+
+NOTHING_YET = Generation(token_ids=(), logprobs=(), weight_versions=(), finish_reason=FinishReason.ABORT)
+
+
+@dataclass(slots=True, kw_only=True)
+class PendingGroup:
+    """One group from its prompt to its training.
+
+    Attributes:
+        ticket: running number of the run's groups; unlike the prompt's id it never comes back in a later epoch.
+        prompt: the prompt.
+        begun_version: version of the policy's weights when it was begun; no token of it is older.
+        samples: what there is of each response, the greedy one last; one with FinishReason.ABORT is not whole yet. Empty once the
+            group is scored.
+        scored: the group as it is trained on; None until all responses are whole and scored.
+    """
+
+    ticket: int
+    prompt: Prompt
+    begun_version: int
+    samples: list[Generation]
+    scored: RolloutGroup | None = None
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Indices of the samples that are not whole."""
+        return [index for index, sample in enumerate(self.samples) if sample.finish_reason is FinishReason.ABORT]
+
+    @property
+    def name(self) -> tuple[int, str]:
+        """Ticket and prompt id."""
+        return self.ticket, self.prompt.prompt_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tickets:
+    """Ticket and prompt id of the groups that left the store: to be trained on, or because they could not be."""
+
+    trained: tuple[tuple[int, str], ...]
+    dropped: tuple[tuple[int, str], ...]
+
+
+class PendingGroups:
+    """The store. Every group that was begun is in it, was taken for training, or was dropped.
+
+    Attributes:
+        groups: in the order in which they were begun.
+        num_begun: groups ever begun; the next ticket.
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[PendingGroup] = []
+        self.num_begun = 0
+        self._dropped: list[tuple[int, str]] = []
+
+    def begin(self, prompt: Prompt, version: int, num_samples: int) -> PendingGroup:
+        """A new group of ``num_samples`` responses."""
+        group = PendingGroup(
+            ticket=self.num_begun, prompt=prompt, begun_version=version, samples=[NOTHING_YET for _ in range(num_samples)]
+        )
+        self.num_begun += 1
+        self.groups.append(group)
+        return group
+
+    def take(self, groups: Iterable[PendingGroup]) -> tuple[tuple[RolloutGroup, ...], Tickets]:
+        """Take whole groups out, to train on them; the tickets have those dropped since the last call beside them."""
+        taken, trained = [], []
+        for group in groups:
+            assert group.scored is not None
+            self.groups.remove(group)
+            taken.append(group.scored)
+            trained.append(group.name)
+        tickets = Tickets(trained=tuple(trained), dropped=tuple(self._dropped))
+        self._dropped.clear()
+        return tuple(taken), tickets
+
+    def drop(self, group: PendingGroup) -> None:
+        """Give up a group that cannot be trained on."""
+        self.groups.remove(group)
+        self._dropped.append(group.name)
+
+    def state(self) -> Saved:
+        """All of it as JSON values, for a checkpoint. Groups dropped since the last ``take`` are named by the next."""
+        return {"num_begun": self.num_begun, "dropped": list(self._dropped), "groups": [_save(group) for group in self.groups]}
+
+    def restore(self, state: Saved, prompt_of: PromptOf) -> None:
+        """Go on from ``state()``; ``prompt_of`` gives the prompt of an id."""
+        self.groups = [_load(group, prompt_of) for group in state["groups"]]
+        self._dropped = [(ticket, prompt_id) for ticket, prompt_id in state["dropped"]]
+        self.num_begun = state["num_begun"]
+
+
+def _save(group: PendingGroup) -> Saved:
+    return {
+        **save_prompt(group.prompt),
+        "ticket": group.ticket,
+        "begun_version": group.begun_version,
+        "samples": [save_sample(sample) for sample in group.samples],
+        "scored": None if group.scored is None else save_group(group.scored),
+    }
+
+
+def _load(saved: Saved, prompt_of: PromptOf) -> PendingGroup:
+    return PendingGroup(
+        ticket=saved["ticket"],
+        prompt=load_prompt(saved, prompt_of),
+        begun_version=saved["begun_version"],
+        samples=[load_sample(sample) for sample in saved["samples"]],
+        scored=None if saved["scored"] is None else load_group(saved["scored"], prompt_of),
+    )
+
+
+def joined(first: Generation, more: Generation, max_new_tokens: int) -> Generation:
+    """A response and what it went on with; it is whole when it ended, or has ``max_new_tokens``."""
+    token_ids = first.token_ids + more.token_ids
+    is_cut = more.finish_reason is FinishReason.LENGTH and len(token_ids) < max_new_tokens
+    return replace(
+        more,
+        token_ids=token_ids,
+        logprobs=first.logprobs + more.logprobs,
+        weight_versions=first.weight_versions + more.weight_versions,
+        finish_reason=FinishReason.ABORT if is_cut else more.finish_reason,
+    )
+
+
+def next_batch(groups: Sequence[PendingGroup], version: int, max_staleness: int, size: int) -> list[PendingGroup] | None:
+    """The groups to train on next, or None while those that must not wait longer are not whole.
+
+    The oldest whole groups are taken, but only when every group can still be trained on within ``max_staleness`` updates of its
+    begin, ``size`` groups at each. There always is such a batch once all are whole, while no more than (v + max_staleness + 1)
+    ``size`` groups are begun before update v + 1 (AReaL's bound, arXiv 2505.24298, section 5.1).
+
+    Args:
+        groups: all that are outstanding, in the order in which they were begun.
+        version: of the weights that are trained.
+        max_staleness: updates.
+        size: groups of a step.
+    """
+    chosen = [group for group in groups if group.scored is not None][:size]
+    if len(chosen) < size:
+        return None
+    for ahead in range(max_staleness + 1):
+        latest_begin = version + ahead - max_staleness
+        num_due = sum(group.begun_version <= latest_begin for group in groups)
+        num_chosen = sum(group.begun_version <= latest_begin for group in chosen)
+        if num_chosen < min(num_due - ahead * size, size):
+            return None
+    return chosen

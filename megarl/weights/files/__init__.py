@@ -1,0 +1,1 @@
+"""Folders of weights: Hugging Face, Megatron and engine shards, read and written as streams."""
