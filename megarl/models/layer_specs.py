@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megarl.models.architecture import Architecture
+from megarl.families.base.architecture import Architecture
 from megarl.models.latent_attention import LatentAttention
 from megarl.models.router import ConstantBiasRouter
 
@@ -49,7 +49,7 @@ def _norm(with_transformer_engine: bool) -> type:
 def _layer_spec(architecture: Architecture, with_transformer_engine: bool, core_attention: type, is_moe: bool) -> ModuleSpec:
     options: dict[str, Any] = {
         "num_experts": architecture.num_experts if is_moe else None,
-        "qk_layernorm": architecture.qk_norm,
+        "qk_layernorm": architecture.qk_norm == "head",
         "multi_latent_attention": architecture.mla is not None,
     }
     if with_transformer_engine:

@@ -48,8 +48,8 @@ def main(
     start = time.monotonic()
     import torch
 
+    from megarl.families.base.engine_rules import EngineLayout
     from megarl.reshard.engine_shards import write_engine_shards
-    from megarl.reshard.plan.engine_layouts import EngineLayout
     from megarl.weights.files.convert import Options
 
     layout = EngineLayout(engine=engine, tp=tp, ep=ep)

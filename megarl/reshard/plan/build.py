@@ -1,12 +1,13 @@
 """From a run's configuration to a plan."""
 
 from megarl.config.schema import ModelConfig, ParallelConfig
-from megarl.models.architecture import read_architecture
+from megarl.families.base.engine_rules import EngineLayout
+from megarl.families.registry import read_architecture
 from megarl.models.build import use_transformer_engine
 from megarl.models.transformer_config import DTYPES
 from megarl.parallel.axis_sizes import axis_sizes
 from megarl.reshard.plan.balance import Machines
-from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.reshard.plan.engine_layouts import engine_shard_layout
 from megarl.reshard.plan.plan import Plan, build_plan
 from megarl.reshard.plan.shard_layout import megatron_shard_layout, optimizer_table, tensor_table
 from megarl.weights.mapping import build_weight_map
