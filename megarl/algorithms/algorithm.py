@@ -1,5 +1,7 @@
 """A policy-gradient method at work: its choices resolved to functions, and what it carries from step to step."""
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,16 +10,13 @@ from torch import Tensor
 
 from megarl.algorithms.advantages import ADVANTAGES, Advantage, AdvantageInput, gae, whiten
 from megarl.algorithms.batches import split_into_updates
-from megarl.algorithms.entropy_control import masks_negative, without_negatives
 from megarl.algorithms.gae import length_adaptive_trace_decay
 from megarl.algorithms.kl import adapted_coefficient, kl_estimate
 from megarl.algorithms.objectives import Objective, TokenData, policy_objective, value_objective
-from megarl.algorithms.off_policy import correction_level, sampler_weights
+from megarl.algorithms.off_policy import correction_level, sampler_weights, token_staleness
 from megarl.algorithms.sequences import sums_per_sequence, trained_lengths
-from megarl.algorithms.shaping import length_rewards, soft_overlong_penalties
-from megarl.algorithms.staleness import token_staleness
+from megarl.algorithms.shaping import length_rewards, masks_negative, soft_overlong_penalties, without_negatives
 from megarl.algorithms.surrogates import SURROGATES, Surrogate, SurrogateFunction, SurrogateInput
-from megarl.algorithms.user_functions import import_function
 from megarl.algorithms.values import explained_variance
 from megarl.config.checks.algorithm import check_greedy_shaping
 from megarl.config.schema import AlgorithmConfig
@@ -263,3 +262,24 @@ def _surrogate_function(name: str) -> SurrogateFunction:
 
 def _described(values: Tensor) -> str:
     return f"a tensor of shape {list(values.shape)} with {int(values.isfinite().sum())} finite numbers"
+
+
+def import_function(name: str, key: str) -> Callable[..., Any]:
+    """The function ``module:function``.
+
+    Args:
+        name: as the config gives it.
+        key: where, for the error.
+
+    Raises:
+        ConfigError: it cannot be imported or called.
+    """
+    module, _, function_name = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), function_name)
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{key}: cannot import {name}: {reason}; its folder must be on PYTHONPATH") from error
+    if not callable(function):
+        raise ConfigError(f"{key}: {name} is a {type(function).__name__}, not a function")
+    return function

@@ -1,4 +1,4 @@
-"""What is added to a response's reward for its length."""
+"""Shape rewards by the length of responses, and advantages by the entropy of the batch."""
 
 import torch
 from torch import Tensor
@@ -45,3 +45,24 @@ def length_rewards(lengths: Tensor, is_correct: Tensor, group_ids: Tensor) -> Te
     rewards = 0.5 - (lengths - shortest) / spread.clamp(min=1)
     rewards = torch.where(is_correct, rewards, rewards.clamp(max=0))
     return torch.where(spread == 0, 0.0, rewards).float()
+
+
+def masks_negative(entropy: float, was_masking: bool, low: float, high: float) -> bool:
+    """Whether negative samples are left out of this step.
+
+    They are left out once the batch's entropy is above ``high`` (their gradient raises it further) and taken back in once it is
+    below ``low``; in between nothing changes.
+
+    Args:
+        entropy: mean token entropy of the batch, nats.
+        was_masking: the last step's answer.
+        low, high: thresholds, nats.
+    """
+    if entropy > high:
+        return True
+    return was_masking and entropy >= low
+
+
+def without_negatives(advantages: Tensor) -> Tensor:
+    """Negative advantages set to 0; the normaliser of the loss stays that of all samples."""
+    return advantages.clamp(min=0)

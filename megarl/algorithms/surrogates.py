@@ -1,7 +1,9 @@
-"""What each token adds to the policy loss: the surrogate axis.
+"""What each token adds to the policy loss: the surrogate axis, and the ratio axis that it builds on.
 
 A function of this axis takes a SurrogateInput and the algorithm's settings and returns a Surrogate. The loss of the batch is the
 sum of its terms times the weights of the aggregation axis, over all micro-batches and ranks.
+
+A ratio is the importance ratio between the policy and the one that sampled, as a log-ratio for each token.
 """
 
 from collections.abc import Callable
@@ -15,12 +17,42 @@ from megarl.config.schema import AlgorithmConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """One choice of the axis; ``function(logprobs, old_logprobs, sequences)`` gives float [tokens], differentiable."""
+
+    function: Callable[[Tensor, Tensor, SequenceTokens], Tensor]
+    formula: str
+
+
+def token(logprobs: Tensor, old_logprobs: Tensor, sequences: SequenceTokens) -> Tensor:
+    """log π - log π_old of the token (PPO, arXiv 1707.06347)."""
+    return logprobs - old_logprobs
+
+
+def sequence(logprobs: Tensor, old_logprobs: Tensor, sequences: SequenceTokens) -> Tensor:
+    """log s = mean over the response of log π - log π_old, the same for all its tokens (GSPO, arXiv 2507.18071, equation 7)."""
+    return sequences.means(logprobs - old_logprobs)
+
+
+def sequence_token(logprobs: Tensor, old_logprobs: Tensor, sequences: SequenceTokens) -> Tensor:
+    """log(sg[s] · π / sg[π]): the sequence's value with the token's gradient (GSPO-token, arXiv 2507.18071, equation 14)."""
+    return sequences.means((logprobs - old_logprobs).detach()) + (logprobs - logprobs.detach())
+
+
+RATIOS = {
+    "token": Ratio(function=token, formula="ρ_t = π(o_t) / π_old(o_t) (1707.06347)"),
+    "sequence": Ratio(function=sequence, formula="s = (π(o) / π_old(o))^(1/|o|) (2507.18071)"),
+    "sequence_token": Ratio(function=sequence_token, formula="s_t = sg[s] · π(o_t) / sg[π(o_t)] (2507.18071)"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SurrogateInput:
     """The chosen tokens of one micro-batch.
 
     Attributes:
         logprobs: float [tokens], under the policy, differentiable.
-        log_ratio: float [tokens], log of the importance ratio at its level (see ratios.py), differentiable.
+        log_ratio: float [tokens], log of the importance ratio at its level (see RATIOS), differentiable.
         advantages: float [tokens].
         sequences: sums and means over whole responses.
     """

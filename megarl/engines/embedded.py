@@ -25,9 +25,8 @@ from transformers import (
 from megarl.config.schema import EmbeddedEngineConfig
 from megarl.engines.checkpoint_views import checkpoint_views
 from megarl.engines.protocol import Generation, SamplingParams
-from megarl.engines.repetition import RepetitionStop
 from megarl.engines.routed_experts import experts_of_rows, recorded_experts
-from megarl.engines.token_sampler import GumbelSampler
+from megarl.engines.token_sampler import GumbelSampler, RepetitionStop
 from megarl.engines.weight_checklist import WeightChecklist
 from megarl.errors import RolloutError
 from megarl.types import FinishReason

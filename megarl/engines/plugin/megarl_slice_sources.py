@@ -1,7 +1,7 @@
 """Where a worker gets its packed messages from: messages of a group, or memory that it shares with a trainer rank.
 
 Runs in the workers of an engine, in the engine's own environment: imports only the standard library and torch. The other ends are
-megarl/reshard/engine_transports.py, shared_buffer.py and transport_choice.py.
+megarl/reshard/engine_transports.py and transport_choice.py.
 """
 
 import json
