@@ -99,17 +99,17 @@ class Algorithm:
         return PreparedStep(batches=batches, metrics=metrics)
 
     def objective(self, logprobs: Tensor, entropies: Tensor, data: TokenData) -> Objective:
-        """The loss of some tokens of a prepared batch."""
+        """Compute the loss of some tokens of a prepared batch."""
         return policy_objective(
             logprobs, entropies, data, config=self._config, surrogate=self._surrogate, kl_coefficient=self.kl_coefficient
         )
 
     def value_objective(self, values: Tensor, data: TokenData) -> Objective:
-        """The critic's loss of the same tokens."""
+        """Compute the critic's loss of the same tokens."""
         return value_objective(values, data, clip_range=self._config.value_clip)
 
     def finish_step(self, packed: PackedBatch, outputs: TokenOutputs) -> None:
-        """After the updates of a step: adapt β to the KL that the step began with.
+        """Adapt β to the KL that the step began with.
 
         To be called only after steps in which the policy has moved: β is to answer for what it has done.
         """
@@ -120,7 +120,7 @@ class Algorithm:
             self.kl_coefficient = adapted_coefficient(self.kl_coefficient, measured, kl.target, kl.adaptation_rate)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must keep."""
+        """Return what a checkpoint must keep."""
         return {"kl_coefficient": self.kl_coefficient, "masks_negative": self._masks_negative}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ class Algorithm:
         return rewards
 
     def _shaped_greedy_rewards(self, packed: PackedBatch) -> Tensor:
-        """As the sampled responses' are shaped; a length reward is refused beside a greedy baseline."""
+        """Shape the greedy responses' rewards as the sampled ones'; a length reward is refused beside a greedy baseline."""
         if self._config.reward_shaping.overlong_buffer == 0:
             return packed.greedy_rewards
         return packed.greedy_rewards + self._overlong_penalties(packed.greedy_lengths)
@@ -186,7 +186,7 @@ class Algorithm:
         return length_adaptive_trace_decay(lengths, settings.length_adaptive_alpha)
 
     def _returns(self, inputs: AdvantageInput, metrics: dict[str, float]) -> Tensor | None:
-        """The critic's targets: V plus advantages with the critic's own λ."""
+        """Return the critic's targets: V plus advantages with the critic's own λ."""
         if inputs.values is None:
             return None
         value_decay = self._config.gae.value_trace_decay
@@ -265,7 +265,7 @@ def _described(values: Tensor) -> str:
 
 
 def import_function(name: str, key: str) -> Callable[..., Any]:
-    """The function ``module:function``.
+    """Import the function ``module:function``.
 
     Args:
         name: as the config gives it.

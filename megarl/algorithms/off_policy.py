@@ -27,12 +27,12 @@ class Correction:
 
 
 def truncated(ratio: Tensor, cap: float) -> Tensor:
-    """min(ratio, cap): truncated importance sampling (Ionides 2008; Yao et al. 2025, off-policy RL from inference mismatch)."""
+    """Return min(ratio, cap): truncated importance sampling (Ionides 2008; Yao et al. 2025)."""
     return ratio.clamp(max=cap)
 
 
 def masked(ratio: Tensor, cap: float) -> Tensor:
-    """The ratio up to the cap and 0 above it: masked importance sampling (Liu et al. 2025, training-inference mismatch)."""
+    """Return the ratio up to the cap and 0 above it: masked importance sampling (Liu et al. 2025)."""
     return torch.where(ratio > cap, 0.0, ratio)
 
 
@@ -43,7 +43,7 @@ CORRECTIONS = {
 
 
 def correction_level(config: AlgorithmConfig) -> str:
-    """``token`` or ``sequence``: as configured, else whole responses where the loss or its ratio is of whole responses.
+    """Return ``token`` or ``sequence``: as configured, else whole responses where the loss or its ratio is of whole responses.
 
     The importance weight of a term is the ratio of the probabilities of all that the term depends on (Liu et al. 2025; GSPO, arXiv
     2507.18071, section 4.1): for -A log π(o) + τ/2 (log π(o) - log π_old(o))², a geometric mean or a sequence's ratio that is the
@@ -59,7 +59,7 @@ def correction_level(config: AlgorithmConfig) -> str:
 def sampler_weights(
     trainer: Tensor, sampler: Tensor, cu_seqlens: Tensor, loss_mask: Tensor, *, method: str, level: str, cap: float
 ) -> Tensor:
-    """Weight of each token's policy loss.
+    """Return the weight of each token's policy loss.
 
     Args:
         trainer, sampler: float [num_tokens], log-probabilities of the tokens.
@@ -82,12 +82,12 @@ def sampler_weights(
 
 
 def token_staleness(packed: PackedBatch, version: int) -> Tensor:
-    """int64 [num_tokens]: updates between the weights that sampled each token and ``version``; 0 where nothing is trained."""
+    """Count the updates between the weights that sampled each token and ``version``, int64 [num_tokens]; 0 if not trained."""
     return torch.where(packed.loss_mask, version - packed.weight_versions, 0)
 
 
 def staleness_metrics(batches: Sequence[TrainBatch], version: int) -> dict[str, float]:
-    """Histogram of the staleness of trained tokens, and the gap between sampler and trainer for each staleness.
+    """Return the histogram of the staleness of trained tokens, and the gap between sampler and trainer for each staleness.
 
     The gap of a token is |log π_trainer - log π_sampler| (nats): the trainer's at ``version``, the sampler's at the weights that
     sampled it. Behind the sampler correction it is |log π_trainer - log π_sampler - log w|, the part of the ratio that the token's
@@ -116,7 +116,7 @@ def staleness_metrics(batches: Sequence[TrainBatch], version: int) -> dict[str, 
 
 
 def _gaps(batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the trained tokens: float64 gap before and behind the correction, and bool whether their weight is above 0."""
+    """Return of the trained tokens the float64 gap before and behind the correction, and bool whether their weight is above 0."""
     assert batch.old_logprobs is not None
     mask = batch.packed.loss_mask
     log_ratio = (batch.old_logprobs.double() - batch.packed.sampler_logprobs.double())[mask]

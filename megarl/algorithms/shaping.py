@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def soft_overlong_penalties(lengths: Tensor, max_tokens: int, buffer_tokens: float) -> Tensor:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13).
+    """Return DAPO's soft overlong punishment (arXiv 2503.14476, equation 13).
 
     0 up to L_max - L_cache, then linear down to -1 at L_max, and -1 beyond.
 
@@ -21,7 +21,7 @@ def soft_overlong_penalties(lengths: Tensor, max_tokens: int, buffer_tokens: flo
 
 
 def length_rewards(lengths: Tensor, is_correct: Tensor, group_ids: Tensor) -> Tensor:
-    """Kimi k1.5's length reward (arXiv 2501.12599, section 2.3.3).
+    """Return Kimi k1.5's length reward (arXiv 2501.12599, section 2.3.3).
 
     λ = 0.5 - (length - min) / (max - min) over the group: a correct response gets λ, a wrong one min(0, λ); all get 0 where the
     group's lengths are equal.
@@ -48,7 +48,7 @@ def length_rewards(lengths: Tensor, is_correct: Tensor, group_ids: Tensor) -> Te
 
 
 def masks_negative(entropy: float, was_masking: bool, low: float, high: float) -> bool:
-    """Whether negative samples are left out of this step.
+    """Return whether negative samples are left out of this step.
 
     They are left out once the batch's entropy is above ``high`` (their gradient raises it further) and taken back in once it is
     below ``low``; in between nothing changes.
@@ -64,5 +64,5 @@ def masks_negative(entropy: float, was_masking: bool, low: float, high: float) -
 
 
 def without_negatives(advantages: Tensor) -> Tensor:
-    """Negative advantages set to 0; the normaliser of the loss stays that of all samples."""
+    """Set negative advantages to 0; the normaliser of the loss stays that of all samples."""
     return advantages.clamp(min=0)

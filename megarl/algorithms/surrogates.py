@@ -25,17 +25,17 @@ class Ratio:
 
 
 def token(logprobs: Tensor, old_logprobs: Tensor, sequences: SequenceTokens) -> Tensor:
-    """log π - log π_old of the token (PPO, arXiv 1707.06347)."""
+    """Return log π - log π_old of the token (PPO, arXiv 1707.06347)."""
     return logprobs - old_logprobs
 
 
 def sequence(logprobs: Tensor, old_logprobs: Tensor, sequences: SequenceTokens) -> Tensor:
-    """log s = mean over the response of log π - log π_old, the same for all its tokens (GSPO, arXiv 2507.18071, equation 7)."""
+    """Return log s = mean over the response of log π - log π_old, for all its tokens (GSPO, arXiv 2507.18071, equation 7)."""
     return sequences.means(logprobs - old_logprobs)
 
 
 def sequence_token(logprobs: Tensor, old_logprobs: Tensor, sequences: SequenceTokens) -> Tensor:
-    """log(sg[s] · π / sg[π]): the sequence's value with the token's gradient (GSPO-token, arXiv 2507.18071, equation 14)."""
+    """Return log(sg[s] · π / sg[π]): the sequence's value with the token's gradient (GSPO-token, arXiv 2507.18071, equation 14)."""
     return sequences.means((logprobs - old_logprobs).detach()) + (logprobs - logprobs.detach())
 
 
@@ -90,7 +90,7 @@ class SurrogateChoice:
 
 
 def ppo_clip(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
-    """-min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) (PPO, arXiv 1707.06347, equation 7; two ranges: DAPO, 2503.14476).
+    """Return -min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) (PPO, arXiv 1707.06347, equation 7; two ranges: DAPO, 2503.14476).
 
     With ``clip.dual`` c, the loss of a negative advantage is at most -c A (dual clip, arXiv 1912.09729, equation 3).
     """
@@ -106,7 +106,7 @@ def ppo_clip(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
 
 
 def gmpo(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
-    """-A · geometric mean over the response of its clipped token ratios (GMPO, arXiv 2507.20673, equation 4).
+    """Return -A · geometric mean over the response of its clipped token ratios (GMPO, arXiv 2507.20673, equation 4).
 
     Each log-ratio is bounded on the side where it would gain: above by ``clip.high`` where A > 0, below by -``clip.low`` else.
     """
@@ -120,7 +120,7 @@ def gmpo(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
 
 
 def cispo(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
-    """-sg[clip(ρ, 1 - ε_low, 1 + ε_high)] A log π: no token loses its gradient (CISPO, arXiv 2506.13585, equations 4 and 5)."""
+    """Return -sg[clip(ρ, 1 - ε_low, 1 + ε_high)] A log π: all tokens have a gradient (CISPO, arXiv 2506.13585, equations 4, 5)."""
     ratio, clip = inputs.log_ratio.detach().exp(), config.clip
     return Surrogate(
         loss=-ratio.clamp(1 - clip.low, 1 + clip.high) * inputs.advantages * inputs.logprobs,
@@ -130,13 +130,13 @@ def cispo(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
 
 
 def policy_gradient(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
-    """-A log π (REINFORCE, Williams 1992)."""
+    """Return -A log π (REINFORCE, Williams 1992)."""
     never = torch.zeros_like(inputs.advantages, dtype=torch.bool)
     return Surrogate(loss=-inputs.advantages * inputs.logprobs, clipped_low=never, clipped_high=never)
 
 
 def mirror_descent(inputs: SurrogateInput, config: AlgorithmConfig) -> Surrogate:
-    """-A log π(o) + (τ/2) (log π(o) - log π_old(o))² for whole responses (Kimi k1.5, arXiv 2501.12599, equation 3).
+    """Return -A log π(o) + (τ/2) (log π(o) - log π_old(o))² for whole responses (Kimi k1.5, arXiv 2501.12599, equation 3).
 
     The square of a response's log-ratio Δ is shared among its tokens as δ_t Δ, whose sum is Δ² and whose gradient is 2 Δ ∇Δ.
     """

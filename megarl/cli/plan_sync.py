@@ -89,7 +89,7 @@ def sync(
 
 
 def fewest_ranks(parallel: ParallelConfig) -> int:
-    """Of a layout: one replica."""
+    """Return the ranks of one replica of a layout."""
     experts = (parallel.etp or parallel.tp) * parallel.ep * parallel.pp
     return math.lcm(parallel.tp * parallel.pp * parallel.cp, experts)
 

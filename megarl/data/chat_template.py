@@ -186,7 +186,7 @@ class ChatTemplate:
             raise DataError(f"the {self.name} writes the same chat differently each time; {self._advice}")
 
     def _find_prefill(self) -> str:
-        """What is written at the start of a response: what a next turn's beginning has more than one that was taken before."""
+        """Find what is written at the start of a response: what a next turn's beginning has beyond one taken before."""
         said = {"role": "assistant", "content": _ANSWER}
         try:
             asked = self.render([_QUESTION], "a question", add_generation_prompt=False)
@@ -211,7 +211,7 @@ class _GenerationTag(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it on the instance)
 
     def parse(self, parser: Any) -> Any:
-        """The statements in it."""
+        """Return the statements between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -223,7 +223,7 @@ def opened_tags(text: str) -> str:
 
 
 def _chosen(tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any], advice: str) -> str:
-    """The tokenizer's template; of several the one for tools where some are given, else the default."""
+    """Return the tokenizer's template; of several the one for tools where some are given, else the default."""
     templates = tokenizer.chat_template
     if isinstance(templates, dict):
         name = "tool_use" if options.get("tools") and "tool_use" in templates else "default"

@@ -109,7 +109,7 @@ class PromptTemplate:
         self._bos = bos_prefix(tokenizer, adds_bos)
 
     def encode_prompt(self, row: Row, max_prompt_tokens: int | None = None) -> Prompt:
-        """The prompt as the model reads it.
+        """Encode the prompt as the model reads it.
 
         Raises:
             DataError: it is longer than ``max_prompt_tokens``, or cannot be written with this template.
@@ -131,7 +131,7 @@ class PromptTemplate:
         )
 
     def encode_example(self, row: Row, response_suffix: str, max_tokens: int) -> SFTExample:
-        """The prompt with the row's answer, ``response_suffix`` and the end-of-sequence token as its response.
+        """Encode the prompt with the row's answer, ``response_suffix`` and the end-of-sequence token as its response.
 
         Raises:
             DataError: it is longer than ``max_tokens``, or cannot be written with this template.
@@ -141,7 +141,7 @@ class PromptTemplate:
         return example
 
     def encode_pair(self, row: Row, response_suffix: str, max_tokens: int) -> PreferencePair:
-        """The prompt with the row's chosen response (its answer) and with the rejected one, each as ``encode_example`` has it.
+        """Encode the prompt with the chosen response (the row's answer) and with the rejected one, each as ``encode_example`` does.
 
         Raises:
             DataError: one is longer than ``max_tokens``, or cannot be written with this template.
@@ -160,7 +160,7 @@ class PromptTemplate:
         return SFTExample(row_id=row.row_id, token_ids=prompt + response, num_prompt_tokens=len(prompt))
 
     def _without_prefill(self, text: str) -> str:
-        """A given response without its beginning where the prompt ends with that already."""
+        """Return a given response without its beginning where the prompt ends with that already."""
         beginning = self._prefill.strip()
         if text.startswith(self._prefill) or not beginning:
             return text.removeprefix(self._prefill)
@@ -208,7 +208,7 @@ class ObservationTemplate:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: EnvironmentConfig, chat: ChatSettings | None = None) -> None:
-        """``config.observation_template``, or the chat template, used as ``chat`` says, when it is not given.
+        """Use ``config.observation_template``, or the chat template, as ``chat`` says, when it is not given.
 
         Attributes:
             prefill: end of what follows a message that is the beginning of the policy's next turn, e.g. ``"<think>\\n"``.
@@ -232,7 +232,7 @@ class ObservationTemplate:
         self._closes_turn = text is None
 
     def encode(self, observation: str, last_token: int | None) -> tuple[int, ...]:
-        """The message's tokens after a turn that ended with ``last_token``, or after the prompt (None).
+        """Encode the message after a turn that ended with ``last_token``, or after the prompt (None).
 
         A special token's text in the message is text: an environment can neither end its message early nor speak for the policy.
         """
@@ -248,7 +248,7 @@ class ObservationTemplate:
 
 
 def _around(template: ChatTemplate, role: str) -> tuple[str, str]:
-    """What the chat template puts before and after a message that follows an answer."""
+    """Return what the chat template puts before and after a message that follows an answer."""
     chat = [
         {"role": "user", "content": "a question"},
         {"role": "assistant", "content": _ANSWER},

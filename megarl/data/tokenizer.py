@@ -104,7 +104,7 @@ def _from_tokenizer_json(path: Path, settings: Mapping[str, Any]) -> "PreTrained
 
 
 def _read_backend(file: Path) -> "Tokenizer":
-    """The tokenizer of a tokenizer.json, without its padding and truncation, which are for batches of other programs."""
+    """Read the tokenizer of a tokenizer.json, without its padding and truncation, which are for batches of other programs."""
     from tokenizers import Tokenizer
 
     try:
@@ -117,7 +117,7 @@ def _read_backend(file: Path) -> "Tokenizer":
 
 
 def _check_added_tokens(settings: Mapping[str, Any], tokens: Mapping[str, int], path: Path) -> None:
-    """tokenizer_config.json adds no token that tokenizer.json has not, but one for padding, and gives none another id."""
+    """Check that tokenizer_config.json adds no token to tokenizer.json's, but one for padding, and gives none another id."""
     added = settings.get("added_tokens_decoder") or {}
     file = path / TOKENIZER_CONFIG
     if not isinstance(added, dict):
@@ -156,7 +156,7 @@ def _require_equal(tokenizer: "PreTrainedTokenizerBase", backend: "Tokenizer", f
 
 
 def _converted(path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer that transformers makes of a folder without tokenizer.json, compared with what it was made of."""
+    """Return the tokenizer that transformers makes of a folder without tokenizer.json, compared with what it was made of."""
     import transformers
 
     has_sentencepiece = (path / SENTENCEPIECE).is_file()

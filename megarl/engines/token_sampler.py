@@ -25,7 +25,7 @@ class GumbelSampler(LogitsProcessor):
     """
 
     def __init__(self, keys: Sequence[tuple[int, int]], temperature: float, top_k: int, top_p: float) -> None:
-        """``keys`` holds (seed, sample index) of each row, each an unsigned 64-bit number."""
+        """Take ``keys``, the (seed, sample index) of each row, each an unsigned 64-bit number."""
         self.logprobs: list[Tensor] = []
         self._temperature = temperature
         self._streams = [numpy.random.Generator(numpy.random.Philox(key=key)) for key in keys]
@@ -36,7 +36,7 @@ class GumbelSampler(LogitsProcessor):
             self._warpers.append(TopPLogitsWarper(top_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Float32 logits [batch, vocabulary] to scores whose argmax is each row's next token."""
+        """Turn float32 logits [batch, vocabulary] into scores whose argmax is each row's next token."""
         if self._temperature == 0:
             choice = logits = scores
         else:
@@ -49,7 +49,7 @@ class GumbelSampler(LogitsProcessor):
         return choice
 
     def _log_exponential_noise(self, vocabulary: int) -> Tensor:
-        """Log of Exponential(1) draws, float32 [batch, vocabulary]; its negative is Gumbel noise."""
+        """Return the log of Exponential(1) draws, float32 [batch, vocabulary]; its negative is Gumbel noise."""
         noise = numpy.empty((len(self._streams), vocabulary), dtype=numpy.float32)
         for stream, row in zip(self._streams, noise, strict=True):
             stream.random(dtype=numpy.float32, out=row)
@@ -69,13 +69,13 @@ class RepetitionStop(StoppingCriteria):
     """
 
     def __init__(self, config: RepetitionStopConfig, num_rows: int, prompt_width: int) -> None:
-        """``prompt_width`` is the number of columns, padding included, before the responses."""
+        """Take ``prompt_width``, the number of columns, padding included, before the responses."""
         self.lengths: list[int | None] = [None] * num_rows
         self._config = config
         self._prompt_width = prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """int64 [rows, width so far] to bool [rows], whether the row is done."""
+        """Return whether each row is done: int64 [rows, width so far] to bool [rows]."""
         length = input_ids.shape[1] - self._prompt_width
         count = self._config.min_count
         repeats = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

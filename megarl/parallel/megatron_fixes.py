@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def _own_step_per_parameter() -> None:
-    """Loading the distributed optimizer misses 'step' and then shares one step tensor among all parameters (corrupting Adam)."""
+    """Mend loading: the distributed optimizer misses 'step' and then shares one step tensor among all parameters."""
     original = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
@@ -32,7 +32,7 @@ def _own_step_per_parameter() -> None:
 
 
 def _keep_bucket_padding() -> None:
-    """Saving joins the buckets of a buffer without their padding but cuts parameters at offsets that count it.
+    """Mend saving, which joins a buffer's buckets without their padding but cuts parameters at offsets that count it.
 
     With several buckets (tied embeddings under pipeline parallelism, overlapped reduction) every parameter after the first
     bucket is then saved shifted, and the end as zeros. Here each bucket is put back where the offsets expect it.
@@ -61,7 +61,7 @@ def _with_padding(joined: torch.Tensor, buffer: Any) -> torch.Tensor:
 
 
 def _work_without_transformer_engine() -> None:
-    """0.16 leaves the router's matrix product undefined, and takes a stand-in for Transformer Engine's linear layer in MLA."""
+    """Mend 0.16: define the router's matrix product, and keep MLA from taking Transformer Engine's stand-in for a linear layer."""
     if find_spec("transformer_engine") is None:
         moe_utils.te_general_gemm = None
         multi_latent_attention.HAVE_TE = False

@@ -72,7 +72,7 @@ class Crew:
             ) from error
 
     def name(self, member: int) -> str:
-        """Of a rank or worker, for messages."""
+        """Name a rank or worker, for messages to people."""
         return f"worker {member - self.workers.start} of the engine" if member in self.workers else f"rank {member}"
 
 
@@ -101,7 +101,7 @@ class Messages:
     """Sends and receives of a group of the transfer's own, which a failure may break without harm to the trainer's."""
 
     def __init__(self, crew: Crew, store: Store, size: int) -> None:
-        """The first ``size`` of the crew: gloo's from host memory, NCCL's from GPUs; collective over them."""
+        """Connect the first ``size`` of the crew: gloo's from host memory, NCCL's from GPUs; collective over them."""
         self._crew = crew
         self._is_nccl = crew.uses_nccl
         self._group = _nccl_group(crew, store, size) if self._is_nccl else crew.control
@@ -125,7 +125,7 @@ class Messages:
             self._group.abort()
 
     def _exchange_in_one_batch(self, moves: list[Move]) -> None:
-        """NCCL's must be started together, or they wait for each other."""
+        """Start NCCL's moves together, or they wait for each other."""
         if not moves:
             return
         with self._crew.naming(*[move.task for move in moves]):
@@ -143,7 +143,7 @@ class GroupTransport:
     """Messages of the group of all: gloo from host memory, or NCCL from the memory of GPUs, of which no two processes share one."""
 
     def __init__(self, crew: Crew, store: Store) -> None:
-        """Collective over the group."""
+        """Allocate what the transport needs; collective over the group."""
         self._crew = crew
         self._messages = Messages(crew, store, crew.workers.stop)
         self._buckets = [work.outgoing for work in bucket_work(crew.plan, crew.ranks, crew.workers, crew.rank)]
@@ -182,7 +182,7 @@ class SharedBuffer:
         self.data = torch.frombuffer(mmap.mmap(self._file, num_bytes), dtype=torch.uint8)
 
     def handle(self) -> bytes:
-        """What one other process opens the buffer with, once: CUDA counts a reader for every handle made."""
+        """Return what one other process opens the buffer with, once: CUDA counts a reader for every handle made."""
         described: dict[str, Any]
         if self._file is not None:
             described = {"path": f"/proc/{os.getpid()}/fd/{self._file}", "bytes": self.data.numel()}
@@ -286,7 +286,7 @@ class SharedTransport:
 
 
 def _nccl_group(crew: Crew, store: Store, size: int) -> Any:
-    """The first ``size`` of the crew; collective over them."""
+    """Form a group of the first ``size`` of the crew; collective over them."""
     from torch.distributed import ProcessGroupNCCL  # not in every build of torch
 
     options = ProcessGroupNCCL.Options()

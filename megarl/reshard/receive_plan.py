@@ -17,7 +17,7 @@ Memory = tuple[str, ...]  # where two are equal, both processes can open the sam
 
 
 def element_size(copy: Copy) -> int:
-    """Bytes of one number of a copy."""
+    """Return the bytes of one number of a copy."""
     rows, columns = copy.source
     return copy.num_bytes // ((rows.stop - rows.start) * (columns.stop - columns.start))
 
@@ -25,7 +25,7 @@ def element_size(copy: Copy) -> int:
 def receive_plan(
     plan: Plan, worker: int, dtypes: dict[int, torch.dtype], locations: Sequence[Location], transport: str
 ) -> dict[str, Any]:
-    """What a worker will get in each update, and where it finds it, as its receiver reads it.
+    """Describe what a worker will get in each update, and where it finds it, as its receiver reads it.
 
     Args:
         worker: number in the group, in which trainer ranks come first.
@@ -70,7 +70,7 @@ def _packed_messages(
 
 
 def holder_of(plan: Plan, worker: int, memory: Sequence[Memory]) -> Callable[[int], int]:
-    """Which trainer rank holds what a sender has for a worker: the sender itself, or a rank that shares the worker's memory.
+    """Return which trainer rank holds what a sender has for a worker: the sender, or a rank that shares the worker's memory.
 
     Args:
         worker: number in a group in which the plan's source ranks come first, then its destination ranks.
@@ -81,7 +81,7 @@ def holder_of(plan: Plan, worker: int, memory: Sequence[Memory]) -> Callable[[in
 
 
 def held_messages(plan: Plan, worker: int, memory: Sequence[Memory]) -> list[dict[int, list[PackedMessage]]]:
-    """For each bucket the packed messages of a worker, of which ``peer`` is the sender, by their holder, in order of the holders.
+    """Return for each bucket the packed messages of a worker by their holder, in order of the holders; ``peer`` is the sender.
 
     A holder has them one after another in a buffer of the worker's own: ``start`` counts from its beginning.
     """
@@ -98,5 +98,5 @@ def held_messages(plan: Plan, worker: int, memory: Sequence[Memory]) -> list[dic
 
 
 def end_of(packed_messages: Sequence[PackedMessage]) -> int:
-    """Bytes up to the end of the last of some packed messages."""
+    """Return the bytes up to the end of the last of some packed messages."""
     return packed_messages[-1].start + packed_messages[-1].num_bytes if packed_messages else 0

@@ -22,7 +22,7 @@ class CallFailure(Exception):
 
 
 async def call_on_loop(function: Callable[[], Awaitable[T]], timeout: float, late: str) -> T:
-    """What the call gives within ``timeout`` seconds.
+    """Return what the call gives within ``timeout`` seconds.
 
     It runs in a task of its own, so that a CancelledError, a SystemExit or a KeyboardInterrupt that it lets out is its failure and
     ends nothing else. Processes that it started through ``subprocess`` or asyncio, and all below them, end with a call that fails.
@@ -60,7 +60,7 @@ class _Raised:
 
 
 async def _guarded(function: Callable[[], Awaitable[T]]) -> T | _Raised:
-    """Asyncio would let some of what a task raises end the whole loop."""
+    """Guard the loop from what a task raises: asyncio would let some of it end the whole loop."""
     try:
         return await function()
     except asyncio.CancelledError:
@@ -74,7 +74,7 @@ _started: ContextVar[list[subprocess.Popen[Any]] | None] = ContextVar("_started"
 
 @contextmanager
 def children_end_with_task() -> Iterator[Callable[[], None]]:
-    """Within it, tasks that are created here note the processes that they start; gives the function that kills those.
+    """Have tasks created in the block note the processes that they start; give the function that kills those.
 
     Processes are noted where ``subprocess`` and asyncio start them, in ``subprocess.Popen``; a bare ``os.fork`` is not.
     """

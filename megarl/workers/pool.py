@@ -43,7 +43,7 @@ class ProcessPool:
         section: str,
         modules: Iterable[str] = (),
     ) -> None:
-        """What the workers do.
+        """Say what the workers do.
 
         Args:
             build: ``module:function``, called in each worker with ``argument``; gives the function that answers requests with what
@@ -75,7 +75,7 @@ class ProcessPool:
         self._num_replaced = 0
 
     async def ask(self, request: Any, timeout: float, late: str) -> Any:
-        """The answer to a request, a JSON value; ``timeout`` seconds count from when a worker takes it.
+        """Return the answer to a request, a JSON value; ``timeout`` seconds count from when a worker takes it.
 
         A worker that ends before it has answered is replaced and the new one asked, ``ATTEMPTS`` times in all.
 
@@ -105,7 +105,7 @@ class ProcessPool:
             self._idle.append(await self._start())
 
     def take_num_replaced(self) -> int:
-        """How many workers ended before they had answered, and were replaced, since this was asked last."""
+        """Return how many workers ended before they had answered, and were replaced, since this was asked last."""
         taken, self._num_replaced = self._num_replaced, 0
         return taken
 
@@ -168,7 +168,7 @@ class ProcessPool:
         return worker
 
     async def _kill(self, worker: WorkerProcess) -> str:
-        """Its end; why the watch ended it, empty if that did not."""
+        """End a worker; return why the watch ended it, empty if that did not."""
         self._alive.discard(worker)
         reason = self._watch.remove(worker.pid)
         await worker.kill()
@@ -211,7 +211,7 @@ class Watch:
             return self._reasons.pop(root, "")
 
     def close(self) -> None:
-        """End the thread."""
+        """End the watching thread."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join()

@@ -45,7 +45,7 @@ class Sandbox:
         return 0 if self.program is None else 2  # the init of the namespace and, below it, the worker itself
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Describe the sandbox in one line for the log."""
         if self.program is not None:
             return f"scorers, environments and chat templates run in sandboxes of {self.program}"
         return (
@@ -54,7 +54,7 @@ class Sandbox:
         )
 
     def command(self, arguments: Sequence[str], config: SandboxConfig, modules: Iterable[str]) -> list[str]:
-        """The command line of a worker.
+        """Return the command line of a worker.
 
         Args:
             arguments: of the Python interpreter.
@@ -89,12 +89,12 @@ class Sandbox:
 
 
 def memory_bytes(config: SandboxConfig) -> int:
-    """Most memory of a worker."""
+    """Return the most memory of a worker."""
     return int(config.memory_gib * 2**30)
 
 
 def worker_environment(config: SandboxConfig) -> dict[str, str]:
-    """The environment variables of a worker: what a program needs to start, and those that the configuration names."""
+    """Return the environment variables of a worker: what a program needs to start, and those that the configuration names."""
     names = ["LD_LIBRARY_PATH", *config.environment]  # without it, an interpreter of a module system finds no libpython
     passed = {name: os.environ[name] for name in names if name in os.environ}
     # one thread each: workers are many and share their cores with the ranks
@@ -103,7 +103,7 @@ def worker_environment(config: SandboxConfig) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def find_sandbox() -> Sandbox:
-    """The best that this machine has, tried out once."""
+    """Find the best sandbox that this machine has, tried out once."""
     program = shutil.which("bwrap")
     if program is None:
         return Sandbox(program=None, has_proc=False, reason="there is no bubblewrap (bwrap) on PATH")
@@ -117,7 +117,7 @@ def find_sandbox() -> Sandbox:
 
 
 def _fault(sandbox: Sandbox) -> str:
-    """Why a worker cannot run in it; empty if it can."""
+    """Return why a worker cannot run in it; empty if it can."""
     config = SandboxConfig()
     command = sandbox.command(["-c", "import megarl.workers.worker"], config, [])
     try:
@@ -157,12 +157,12 @@ class VisiblePaths:
     folders_and_files: tuple[str, ...]
 
     def shows(self, path: str) -> bool:
-        """Whether the path is among them or below one of them."""
+        """Return whether the path is among them or below one of them."""
         return any(Path(path).is_relative_to(shown) for shown in self.folders_and_files)
 
 
 def visible_paths(modules: Iterable[str], readable: Iterable[Path]) -> VisiblePaths:
-    """What a worker needs that imports ``modules`` and what is on ``sys.path``, and what the user lets it read."""
+    """Return what a worker needs that imports ``modules`` and what is on ``sys.path``, and what the user lets it read."""
     links = tuple((path, os.readlink(path)) for path in _SYSTEM if os.path.islink(path))
     wanted = [*(path for path in _SYSTEM if not os.path.islink(path)), *_SYSTEM_FILES]
     wanted += [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.executable, os.path.realpath(sys.executable)]
@@ -180,7 +180,7 @@ def visible_paths(modules: Iterable[str], readable: Iterable[Path]) -> VisiblePa
 
 
 def _importable(entry: Path) -> list[str]:
-    """What can be imported from an entry of ``sys.path``; all of it only where packages are installed.
+    """Return what can be imported from an entry of ``sys.path``; all of it only where packages are installed.
 
     A user's folder holds more than code: data, runs, keys.
     """
@@ -194,7 +194,7 @@ def _importable(entry: Path) -> list[str]:
 
 
 def _locations(module: str) -> list[str]:
-    """Where the top-level package or module of that name is; it may have no ``__init__.py``."""
+    """Return where the top-level package or module of that name is; it may have no ``__init__.py``."""
     try:
         spec = importlib.util.find_spec(module.partition(".")[0])
     except (ImportError, ValueError):

@@ -10,8 +10,8 @@ import torch
 
 import references
 from megarl.algorithms.advantages import ADVANTAGES
+from megarl.algorithms.aggregation import AGGREGATIONS, token_weights
 from megarl.algorithms.algorithm import Algorithm
-from megarl.algorithms.batches import AGGREGATIONS, token_weights
 from megarl.algorithms.kl import ESTIMATORS, adapted_coefficient, kl_estimate
 from megarl.algorithms.off_policy import CORRECTIONS, sampler_weights
 from megarl.algorithms.shaping import length_rewards, masks_negative, soft_overlong_penalties

@@ -98,23 +98,23 @@ class Plan:
 
     @property
     def num_buckets(self) -> int:
-        """Buckets."""
+        """Number of buckets of all messages."""
         return int(self.bucket[-1]) + 1
 
     def messages(self) -> Iterator[Message]:
-        """All messages in order."""
+        """Yield all messages in order."""
         return self._messages(np.arange(len(self.bucket)))
 
     def for_sender(self, rank: int) -> Iterator[Message]:
-        """What source rank ``rank`` sends, in order."""
+        """Yield what source rank ``rank`` sends, in order."""
         return self._messages(np.flatnonzero(self.sender == rank))
 
     def for_receiver(self, rank: int) -> Iterator[Message]:
-        """What destination rank ``rank`` receives, in order."""
+        """Yield what destination rank ``rank`` receives, in order."""
         return self._messages(np.flatnonzero(self.receiver == rank))
 
     def first_copies(self, number: int) -> Iterator[tuple[Message, Copy]]:
-        """The first ``number`` copies and the messages they are in."""
+        """Yield the first ``number`` copies and the messages they are in."""
         return islice(((message, copy) for message in self.messages() for copy in message.copies), number)
 
     def _messages(self, numbers: NDArray[np.int64]) -> Iterator[Message]:
@@ -144,7 +144,7 @@ def _region(overlap: np.void, side: str) -> tuple[slice, slice]:
 
 
 def turns(senders: NDArray[np.integer], receivers: NDArray[np.integer]) -> NDArray[np.int64]:
-    """[messages], numbers by which ranks take turns: among messages of one turn, no rank sends twice or receives twice."""
+    """Return the numbers, [messages], by which ranks take turns: of the messages of one turn, no rank sends or receives two."""
     num_ranks = int(max(senders.max(), receivers.max())) + 1
     return (receivers.astype(np.int64) - senders) % num_ranks
 
@@ -152,7 +152,7 @@ def turns(senders: NDArray[np.integer], receivers: NDArray[np.integer]) -> NDArr
 def buckets(
     senders: NDArray[np.integer], receivers: NDArray[np.integer], message_bytes: NDArray[np.int64], capacity: int
 ) -> NDArray[np.int32]:
-    """[messages], the bucket of each message, so that in a bucket no rank sends or receives more than ``capacity`` bytes.
+    """Return the bucket of each message, [messages], so that in a bucket no rank sends or receives more than ``capacity`` bytes.
 
     Turn by turn, each message goes into the first bucket that has room on both its ranks for the largest message.
 

@@ -122,7 +122,7 @@ class PartialFolder:
                 self._finished[line["file"]] = line
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """What ``write`` was told of a file that is whole, with ``file`` and ``bytes``; None for one that is not."""
+        """Return what ``write`` was told of a file that is whole, with ``file`` and ``bytes``; None for one that is not."""
         return self._finished.get(name)
 
     def check_space(self, num_bytes: int) -> None:
