@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megarl.algorithms.algorithm import Algorithm
-from megarl.algorithms.staleness import staleness_metrics
+from megarl.algorithms.off_policy import staleness_metrics
 from megarl.config.models_of import has_reference
 from megarl.config.schema import Config
 from megarl.config.stages import PlannedUpdates, planned_updates

@@ -11,10 +11,10 @@ from megarl.config.stages import Stage, stages_of
 from megarl.config.tasks import task_scorers
 from megarl.data.chat_template import chat_settings
 from megarl.data.curriculum import LengthLimit, StagedPrompts
-from megarl.data.observations import ObservationTemplate
 from megarl.data.packing import pack_groups
-from megarl.data.response_text import find_end_tokens, response_decoder
 from megarl.data.sampler import PromptSource, build_evaluation_prompts, build_prompt_source
+from megarl.data.template import ObservationTemplate
+from megarl.data.tokenizer import find_end_tokens, response_decoder
 from megarl.engines.build import build_engine
 from megarl.environments.run import Environments, open_environments
 from megarl.errors import CheckpointError
