@@ -21,6 +21,8 @@ MODEL_TYPES = (
     "qwen3",
     "qwen3_moe",
     "mixtral",
+    "phi3",
+    "olmo2",
     "deepseek_v3",
 )
 

@@ -136,8 +136,9 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
     for name in UNKNOWN_ATTENTION:
         if raw.get(name) not in (None, False, {}, []):
             yield f"{name} is {_text(raw[name])}, which changes what layers compute and is not supported; give a model without"
-    if raw.get("partial_rotary_factor") not in (None, 1):
-        yield f"partial_rotary_factor is {_text(raw['partial_rotary_factor'])}, and only heads that rotate whole are supported"
+    for values in (raw, raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}):
+        if (part := values.get("partial_rotary_factor")) not in (None, 1):
+            yield f"partial_rotary_factor is {_text(part)}, and only heads that rotate whole are supported"
 
 
 def _wrong(values: Mapping[str, Any], table: Mapping[str, tuple[Callable[[Any], bool], str]], prefix: str) -> Iterator[str]:
