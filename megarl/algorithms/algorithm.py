@@ -1,6 +1,7 @@
 """A policy-gradient method at work: its choices resolved to functions, and what it carries from step to step."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from megarl.algorithms.batches import split_into_updates
 from megarl.algorithms.entropy_control import masks_negative, without_negatives
 from megarl.algorithms.gae import length_adaptive_trace_decay
 from megarl.algorithms.kl import adapted_coefficient, kl_estimate
-from megarl.algorithms.objectives import Objective, TokenData, policy_objective, value_objective
+from megarl.algorithms.objectives import ObjectiveFunction, policy_objective, value_objective
 from megarl.algorithms.off_policy import correction_level, sampler_weights
 from megarl.algorithms.sequences import sums_per_sequence, trained_lengths
 from megarl.algorithms.shaping import length_rewards, soft_overlong_penalties
@@ -99,15 +100,15 @@ class Algorithm:
         )
         return PreparedStep(batches=batches, metrics=metrics)
 
-    def objective(self, logprobs: Tensor, entropies: Tensor, data: TokenData) -> Objective:
-        """The loss of some tokens of a prepared batch."""
-        return policy_objective(
-            logprobs, entropies, data, config=self._config, surrogate=self._surrogate, kl_coefficient=self.kl_coefficient
-        )
+    @property
+    def objective(self) -> ObjectiveFunction:
+        """The loss of some tokens of a prepared batch, with this step's β: ``policy_objective``."""
+        return partial(policy_objective, config=self._config, surrogate=self._surrogate, kl_coefficient=self.kl_coefficient)
 
-    def value_objective(self, values: Tensor, data: TokenData) -> Objective:
-        """The critic's loss of the same tokens."""
-        return value_objective(values, data, clip_range=self._config.value_clip)
+    @property
+    def value_objective(self) -> ObjectiveFunction:
+        """The critic's loss of the same tokens: ``objectives.value_objective``."""
+        return partial(value_objective, clip_range=self._config.value_clip)
 
     def finish_step(self, packed: PackedBatch, outputs: TokenOutputs) -> None:
         """After the updates of a step: adapt β to the KL that the step began with.

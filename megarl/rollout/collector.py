@@ -122,6 +122,15 @@ class Collector:
             self._warn(f"{left_out}: a scorer or the environment failed on them")
         return groups
 
+    async def pause(self) -> None:
+        """Let no request be at the engine, for a weight update: nothing to do, for none outlives ``collect``."""
+
+    async def resume(self, take: Take, version: int) -> None:
+        """Let groups grow by the weights of ``version``, which the engine has: nothing to do, for ``collect`` begins them."""
+
+    async def close(self) -> None:
+        """End what is in flight: nothing."""
+
     def state(self) -> Saved:
         """The groups that wait for the next step as JSON values, for a checkpoint."""
         leftover = [{"step": one.step, "group": save_group(one.group)} for one in self.leftover]
