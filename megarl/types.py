@@ -231,7 +231,7 @@ class PackedBatch:
 
     @property
     def num_sequences(self) -> int:
-        """Number of sequences."""
+        """Number of sequences in the batch."""
         return self.cu_seqlens.numel() - 1
 
     @property

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.kl import kl_estimate
-from megarl.algorithms.ratios import RATIOS
 from megarl.algorithms.sequences import SequenceTokens
-from megarl.algorithms.surrogates import SurrogateFunction, SurrogateInput
+from megarl.algorithms.surrogates import RATIOS, SurrogateFunction, SurrogateInput
 from megarl.algorithms.values import clipped_value_loss
 from megarl.config.schema import AlgorithmConfig
 from megarl.types import TrainBatch

@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerBase
 from megarl.config.schema import Config
 from megarl.config.tasks import task_scorers
 from megarl.data.chat_template import chat_settings
-from megarl.data.observations import ObservationTemplate
 from megarl.data.packing import pack_groups
-from megarl.data.response_text import find_end_tokens, response_decoder
 from megarl.data.sampler import PromptSource
+from megarl.data.template import ObservationTemplate
+from megarl.data.tokenizer import find_end_tokens, response_decoder
 from megarl.engines.build import build_engine
 from megarl.environments.run import Environments, open_environments
 from megarl.errors import CheckpointError

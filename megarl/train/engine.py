@@ -19,9 +19,9 @@ from megarl.config.schema import RoleConfig
 from megarl.data.packing import plan_group_micro_batches, plan_micro_batches
 from megarl.models.build import CausalLM
 from megarl.models.flops import sequence_flops
-from megarl.parallel.differentiable import sum_over_group
 from megarl.parallel.layout import Layout
-from megarl.parallel.pipeline import PipelineCommunicator
+from megarl.parallel.logprobs import sum_over_group
+from megarl.parallel.megatron_fixes import PipelineCommunicator
 from megarl.train.activation_offload import ActivationOffload
 from megarl.train.heads import Head
 from megarl.train.micro_batch import MicroBatch, build_micro_batch
