@@ -47,7 +47,7 @@ class Collected:
         groups: the same as people read it, on rank 0; empty elsewhere.
         metrics: what was seen while sampling and scoring, on rank 0.
         score_seconds: wall time in which nothing was generated, only scored or waited for environments.
-        outlived_updates: whether responses may have been under way while weights changed.
+        outlived_updates: whether responses may have been in flight while weights changed.
         tickets: which groups the step used up, on rank 0; None where responses do not outlive a step.
         reward_mean: over all responses that the step sampled, those of dropped groups included, on every rank.
     """
@@ -195,7 +195,7 @@ class MainRankRollouts:
         return {"rollout/replaced_workers": float(replaced)}
 
     def close(self) -> None:
-        """End the engine, the scorers and the environments, and what is under way."""
+        """End the engine, the scorers and the environments, and what is in flight."""
         if isinstance(self.collector, AsynchronousCollector):
             self.runner.run(self.collector.close())
         self.runner.run(self.engine.close())
@@ -268,7 +268,7 @@ class RolloutManager:
         )
 
     def pause(self) -> None:
-        """Before weights change under a generation in the background: cut its requests or wait for them, and send no others."""
+        """Abort the requests of generation in the background, or wait for them, and send no others, before weights change."""
         if self._main is not None:
             collector = self._main.collector
             assert isinstance(collector, AsynchronousCollector)

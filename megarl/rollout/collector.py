@@ -187,7 +187,7 @@ class Collector:
 
     @asynccontextmanager
     async def _place(self, request: Request, slots: asyncio.Semaphore, progress: Progress) -> AsyncIterator[None]:
-        """One of ``rollout.concurrency`` places at the engine."""
+        """Take one of the engine's ``rollout.concurrency`` slots for the block."""
         progress.lock_step.enqueue()
         try:
             await slots.acquire()

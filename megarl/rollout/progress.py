@@ -1,4 +1,4 @@
-"""What is under way at the engine, told of when nothing moves."""
+"""What is in flight at the engine, told of when nothing moves."""
 
 import asyncio
 import time
