@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from megarl.algorithms.advantages import ADVANTAGES, Advantage, AdvantageInput, 
 from megarl.algorithms.batches import split_into_updates
 from megarl.algorithms.gae import length_adaptive_trace_decay
 from megarl.algorithms.kl import adapted_coefficient, kl_estimate
-from megarl.algorithms.objectives import Objective, TokenData, policy_objective, value_objective
+from megarl.algorithms.objectives import ObjectiveFunction, policy_objective, value_objective
 from megarl.algorithms.off_policy import correction_level, sampler_weights, token_staleness
 from megarl.algorithms.sequences import sums_per_sequence, trained_lengths
 from megarl.algorithms.shaping import length_rewards, masks_negative, soft_overlong_penalties, without_negatives
@@ -98,15 +99,15 @@ class Algorithm:
         )
         return PreparedStep(batches=batches, metrics=metrics)
 
-    def objective(self, logprobs: Tensor, entropies: Tensor, data: TokenData) -> Objective:
-        """Compute the loss of some tokens of a prepared batch."""
-        return policy_objective(
-            logprobs, entropies, data, config=self._config, surrogate=self._surrogate, kl_coefficient=self.kl_coefficient
-        )
+    @property
+    def objective(self) -> ObjectiveFunction:
+        """The loss of some tokens of a prepared batch, with this step's β: ``policy_objective``."""
+        return partial(policy_objective, config=self._config, surrogate=self._surrogate, kl_coefficient=self.kl_coefficient)
 
-    def value_objective(self, values: Tensor, data: TokenData) -> Objective:
-        """Compute the critic's loss of the same tokens."""
-        return value_objective(values, data, clip_range=self._config.value_clip)
+    @property
+    def value_objective(self) -> ObjectiveFunction:
+        """The critic's loss of the same tokens: ``objectives.value_objective``."""
+        return partial(value_objective, clip_range=self._config.value_clip)
 
     def finish_step(self, packed: PackedBatch, outputs: TokenOutputs) -> None:
         """Adapt β to the KL that the step began with.

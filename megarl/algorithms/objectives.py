@@ -136,9 +136,3 @@ def value_objective(values: Tensor, data: TokenData, *, clip_range: float) -> Ob
         "clip_fraction": is_clipped.float().sum(),
     }
     return Objective(loss, metrics)
-
-
-def masked_mean_gap(first: Tensor, second: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Mean, in float64, and maximum of |first - second| over the mask; 0 when the mask is empty."""
-    gap = (first - second).abs()[mask].double()
-    return (float(gap.mean()), float(gap.max())) if gap.numel() else (0.0, 0.0)

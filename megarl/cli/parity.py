@@ -29,7 +29,8 @@ from megarl.errors import ConfigError, cut, quoted
 from megarl.families.registry import read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
-from megarl.train.roles import Critic, Learner, Policy, Reference, RewardModel, build_learner, compute_outputs, is_main_rank
+from megarl.train.learner import Learner
+from megarl.train.roles import Critic, Policy, Reference, RewardModel, build_learner, compute_outputs, is_main_rank
 from megarl.types import NO_VERSION, PackedBatch, TokenOutputs, TrainBatch
 from megarl.weights.transfer import hugging_face_gradients
 

@@ -215,9 +215,9 @@ class ServerEngine(ABC):
         Raises:
             RolloutError: the server died, or took longer than the section's ``update_timeout``.
         """
-        await self.limited(self._cut(), "give up its requests")
+        await self.limited(self._abort(), "give up its requests")
 
-    async def _cut(self) -> None:
+    async def _abort(self) -> None:
         while requests := set(self._in_flight):
             await self.give_up()
             await asyncio.wait(requests, timeout=CUT_SECONDS)

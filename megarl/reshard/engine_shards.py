@@ -51,16 +51,16 @@ def shard_map(weight_map: WeightMap, layout: EngineLayout) -> ShardMap:
     architecture = weight_map.architecture
     _check_loadable(architecture, layout)
     table = tensor_table(weight_map, element_size=1)
-    side = engine_shard_layout(architecture, layout, table)
+    held = engine_shard_layout(architecture, layout, table)
     tensors = list(table.numbers)
-    blocks: list[list[Block]] = [[] for _ in side.parameters]
-    for tensor, row, column, rows, columns, parameter, local_row, local_column, rank_set in side.boxes.tolist():
-        assert local_column == 0, side.parameters[parameter]
-        ranks = tuple(sorted(side.rank_sets[rank_set].tolist()))
+    blocks: list[list[Block]] = [[] for _ in held.parameters]
+    for tensor, row, column, rows, columns, parameter, local_row, local_column, rank_set in held.boxes.tolist():
+        assert local_column == 0, held.parameters[parameter]
+        ranks = tuple(sorted(held.rank_sets[rank_set].tolist()))
         blocks[parameter].append(Block(tensors[tensor], row, column, rows, columns, local_row, ranks))
     parameters = {
         _state_dict_name(name, architecture, layout): ShardParameter(shape, 0.0, tuple(own))
-        for name, shape, own in zip(side.parameters, side.shapes, blocks, strict=True)
+        for name, shape, own in zip(held.parameters, held.shapes, blocks, strict=True)
     }
     if layout.engine == "vllm":
         attention = "mla_attn.mla_attn" if architecture.mla else "attn"

@@ -1,11 +1,11 @@
-"""The store of groups that were begun and not yet trained on: whole ones in wait, and those with responses under way."""
+"""The store of groups that were begun and not yet trained on: whole ones in wait, and those with responses in flight."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from megarl.engines.protocol import Generation
 from megarl.rollout.saved_groups import PromptOf, Saved, load_group, load_prompt, load_sample, save_group, save_prompt, save_sample
-from megarl.types import FinishReason, Prompt, RolloutGroup
+from megarl.types import FinishReason, Prompt, RolloutGroup, Tickets
 
 NOTHING_YET = Generation(token_ids=(), logprobs=(), weight_versions=(), finish_reason=FinishReason.ABORT)
 
@@ -38,14 +38,6 @@ class PendingGroup:
     def name(self) -> tuple[int, str]:
         """Ticket and prompt id."""
         return self.ticket, self.prompt.prompt_id
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tickets:
-    """Ticket and prompt id of the groups that left the store: to be trained on, or because they could not be."""
-
-    trained: tuple[tuple[int, str], ...]
-    dropped: tuple[tuple[int, str], ...]
 
 
 class PendingGroups:
@@ -139,7 +131,7 @@ def next_batch(groups: Sequence[PendingGroup], version: int, max_staleness: int,
     ``size`` groups are begun before update v + 1 (AReaL's bound, arXiv 2505.24298, section 5.1).
 
     Args:
-        groups: all that are outstanding, in the order in which they were begun.
+        groups: all that are pending, in the order in which they were begun.
         version: of the weights that are trained.
         max_staleness: updates.
         size: groups of a step.
