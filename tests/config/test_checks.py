@@ -546,6 +546,16 @@ def test_sglang_refuses_dense_layers_among_those_with_experts(tmp_path: Path, ch
     check(build(write_model(tmp_path / "all", **QWEN3_MOE), 'rollout.engine="sglang"'), 1)
 
 
+def test_phi3_without_its_longrope(tmp_path: Path) -> None:
+    """The model of 131,072 positions as the one of 1,024 that it was made from; other scalings are refused."""
+    longrope = {"type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    positions = {"max_position_embeddings": 131072, "original_max_position_embeddings": 1024}
+    model = write_model(tmp_path / "model", **PHI3, **positions, rope_scaling=longrope)
+    check(build(model, 'model.rope_scaling={"rope_type": "default"}'), 1)
+    (line,) = failures(build(model, 'model.rope_scaling={"rope_type": "linear", "factor": 4.0}'))
+    assert "rope_type 'linear' is not supported for phi3, which transformers scales by longrope alone; use rope_type" in line
+
+
 def test_sglang_refuses_olmo2s_heads_of_a_width_of_their_own(tmp_path: Path) -> None:
     wide = write_model(tmp_path / "wide", model_type="olmo2", head_dim=64)
     (line,) = failures(build(wide, 'rollout.engine="sglang"'))
