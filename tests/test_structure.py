@@ -7,17 +7,18 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megarl"
 ALLOWED = {
-    "config": {"errors", "json_text"},
-    "algorithms": {"types", "config", "errors"},
+    "builtin": {"section", "user_functions", "errors"},
+    "config": {"builtin", "section", "user_functions", "errors", "json_text"},
+    "algorithms": {"types", "config", "user_functions", "errors"},
     "parallel": {"types", "config", "errors", "crash", "death_signal", "sockets"},
     "models": {"parallel", "config", "errors", "json_text"},
     "weights": {"models", "parallel", "config", "errors", "death_signal", "json_text"},
     "reshard": {"weights", "models", "parallel", "config", "errors", "sockets"},
     "memory": {"weights", "models", "parallel", "config", "errors"},
-    "data": {"workers", "types", "config", "errors"},
+    "data": {"workers", "types", "config", "builtin", "errors"},
     "workers": {"config", "errors"},
-    "environments": {"workers", "types", "config", "errors"},
-    "rewards": {"workers", "types", "config", "errors", "json_text", "server_answers"},
+    "environments": {"workers", "types", "config", "builtin", "errors"},
+    "rewards": {"workers", "types", "config", "builtin", "section", "errors", "json_text", "server_answers"},
     "engines": {"types", "config", "errors", "sockets", "json_text", "server_answers"},
     "rollout": {"engines", "environments", "types", "config", "errors"},
     "train": {"weights", "models", "parallel", "algorithms", "data", "types", "config", "errors"},
@@ -57,8 +58,9 @@ def test_engines_are_imported_only_in_their_own_environment() -> None:
             assert not [name for name in imports(path) if name.split(".")[0] in ("vllm", "sglang")], path
 
 
-def test_config_imports_no_torch() -> None:
-    for path in sorted((PACKAGE / "config").rglob("*.py")):
+@pytest.mark.parametrize("package", ["builtin", "config"])
+def test_light_packages_import_no_torch(package: str) -> None:
+    for path in sorted((PACKAGE / package).rglob("*.py")):
         assert not [name for name in imports(path) if name.split(".")[0] in ("torch", "transformers")], path
 
 

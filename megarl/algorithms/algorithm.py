@@ -17,12 +17,12 @@ from megarl.algorithms.sequences import sums_per_sequence, trained_lengths
 from megarl.algorithms.shaping import length_rewards, soft_overlong_penalties
 from megarl.algorithms.staleness import token_staleness
 from megarl.algorithms.surrogates import SURROGATES, Surrogate, SurrogateFunction, SurrogateInput
-from megarl.algorithms.user_functions import import_function
 from megarl.algorithms.values import explained_variance
 from megarl.config.checks.algorithm import check_greedy_shaping
 from megarl.config.schema import AlgorithmConfig
 from megarl.errors import ConfigError, TrainingError
 from megarl.types import PackedBatch, TokenOutputs, TrainBatch
+from megarl.user_functions import import_function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,8 +39,7 @@ def check_api_keys(config: Config) -> Iterator[str]:
         yield from _check_engine(f"rollout.{engine}", getattr(config.rollout, engine))
     for path, scorers in placed_scorers(config):
         for index, scorer in enumerate(scorers):
-            judge_key = scorer.judge.api_key_env if scorer.judge is not None else None
-            for key, variable in (("api_key_env", scorer.api_key_env), ("judge.api_key_env", judge_key)):
+            for key, variable in scorer.key_variables():
                 yield from _check_variable(f"{path}.{index}.{key}", variable)
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from megarl.config.schema import EnvironmentConfig
+from megarl.builtin.environments import BaseEnvironment
 from megarl.data.chat_template import ChatSettings, ChatTemplate, opened_tags
 from megarl.errors import DataError
 
@@ -25,7 +25,7 @@ class ObservationTemplate:
     sampled, it is not repeated.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: EnvironmentConfig, chat: ChatSettings | None = None) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: BaseEnvironment, chat: ChatSettings | None = None) -> None:
         """``config.observation_template``, or the chat template, used as ``chat`` says, when it is not given.
 
         Attributes:

@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from megarl.config.names import Name
 from megarl.config.presets import PRESETS, with_preset
-from megarl.config.schema.section import Section, key
+from megarl.section import Section, key
 
 ADVANTAGES = (
     "group_mean_std",

@@ -9,7 +9,7 @@ from megarl.config.schema.data import DataConfig, EvaluationConfig, RewardsConfi
 from megarl.config.schema.preference import PreferenceConfig
 from megarl.config.schema.roles import CriticConfig, ModelConfig, OptimizerConfig, ReferenceConfig, RewardModelConfig, RoleConfig
 from megarl.config.schema.rollout import RolloutConfig
-from megarl.config.schema.section import Section, key
+from megarl.section import Section, key
 
 
 class CheckpointConfig(Section):
