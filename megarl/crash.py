@@ -20,7 +20,7 @@ def write_crash(error: BaseException, folder: Path | None = None, name: str = "c
 
 
 def append_crash(text: str, folder: Path | None, name: str) -> Path:
-    """The same for a text."""
+    """Write a text to the file of a failure, as ``write_crash`` does, and give its path."""
     heading = f"{time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()}\n"
     if folder is not None:
         try:
@@ -36,6 +36,6 @@ def append_crash(text: str, folder: Path | None, name: str) -> Path:
 
 
 def where(error: BaseException) -> str:
-    """File and line that raised the error, e.g. ``loss.py:12``."""
+    """Return the file and line that raised the error, e.g. ``loss.py:12``."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown place"

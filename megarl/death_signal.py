@@ -18,13 +18,13 @@ def end_with_parent() -> None:
 
 
 def end_with_parent_in_forks() -> None:
-    """The same for this process and all that it, or a fork of it, will fork."""
+    """Do the same for this process and all that it, or a fork of it, will fork."""
     end_with_parent()
     os.register_at_fork(after_in_child=end_with_parent)
 
 
 def end_with_parent_alone() -> None:
-    """The same, and deaf to what asks a run to stop: a signal to the whole process group lets the parent save once more."""
+    """Do the same and ignore what asks a run to stop: a signal to the whole process group lets the parent save once more."""
     end_with_parent()
     for one in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(one, signal.SIG_IGN)

@@ -20,7 +20,7 @@ _BEARER = re.compile(r"(\bBearer\s+)[^\s'\",;]+")
 
 
 def without_secrets(text: str) -> str:
-    """The text with ``***`` for passwords and keys in URLs, and for values that are called keys or passwords."""
+    """Return the text with ``***`` for passwords and keys in URLs, and for values that are called keys or passwords."""
     for pattern, replacement in (
         (_URL_PASSWORD, rf"\g<1>{REMOVED}@"),
         *((one, rf"\g<1>{REMOVED}") for one in (_URL_KEY, _NAMED, _BEARER)),
@@ -89,7 +89,7 @@ class RankError(MegaRLError):
 
 
 def listed(names: list[str], limit: int = 5) -> str:
-    """The first names and how many more there are, for error messages."""
+    """List the first names and how many more there are, for error messages."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
@@ -105,34 +105,34 @@ def writes(path: Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """The error's type and message on one line, cut when it is long."""
+    """Return the error's type and message on one line, cut when it is long."""
     return shortened(f"{type(error).__name__}: {error}", limit)
 
 
 def with_fix(problem: str, fix: str) -> str:
-    """A whole message: the problem, cut where both would not fit into one line, and what to do."""
+    """Write a whole message: the problem, cut where both would not fit into one line, and what to do."""
     return f"{shortened(problem, MESSAGE_LENGTH - len(fix) - 2)}; {fix}"
 
 
 def shortened(text: str, limit: int = 120) -> str:
-    """A text of others as it fits into an error of one line: without characters that a terminal acts on, cut to ``limit``."""
+    """Shorten a text of others for an error of one line: without characters that a terminal acts on, cut to ``limit``."""
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in without_secrets(text[: 20 * limit])).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def quoted(value: object, limit: int = 60) -> str:
-    """The value as Python writes it, without control characters, shortened in its middle, for error messages."""
+    """Write the value as Python does, without control characters, shortened in its middle, for error messages."""
     text = repr(value[: 2 * limit] + value[-limit:] if isinstance(value, str) and len(value) > 4 * limit else value)
     return cut(escaped(text), limit)
 
 
 def escaped(text: str) -> str:
-    r"""The text with what moves a terminal's cursor, colours it, turns its direction or cannot be encoded written as ``\x1b``."""
+    r"""Return the text with ``\x1b`` and the like for what moves a cursor, colours, turns direction or cannot be encoded."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def cut(text: str, limit: int) -> str:
-    """The text without its middle where it is longer than ``limit`` characters."""
+    """Cut out the middle of a text that is longer than ``limit`` characters."""
     if len(text) <= limit:
         return text
     end = (limit - len(_GAP)) // 2
@@ -140,7 +140,7 @@ def cut(text: str, limit: int) -> str:
 
 
 def fitted(text: str, limit: int = MESSAGE_LENGTH) -> str:
-    """A message on one printable line of at most ``limit`` characters, without secrets.
+    """Fit a message into one printable line of at most ``limit`` characters, without secrets.
 
     Its longest words, which are paths, addresses and values, lose their middle first, so that the reason and the fix stay.
     """

@@ -70,7 +70,7 @@ def keep_gloo_to(address: str) -> None:
 
 @contextmanager
 def gloo_kept_to(address: str) -> Iterator[None]:
-    """The same for the groups that are made in the block."""
+    """Keep the groups that are made in the block to the same address."""
     before = os.environ.get(GLOO_INTERFACE)
     keep_gloo_to(address)
     try:

@@ -175,6 +175,19 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tickets:
+    """The groups that a step used up where groups outlive a step, each by its ticket (running number in the run) and prompt id.
+
+    Attributes:
+        trained: on which the step trains.
+        dropped: given up since the step before, because they could not be trained on.
+    """
+
+    trained: tuple[tuple[int, str], ...]
+    dropped: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
     """The sequences of one step, ragged and concatenated, the same on every rank.
 
@@ -218,7 +231,7 @@ class PackedBatch:
 
     @property
     def num_sequences(self) -> int:
-        """Number of sequences."""
+        """Number of sequences in the batch."""
         return self.cu_seqlens.numel() - 1
 
     @property

@@ -49,11 +49,11 @@ class AdvantageInput:
     trace_decay: float | Tensor
 
     def returns(self) -> Tensor:
-        """Reward and token rewards of each sequence together; float64 [num_sequences]."""
+        """Return the reward and token rewards of each sequence together; float64 [num_sequences]."""
         return self.rewards.double() + sums_per_sequence(self.token_rewards * self.loss_mask, self.cu_seqlens)
 
     def per_token(self, per_sequence: Tensor) -> Tensor:
-        """One advantage for each sequence, given to its trained tokens: float64 [num_sequences] to [num_tokens] as rewards are."""
+        """Give each sequence's advantage to its trained tokens: float64 [num_sequences] to [num_tokens] as rewards are."""
         return spread_over_tokens(per_sequence.to(self.rewards.dtype), self.cu_seqlens, self.loss_mask)
 
 
@@ -75,12 +75,12 @@ class Advantage:
     needs_greedy_response: bool = False
 
     def __call__(self, inputs: AdvantageInput) -> Tensor:
-        """The advantages, so that a config can name an Advantage where it can name a function."""
+        """Return the advantages, so that a config can name an Advantage where it can name a function."""
         return self.function(inputs)
 
 
 def mean_std_count(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, sample standard deviation (n - 1) and size of each member's group; a group of one has standard deviation 0.
+    """Return the mean, sample standard deviation (n - 1) and size of each member's group; a group of one has standard deviation 0.
 
     Args:
         values: float64 [n].
@@ -98,19 +98,20 @@ def mean_std_count(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def group_mean(inputs: AdvantageInput) -> Tensor:
-    """R - mean of the group (Dr. GRPO, arXiv 2503.20783, section 3.2)."""
+    """Return R - mean of the group (Dr. GRPO, arXiv 2503.20783, section 3.2)."""
     returns = inputs.returns()
     mean, _, _ = mean_std_count(returns, inputs.group_ids)
     return inputs.per_token(returns - mean)
 
 
 def group_mean_std(inputs: AdvantageInput) -> Tensor:
-    """(R - mean of the group) / (standard deviation of the group + 1e-6) (GRPO, arXiv 2402.03300, section 4.1.2)."""
+    """Return (R - mean of the group) / (standard deviation of the group + 1e-6) (GRPO, arXiv 2402.03300, section 4.1.2)."""
     return _normalised(inputs, inputs.group_ids, inputs.group_ids)
 
 
 def _normalised(inputs: AdvantageInput, centered_over: Tensor, scaled_over: Tensor) -> Tensor:
-    """(r - mean) / (standard deviation of r + 1e-6) of the rewards r, plus K - mean of the sums K of token rewards, not scaled.
+    """Return (r - mean) / (standard deviation of r + 1e-6) of the rewards r, plus K - mean of the sums K of token rewards, not
+    scaled.
 
     A penalty in the reward keeps its coefficient, as one in the loss does beside normalised rewards. Scaled with them it would
     be all there is in a group of equal ones, and a KL of 1e-5 as much as a right answer elsewhere.
@@ -126,30 +127,30 @@ def _normalised(inputs: AdvantageInput, centered_over: Tensor, scaled_over: Tens
 
 
 def leave_one_out(inputs: AdvantageInput) -> Tensor:
-    """R - mean of the group's others (RLOO, arXiv 2402.14740, equation 8); 0 where there are no others."""
+    """Return R - mean of the group's others (RLOO, arXiv 2402.14740, equation 8); 0 where there are no others."""
     returns = inputs.returns()
     mean, _, count = mean_std_count(returns, inputs.group_ids)
     return inputs.per_token((returns - mean) * count / (count - 1).clamp(min=1))
 
 
 def batch_mean_std(inputs: AdvantageInput) -> Tensor:
-    """(R - mean of the batch) / (standard deviation of the batch + 1e-6), over responses."""
+    """Return (R - mean of the batch) / (standard deviation of the batch + 1e-6), over responses."""
     everything = torch.zeros_like(inputs.group_ids)
     return _normalised(inputs, everything, everything)
 
 
 def group_mean_batch_std(inputs: AdvantageInput) -> Tensor:
-    """(R - mean of the group) / (standard deviation of all R of the batch + 1e-6) (Lite PPO, arXiv 2508.08221, section 4)."""
+    """Return (R - mean of the group) / (std of all R of the batch + 1e-6) (Lite PPO, arXiv 2508.08221, section 4)."""
     return _normalised(inputs, inputs.group_ids, torch.zeros_like(inputs.group_ids))
 
 
 def group_mean_task_std(inputs: AdvantageInput) -> Tensor:
-    """(R - mean of the group) / (standard deviation of the task's R in the batch + 1e-6) (QwenLong-L1.5, arXiv 2512.12967)."""
+    """Return (R - mean of the group) / (std of the task's R in the batch + 1e-6) (QwenLong-L1.5, arXiv 2512.12967)."""
     return _normalised(inputs, inputs.group_ids, inputs.task_ids)
 
 
 def process_rewards(inputs: AdvantageInput) -> Tensor:
-    """Process supervision: the group's normalised step rewards, each added to the tokens up to its step's end.
+    """Return process supervision's advantages: the group's normalised step rewards, each added to the tokens up to its step's end.
 
     GRPO, arXiv 2402.03300, section 4.1.3: r̃_j = (r_j - mean) / std over all steps of all responses of the group, and the advantage
     of token t is the sum of r̃_j over the steps of its response that end at t or later. Rewards of whole responses are not used.
@@ -164,7 +165,7 @@ def process_rewards(inputs: AdvantageInput) -> Tensor:
 
 
 def greedy_baseline(inputs: AdvantageInput) -> Tensor:
-    """R - reward of the greedy response to the same prompt (ReMax, arXiv 2310.10505, equation 5).
+    """Return R - reward of the greedy response to the same prompt (ReMax, arXiv 2310.10505, equation 5).
 
     The KL penalty in the reward is part of R only, as in the authors' code: whatever does not depend on the sampled response is an
     unbiased baseline.
@@ -173,19 +174,19 @@ def greedy_baseline(inputs: AdvantageInput) -> Tensor:
 
 
 def reward_to_go(inputs: AdvantageInput) -> Tensor:
-    """R plus the token rewards from the token onward, no baseline (Williams 1992; REINFORCE++, arXiv 2501.03262, equation 8)."""
+    """Return R plus token rewards from the token on, no baseline (Williams 1992; REINFORCE++, arXiv 2501.03262, equation 8)."""
     onward = suffix_sums(inputs.token_rewards * inputs.loss_mask, inputs.cu_seqlens)
     outcome = inputs.rewards.double().repeat_interleave(inputs.cu_seqlens.diff())
     return ((outcome + onward) * inputs.loss_mask).to(inputs.rewards.dtype)
 
 
 def reward_to_go_batch_mean(inputs: AdvantageInput) -> Tensor:
-    """Reward-to-go minus the mean return of the batch's responses (Williams 1992, reinforcement baseline)."""
+    """Return reward-to-go minus the mean return of the batch's responses (Williams 1992, reinforcement baseline)."""
     return reward_to_go(inputs) - inputs.returns().mean().to(inputs.rewards.dtype) * inputs.loss_mask
 
 
 def gae(inputs: AdvantageInput) -> Tensor:
-    """Generalised advantages (arXiv 1506.02438); the reward is at the response's last trained token (arXiv 1909.08593)."""
+    """Return generalised advantages (arXiv 1506.02438), the reward at the last trained token (arXiv 1909.08593)."""
     assert inputs.values is not None
     rewards = inputs.token_rewards * inputs.loss_mask + outcome_at_last_token(inputs.rewards, inputs.cu_seqlens, inputs.loss_mask)
     return generalised_advantages(
@@ -194,7 +195,7 @@ def gae(inputs: AdvantageInput) -> Tensor:
 
 
 def outcome_at_last_token(rewards: Tensor, cu_seqlens: Tensor, loss_mask: Tensor) -> Tensor:
-    """Each sequence's reward at its last trained token, 0 elsewhere: float [num_sequences] to [num_tokens]."""
+    """Put each sequence's reward at its last trained token, 0 elsewhere: float [num_sequences] to [num_tokens]."""
     left = suffix_sums(loss_mask, cu_seqlens)  # trained tokens from here on
     is_last = loss_mask & (left == 1)
     return rewards.repeat_interleave(cu_seqlens.diff()) * is_last
@@ -223,7 +224,8 @@ ADVANTAGES = {
 
 
 def whiten(advantages: Tensor, loss_mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over all trained tokens of the batch (arXiv 1909.08593's code; REINFORCE++, 2501.03262, equation 10).
+    """Whiten to mean 0 and variance 1 over all trained tokens of the batch (arXiv 1909.08593's code; REINFORCE++, 2501.03262,
+    equation 10).
 
     Args:
         advantages: float [num_tokens].

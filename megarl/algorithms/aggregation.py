@@ -18,7 +18,7 @@ class Aggregation:
 
 
 def sequence_mean(loss_mask: Tensor, cu_seqlens: Tensor, max_new_tokens: int) -> Tensor:
-    """1 / (N · tokens of the sequence): GRPO's mean of sequence means (arXiv 2402.03300, equation 3).
+    """Return 1 / (N · tokens of the sequence): GRPO's mean of sequence means (arXiv 2402.03300, equation 3).
 
     A sequence without trained tokens counts as one of mean 0.
     """
@@ -27,17 +27,17 @@ def sequence_mean(loss_mask: Tensor, cu_seqlens: Tensor, max_new_tokens: int) ->
 
 
 def token_mean(loss_mask: Tensor, cu_seqlens: Tensor, max_new_tokens: int) -> Tensor:
-    """1 / tokens of the batch (DAPO, arXiv 2503.14476, equation 8)."""
+    """Return 1 / tokens of the batch (DAPO, arXiv 2503.14476, equation 8)."""
     return 1 / loss_mask.double().sum().clamp(min=1).expand(loss_mask.numel())
 
 
 def token_sum_over_constant(loss_mask: Tensor, cu_seqlens: Tensor, max_new_tokens: int) -> Tensor:
-    """1 / (N · longest response allowed): no normalisation by length (Dr. GRPO, arXiv 2503.20783, section 3.2)."""
+    """Return 1 / (N · longest response allowed): no normalisation by length (Dr. GRPO, arXiv 2503.20783, section 3.2)."""
     return _constant(loss_mask, 1 / ((cu_seqlens.numel() - 1) * max_new_tokens))
 
 
 def sequence_sum(loss_mask: Tensor, cu_seqlens: Tensor, max_new_tokens: int) -> Tensor:
-    """1 / N: the mean of sequence sums, log π of whole responses (RLOO, arXiv 2402.14740; Kimi k1.5, 2501.12599)."""
+    """Return 1 / N: the mean of sequence sums, log π of whole responses (RLOO, arXiv 2402.14740; Kimi k1.5, 2501.12599)."""
     return _constant(loss_mask, 1 / (cu_seqlens.numel() - 1))
 
 
@@ -54,7 +54,7 @@ AGGREGATIONS = {
 
 
 def token_weights(loss_mask: Tensor, cu_seqlens: Tensor, aggregation: str, max_new_tokens: int) -> Tensor:
-    """Weight of each token such that the loss is the plain sum of weight times term over the whole batch.
+    """Return the weight of each token such that the loss is the plain sum of weight times term over the whole batch.
 
     Args:
         loss_mask: bool [num_tokens].

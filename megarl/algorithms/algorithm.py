@@ -1,6 +1,7 @@
 """A policy-gradient method at work: its choices resolved to functions, and what it carries from step to step."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,14 +9,12 @@ from torch import Tensor
 
 from megarl.algorithms.advantages import ADVANTAGES, Advantage, AdvantageInput, gae, whiten
 from megarl.algorithms.batches import split_into_updates
-from megarl.algorithms.entropy_control import masks_negative, without_negatives
 from megarl.algorithms.gae import length_adaptive_trace_decay
 from megarl.algorithms.kl import adapted_coefficient, kl_estimate
-from megarl.algorithms.objectives import Objective, TokenData, policy_objective, value_objective
-from megarl.algorithms.off_policy import correction_level, sampler_weights
+from megarl.algorithms.objectives import ObjectiveFunction, policy_objective, value_objective
+from megarl.algorithms.off_policy import correction_level, sampler_weights, token_staleness
 from megarl.algorithms.sequences import sums_per_sequence, trained_lengths
-from megarl.algorithms.shaping import length_rewards, soft_overlong_penalties
-from megarl.algorithms.staleness import token_staleness
+from megarl.algorithms.shaping import length_rewards, masks_negative, soft_overlong_penalties, without_negatives
 from megarl.algorithms.surrogates import SURROGATES, Surrogate, SurrogateFunction, SurrogateInput
 from megarl.algorithms.values import explained_variance
 from megarl.config.checks.algorithm import check_greedy_shaping
@@ -99,18 +98,18 @@ class Algorithm:
         )
         return PreparedStep(batches=batches, metrics=metrics)
 
-    def objective(self, logprobs: Tensor, entropies: Tensor, data: TokenData) -> Objective:
-        """The loss of some tokens of a prepared batch."""
-        return policy_objective(
-            logprobs, entropies, data, config=self._config, surrogate=self._surrogate, kl_coefficient=self.kl_coefficient
-        )
+    @property
+    def objective(self) -> ObjectiveFunction:
+        """The loss of some tokens of a prepared batch, with this step's β: ``policy_objective``."""
+        return partial(policy_objective, config=self._config, surrogate=self._surrogate, kl_coefficient=self.kl_coefficient)
 
-    def value_objective(self, values: Tensor, data: TokenData) -> Objective:
-        """The critic's loss of the same tokens."""
-        return value_objective(values, data, clip_range=self._config.value_clip)
+    @property
+    def value_objective(self) -> ObjectiveFunction:
+        """The critic's loss of the same tokens: ``objectives.value_objective``."""
+        return partial(value_objective, clip_range=self._config.value_clip)
 
     def finish_step(self, packed: PackedBatch, outputs: TokenOutputs) -> None:
-        """After the updates of a step: adapt β to the KL that the step began with.
+        """Adapt β to the KL that the step began with.
 
         To be called only after steps in which the policy has moved: β is to answer for what it has done.
         """
@@ -121,7 +120,7 @@ class Algorithm:
             self.kl_coefficient = adapted_coefficient(self.kl_coefficient, measured, kl.target, kl.adaptation_rate)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must keep."""
+        """Return what a checkpoint must keep."""
         return {"kl_coefficient": self.kl_coefficient, "masks_negative": self._masks_negative}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -146,7 +145,7 @@ class Algorithm:
         return rewards
 
     def _shaped_greedy_rewards(self, packed: PackedBatch) -> Tensor:
-        """As the sampled responses' are shaped; a length reward is refused beside a greedy baseline."""
+        """Shape the greedy responses' rewards as the sampled ones'; a length reward is refused beside a greedy baseline."""
         if self._config.reward_shaping.overlong_buffer == 0:
             return packed.greedy_rewards
         return packed.greedy_rewards + self._overlong_penalties(packed.greedy_lengths)
@@ -187,7 +186,7 @@ class Algorithm:
         return length_adaptive_trace_decay(lengths, settings.length_adaptive_alpha)
 
     def _returns(self, inputs: AdvantageInput, metrics: dict[str, float]) -> Tensor | None:
-        """The critic's targets: V plus advantages with the critic's own λ."""
+        """Return the critic's targets: V plus advantages with the critic's own λ."""
         if inputs.values is None:
             return None
         value_decay = self._config.gae.value_trace_decay

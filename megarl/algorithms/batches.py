@@ -1,4 +1,4 @@
-"""Cutting a step's sequences into the batches of optimizer steps."""
+"""Cut a step's sequences into the batches of optimizer steps."""
 
 from dataclasses import fields, replace
 
@@ -10,13 +10,13 @@ from megarl.types import PackedBatch, TokenOutputs, TrainBatch
 
 
 def build_supervised_batch(packed: PackedBatch) -> TrainBatch:
-    """Token-mean cross-entropy over the batch."""
+    """Weigh the tokens of a batch for their mean cross-entropy."""
     weights = token_weights(packed.loss_mask, packed.cu_seqlens, "token_mean", max_new_tokens=0)
     return _batch_of_responses(packed, None, weights, keeps_groups=False)
 
 
 def build_preference_batch(packed: PackedBatch, reference_logprobs: Tensor | None) -> TrainBatch:
-    """The mean over pairs of their losses: the weights of a pair's tokens, of both responses, add up to 1 / number of pairs.
+    """Weigh the tokens of pairs so that the loss is the mean over pairs: both responses' weights add up to 1 / number of pairs.
 
     Args:
         packed: of ``data.packing.pack_pairs``, a preferred response and the other one to the same prompt after each other.
@@ -32,7 +32,7 @@ def build_preference_batch(packed: PackedBatch, reference_logprobs: Tensor | Non
 def _batch_of_responses(
     packed: PackedBatch, reference_logprobs: Tensor | None, weights: Tensor, *, keeps_groups: bool
 ) -> TrainBatch:
-    """Responses that were given, not sampled."""
+    """Make a batch of responses that were given, not sampled."""
     return TrainBatch(
         packed=packed,
         old_logprobs=None,
@@ -57,7 +57,7 @@ def split_into_updates(
     aggregation: str,
     max_new_tokens: int,
 ) -> list[TrainBatch]:
-    """``num_updates`` batches of equally many consecutive sequences, each with its own normaliser.
+    """Cut a step into ``num_updates`` batches of equally many consecutive sequences, each with its own normaliser.
 
     Args:
         advantages, sampler_weights, returns: float32 [num_tokens] of the whole step.
@@ -89,7 +89,7 @@ PER_SEQUENCE = ("group_ids", "task_ids", "rewards", "truncated", "greedy_rewards
 
 
 def slice_sequences(packed: PackedBatch, first: int, last: int) -> PackedBatch:
-    """Sequences ``first:last`` as a batch of their own."""
+    """Return the sequences ``first:last`` as a batch of their own."""
     tokens = slice(int(packed.cu_seqlens[first]), int(packed.cu_seqlens[last]))
     parts = {
         field.name: values[first:last] if field.name in PER_SEQUENCE else values[tokens]

@@ -19,7 +19,7 @@ def generalised_advantages(
     discount: float,
     trace_decay: float | Tensor,
 ) -> Tensor:
-    """Â_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} - V_t (arXiv 1506.02438, equations 11 and 16).
+    """Return Â_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} - V_t (arXiv 1506.02438, equations 11 and 16).
 
     Tokens outside the mask (the environment's) are skipped: t + 1 is the next trained token of the sequence, and V behind the last
     one is 0. λ = 0 gives δ, λ = 1 the Monte Carlo return minus V. The critic's target is Â + V; with decoupled λ (VAPO, arXiv
@@ -61,7 +61,7 @@ def generalised_advantages(
 def _block_advantages(
     token_rewards: Tensor, values: Tensor, cu_seqlens: Tensor, loss_mask: Tensor, discount: float, decay: Tensor
 ) -> Tensor:
-    """The same for a few sequences, with λ as float [num_sequences].
+    """Compute the same for a few sequences, with λ as float [num_sequences].
 
     The tokens are cut into spans, trained or not, that never cross sequences: spans are copied much faster than single tokens.
     """
@@ -93,7 +93,8 @@ def _block_advantages(
 
 
 def length_adaptive_trace_decay(lengths: Tensor, alpha: float) -> Tensor:
-    """λ = 1 - 1 / (α l) for a response of l trained tokens, at least 0 (VAPO, arXiv 2504.05118, equation 8; α is 0.05 there).
+    """Return λ = 1 - 1 / (α l) for a response of l trained tokens, at least 0 (VAPO, arXiv 2504.05118, equation 8; α is 0.05
+    there).
 
     Args:
         lengths: int64 [num_sequences].
@@ -105,7 +106,8 @@ def length_adaptive_trace_decay(lengths: Tensor, alpha: float) -> Tensor:
 
 
 def discounted_suffix_sums(terms: Tensor, factor: Tensor) -> Tensor:
-    """x_t = terms_t + factor · x_{t+1}, in chunks: the chunks' starts first, by the same recurrence over chunks, then all tokens.
+    """Return x_t = terms_t + factor · x_{t+1}, in chunks: the chunks' starts first, by the same recurrence over chunks, then all
+    tokens.
 
     Args:
         terms: float [num_sequences, T]; rows shorter than T end in zeros.

@@ -25,7 +25,7 @@ ESTIMATORS = {
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: str) -> Tensor:
-    """The estimate for each token, nats.
+    """Estimate the KL divergence at each token, nats.
 
     Args:
         logprobs: float [tokens] under the policy.
@@ -36,7 +36,7 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: str) -> Tensor:
 
 
 def adapted_coefficient(coefficient: float, kl: float, target: float, rate: float) -> float:
-    """β (1 + K e) with e = clip((KL - target) / target, -0.2, 0.2) (arXiv 1909.08593, section 2.2).
+    """Return β (1 + K e) with e = clip((KL - target) / target, -0.2, 0.2) (arXiv 1909.08593, section 2.2).
 
     Args:
         coefficient: β.

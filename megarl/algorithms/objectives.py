@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.kl import kl_estimate
-from megarl.algorithms.ratios import RATIOS
 from megarl.algorithms.sequences import SequenceTokens
-from megarl.algorithms.surrogates import SurrogateFunction, SurrogateInput
+from megarl.algorithms.surrogates import RATIOS, SurrogateFunction, SurrogateInput
 from megarl.algorithms.values import clipped_value_loss
 from megarl.config.schema import AlgorithmConfig
 from megarl.types import TrainBatch
@@ -137,9 +136,3 @@ def value_objective(values: Tensor, data: TokenData, *, clip_range: float) -> Ob
         "clip_fraction": is_clipped.float().sum(),
     }
     return Objective(loss, metrics)
-
-
-def masked_mean_gap(first: Tensor, second: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Mean, in float64, and maximum of |first - second| over the mask; 0 when the mask is empty."""
-    gap = (first - second).abs()[mask].double()
-    return (float(gap.mean()), float(gap.max())) if gap.numel() else (0.0, 0.0)

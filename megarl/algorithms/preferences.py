@@ -30,32 +30,38 @@ class PreferenceLoss:
 
 
 def dpo(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
-    """DPO (arXiv 2305.18290, equation 7), with label smoothing ε conservative DPO (its authors' note "A note on DPO with noisy
-    preferences & relationship to IPO", 2023): cross-entropy against labels that are wrong with probability ε."""
+    """Return DPO's loss (arXiv 2305.18290, equation 7), with label smoothing ε conservative DPO's.
+
+    That is cross-entropy against labels that are wrong with probability ε (its authors' note "A note on DPO with noisy preferences
+    & relationship to IPO", 2023).
+    """
     logits, wrong = config.beta * (chosen - rejected), config.label_smoothing
     return -(1 - wrong) * F.logsigmoid(logits) - wrong * F.logsigmoid(-logits)
 
 
 def robust(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
-    """Robust DPO (arXiv 2403.00409): over labels wrong with probability ε its mean is the loss of the right ones."""
+    """Return robust DPO's loss (arXiv 2403.00409): over labels wrong with probability ε its mean is the loss of right ones."""
     logits, wrong = config.beta * (chosen - rejected), config.label_smoothing
     return (-(1 - wrong) * F.logsigmoid(logits) + wrong * F.logsigmoid(-logits)) / (1 - 2 * wrong)
 
 
 def ipo(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
-    """IPO (arXiv 2310.12036, equation 17), on means over tokens as TRL's DPOTrainer takes them."""
+    """Return the loss of IPO (arXiv 2310.12036, equation 17), on means over tokens as TRL's DPOTrainer takes them."""
     return (chosen - rejected - 1 / (2 * config.beta)).square()
 
 
 def simpo(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
-    """SimPO (arXiv 2405.14734): no reference, means over tokens, and a margin γ."""
+    """Return the loss of SimPO (arXiv 2405.14734): no reference, means over tokens, and a margin γ."""
     assert config.simpo_margin is not None
     return -F.logsigmoid(config.beta * (chosen - rejected) - config.simpo_margin)
 
 
 def orpo(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
-    """ORPO (arXiv 2403.07691): the chosen response's mean negative log-likelihood, less λ times the log-sigmoid of the log of the
-    odds ratio, with odds p / (1 - p) of p the geometric mean of the tokens' probabilities."""
+    """Return ORPO's loss (arXiv 2403.07691).
+
+    It is the chosen response's mean negative log-likelihood, less λ times the log-sigmoid of the log of the odds ratio, with odds
+    p / (1 - p) of p the geometric mean of the tokens' probabilities.
+    """
 
     def log_odds(mean_logprob: Tensor) -> Tensor:
         # float32 rounds log-probabilities of nearly certain tokens to 0, where the odds would be infinite
@@ -74,12 +80,12 @@ PREFERENCE_LOSSES = {
 
 
 def build_pair_objective(config: Config) -> ObjectiveFunction:
-    """What a run on pairs minimises: of kind preference a policy's loss, of kind reward_model a reward model's."""
+    """Return what a run on pairs minimises: of kind preference a policy's loss, of kind reward_model a reward model's."""
     return partial(reward_objective if config.kind == "reward_model" else preference_objective, config=config.preference)
 
 
 def preference_objective(logprobs: Tensor, entropies: Tensor, data: TokenData, *, config: PreferenceConfig) -> Objective:
-    """The weighted sum of the losses of pairs; sequences 2i and 2i + 1 of the batch are the chosen and rejected response of pair i.
+    """Sum the weighted losses of pairs; sequences 2i and 2i + 1 of the batch are the chosen and rejected response of pair i.
 
     A pair's weight is the sum of its tokens' weights, so each context parallel rank's loss has the share of the pair of which it
     holds the tokens, and the shares add up to the pair.
@@ -108,7 +114,7 @@ def preference_objective(logprobs: Tensor, entropies: Tensor, data: TokenData, *
 
 
 def reward_objective(values: Tensor, data: TokenData, *, config: PreferenceConfig) -> Objective:
-    """The weighted sum of Bradley-Terry's negative log-likelihood, -log σ(r_chosen - r_rejected - margin) (InstructGPT, arXiv
+    """Sum the weighted Bradley-Terry negative log-likelihoods, -log σ(r_chosen - r_rejected - margin) (InstructGPT, arXiv
     2203.02155, equation 1; the margin is Llama 2's, 2307.09288), plus centering · (r_chosen + r_rejected)² (2312.09244).
 
     Args:
@@ -125,14 +131,14 @@ def reward_objective(values: Tensor, data: TokenData, *, config: PreferenceConfi
 
 
 def _pairs_here(data: TokenData) -> tuple[Tensor, Tensor]:
-    """Numbers of the pairs of this rank's tokens, int64 [pairs], and the sums of these tokens' weights, float64 [pairs]."""
+    """Return the numbers of the pairs of this rank's tokens, int64 [pairs], and their tokens' summed weights, float64 [pairs]."""
     pairs, of_tokens = (data.sequences.numbers // 2).unique(return_inverse=True)
     weights = torch.zeros(pairs.numel(), dtype=torch.float64, device=pairs.device)
     return pairs, weights.index_add_(0, of_tokens, data.weights.double())
 
 
 def _metrics(loss: Tensor, chosen: Tensor, rejected: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """The loss, and weighted sums over pairs of what their rewards, float64 [pairs], say."""
+    """Return the loss, and weighted sums over pairs of what their rewards, float64 [pairs], say."""
     chosen, rejected = chosen.detach(), rejected.detach()
     means = {
         "accuracy": (chosen > rejected).double(),

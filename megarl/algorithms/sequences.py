@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def sequence_numbers(cu_seqlens: Tensor) -> Tensor:
-    """The sequence that each token of a packed batch belongs to: int64 [num_sequences + 1] to int64 [num_tokens]."""
+    """Return the sequence that each token of a packed batch belongs to: int64 [num_sequences + 1] to int64 [num_tokens]."""
     lengths = cu_seqlens.diff()
     return torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)
 
@@ -29,7 +29,7 @@ def sums_per_sequence(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def trained_lengths(loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Trained tokens of each sequence: bool [num_tokens] and int64 [num_sequences + 1] to int64 [num_sequences]."""
+    """Return the trained tokens of each sequence: bool [num_tokens] and int64 [num_sequences + 1] to int64 [num_sequences]."""
     running = torch.nn.functional.pad(loss_mask.cumsum(0), (1, 0))
     return running[cu_seqlens].diff()
 
@@ -75,14 +75,14 @@ class SequenceTokens:
     sum_over_ranks: Callable[[Tensor], Tensor]
 
     def totals(self, values: Tensor) -> Tensor:
-        """For each sequence, the sum of ``values`` over it; float [tokens] to float64 [num_sequences], 0 of other micro-batches."""
+        """Sum ``values`` over each sequence; float [tokens] to float64 [num_sequences], 0 of other micro-batches."""
         sums = torch.zeros(self.lengths.numel(), dtype=torch.float64, device=values.device)
         return self.sum_over_ranks(sums.index_add(0, self.numbers, values.double()))
 
     def sums(self, values: Tensor) -> Tensor:
-        """For each token, the sum of ``values`` over its whole sequence; float [tokens] to float [tokens], summed in float64."""
+        """Sum ``values`` over each token's whole sequence, in float64; float [tokens] to float [tokens]."""
         return self.totals(values)[self.numbers].to(values.dtype)
 
     def means(self, values: Tensor) -> Tensor:
-        """For each token, the mean of ``values`` over the trained tokens of its sequence; float [tokens] to float [tokens]."""
+        """Average ``values`` over the trained tokens of each token's sequence; float [tokens] to float [tokens]."""
         return self.sums(values) / self.lengths[self.numbers]

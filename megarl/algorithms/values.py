@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
-    """½ max((V - R)², (clip(V, V_old ± ε) - R)²) for each token (arXiv 1909.08593's code; PPO, 1707.06347).
+    """Return ½ max((V - R)², (clip(V, V_old ± ε) - R)²) for each token (arXiv 1909.08593's code; PPO, 1707.06347).
 
     Args:
         values: float [tokens], differentiable.
@@ -18,7 +18,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant; 0 where all returns are equal.
+    """Return 1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant; 0 where all returns are equal.
 
     Args:
         values, returns: float [tokens].

@@ -62,7 +62,7 @@ def evaluate(
     overrides: Overrides = [],  # noqa: B006
     nproc: NumRanks = 1,
 ) -> None:
-    """Accuracy of a checkpoint on the held-out prompts of CONFIG."""
+    """Print the accuracy of a checkpoint on the held-out prompts of CONFIG."""
     config = _load(config_path, overrides)
 
     from megarl.loop.launch import launch_evaluation

@@ -33,7 +33,7 @@ class Dtype(StrEnum):
 
 
 def finite(value: float | None) -> float | None:
-    """The value of an option, for its ``callback``: NaN passes every bound."""
+    """Return the value of an option, for its ``callback``; refuse NaN, which passes every bound."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
@@ -58,7 +58,7 @@ def run(app: typer.Typer) -> None:
 
 
 def line_of(error: MegaRLError) -> str:
-    """The line that is printed for an error: its first mistake whole, and of others what they are about."""
+    """Return the line that is printed for an error: its first mistake whole, and of others what they are about."""
     kind = "configuration error" if isinstance(error, ConfigError) else "error"
     first, *others = error.mistakes or (type(error).__name__,)
     if not others:
@@ -69,7 +69,7 @@ def line_of(error: MegaRLError) -> str:
 
 
 def _subject(mistake: str, first: str) -> str:
-    """What a mistake is about: its key, behind the file's name that it shares with the first one."""
+    """Return what a mistake is about: its key, behind the file's name that it shares with the first one."""
     parts = mistake.split(": ")
     subject = parts[1] if len(parts) > 2 and first.startswith(f"{parts[0]}: ") else parts[0]
     return cut(escaped(subject), 40)
@@ -82,7 +82,7 @@ def _end(status: int, line: str) -> None:
 
 
 def _line_of_usage(error: Exception) -> str:
-    """The line for arguments that the command does not take; the whole help where none were given."""
+    """Return the line for arguments that the command does not take; the whole help where none were given."""
     message = getattr(error, "format_message", lambda: str(error))()
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else os.path.basename(sys.argv[0])
@@ -93,7 +93,7 @@ def _line_of_usage(error: Exception) -> str:
 
 
 def _given(option: Sequence[str]) -> str:
-    """What an option, by its names, got on the command line, in words."""
+    """Return what an option, by its names, got on the command line, in words."""
     for name, following in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
         flag, equals, value = name.partition("=")
         if flag in option:
@@ -111,7 +111,7 @@ def _silence_libraries() -> None:
 
 @contextmanager
 def progress_of_bytes(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal's standard error; the block tells it the bytes just done and the bytes of all."""
+    """Show a bar on a terminal's standard error; the block tells it the bytes just done and the bytes of all."""
     console = Console(stderr=True)
     columns = (TextColumn(description), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

@@ -29,7 +29,8 @@ from megarl.errors import ConfigError, cut, quoted
 from megarl.models.architecture import read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
-from megarl.train.roles import Critic, Learner, Policy, Reference, RewardModel, build_learner, compute_outputs, is_main_rank
+from megarl.train.learner import Learner
+from megarl.train.roles import Critic, Policy, Reference, RewardModel, build_learner, compute_outputs, is_main_rank
 from megarl.types import NO_VERSION, PackedBatch, TokenOutputs, TrainBatch
 from megarl.weights.transfer import hugging_face_gradients
 
@@ -83,7 +84,7 @@ class ParityRow:
 
 
 def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedBatch:
-    """Groups of random responses, lengths 1 to max_new_tokens (one empty), rewards in [0, 1]; a function of the seed.
+    """Return groups of random responses, lengths 1 to max_new_tokens (one empty), rewards in [0, 1]; a function of the seed.
 
     Each group has the reward and the length of a greedy response, two tasks take turns, and steps end at about every fourth token,
     whether the method uses them or not. Where training is on pairs two responses, chosen and rejected, none empty.
@@ -143,7 +144,7 @@ def gather_sharded_gradients(engine: TrainingEngine) -> None:
 
 
 def _add_model_scores(config: Config, batch_file: Path) -> None:
-    """On one rank: log-probabilities near the model's own, as old, reference and sampler's scores of the batch."""
+    """Give the batch, on one rank, log-probs near the model's own as those of old policy, reference and sampler."""
     packed: PackedBatch = torch.load(batch_file, weights_only=False)
     if config.kind == "reward_model":
         torch.save((packed, None), batch_file)
@@ -162,14 +163,14 @@ def _add_model_scores(config: Config, batch_file: Path) -> None:
 
 
 def build_critic(config: Config) -> Critic | None:
-    """The critic of a method that has one; every rank must build it."""
+    """Build the critic of a method that has one; every rank must build it."""
     return Critic(config, total_updates=1) if config.kind == "rl" and config.algorithm.advantage == "gae" else None
 
 
 def compute_gradients(
     policy: Learner, critic: Critic | None, config: Config, packed: PackedBatch, outputs: TokenOutputs | None
 ) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss, loss_scale and, on rank 0, gradients (see LayoutResult) of one update; collective."""
+    """Return the loss, loss_scale and, on rank 0, gradients (see LayoutResult) of one update; collective."""
     objective: ObjectiveFunction
     if config.kind == "sft":
         batch, objective = build_supervised_batch(packed), supervised_objective
@@ -198,7 +199,7 @@ def _loss_and_gradients(model: Learner, batch: TrainBatch, objective: ObjectiveF
 
 
 def megatron_parameters(policy: Learner, critic: Critic | None) -> dict[str, tuple[str, ...]]:
-    """Each trained Megatron parameter and the Hugging Face tensors in it."""
+    """Yield each trained Megatron parameter and the Hugging Face tensors in it."""
     return {
         prefix + name: tuple(prefix + tensor for tensor in parameter.hugging_face)
         for prefix, model in (("", policy), (CRITIC, critic))
@@ -214,7 +215,7 @@ def _gradient_norm(model: Learner) -> float:
 
 
 def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> None:
-    """One rank of one layout."""
+    """Compute one rank of one layout."""
     packed, outputs = torch.load(batch_file, weights_only=False)
     policy, critic = build_learner(config, total_updates=1), build_critic(config)
     reference = Reference(config) if has_reference(config) else None
@@ -262,7 +263,7 @@ def parse_layout(text: str) -> dict[str, object]:
 
 
 def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]:
-    """The config with its models in another layout, and the ranks it needs.
+    """Return the config with its models in another layout, and the ranks it needs.
 
     A model without keys of its own has the policy's layout and ranks; one with such keys has tp · pp · cp · dp ranks from
     ``first_rank`` on, whatever the config says.
@@ -300,7 +301,7 @@ def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]
 
 
 def _in_layout(role: RoleConfig, keys: dict[str, object], where: str) -> RoleConfig:
-    """The role with only these layout keys set; ``where`` begins its errors."""
+    """Return the role with only these layout keys set; ``where`` begins its errors."""
     sizes = dict(keys)
     dp = dp_of(sizes.pop("dp", 1), where)
     own = {key: sizes.pop(key) for key in ("max_tokens_per_micro_batch", "first_rank") if key in sizes}
@@ -318,7 +319,7 @@ def _in_layout(role: RoleConfig, keys: dict[str, object], where: str) -> RoleCon
 
 
 def compare(reference: LayoutResult, result: LayoutResult) -> ParityRow:
-    """Relative gaps of one layout to the reference."""
+    """Return the relative gaps of one layout to the reference."""
     gaps = {}
     for parameter, names in reference.parameters.items():
         expected, actual = (

@@ -89,7 +89,7 @@ def memory(
 
 
 def _periods(config: Config, ranks: int, on: Literal["cpu", "cuda"], limit: float | None) -> list[Period]:
-    """The stages in their order, each but the first after the move to it."""
+    """Return the stages in their order, each but the first after the move to it."""
     from megarl.memory.statement import state_memory, state_relayout
 
     if config.curriculum is None:
@@ -119,7 +119,7 @@ def _advised(
 
 
 def _in_stage(change: "Change", stage: Stage | None) -> "Change":
-    """The change of this stage alone, but for what all stages have in common."""
+    """Return the change of this stage alone, but for what all stages have in common."""
     if stage is None:
         return change
     shared = ("--world-size", "model.", "policy.parallel.distributed_optimizer", "critic.parallel.distributed_optimizer")

@@ -54,8 +54,8 @@ def sync(
     """Print how the weights of CONFIG's policy (with a curriculum in its last stage) get to engines or to another Megatron layout,
     or why they cannot."""
     from megarl.reshard.plan.balance import Machines
-    from megarl.reshard.plan.build import plan_transfer
     from megarl.reshard.plan.engine_layouts import EngineLayout
+    from megarl.reshard.plan.plan import plan_transfer
     from megarl.reshard.plan.report import LinkSpeeds, report
 
     config = configs_of(load_config(config_path, overrides))[-1]
@@ -89,7 +89,7 @@ def sync(
 
 
 def fewest_ranks(parallel: ParallelConfig) -> int:
-    """Of a layout: one replica."""
+    """Return the ranks of one replica of a layout."""
     experts = (parallel.etp or parallel.tp) * parallel.ep * parallel.pp
     return math.lcm(parallel.tp * parallel.pp * parallel.cp, experts)
 

@@ -9,7 +9,7 @@ from megarl.data.tokenizer import run_tokenizer
 
 
 def first_prompts(config: Config, count: int) -> list[tuple[int, ...]]:
-    """Token ids of the first ``count`` training prompts, with a curriculum of its last stage."""
+    """Return the token ids of the first ``count`` training prompts, with a curriculum of its last stage."""
     tokenizer = run_tokenizer(config)
     if config.kind == "sft":
         return [example.token_ids[: example.num_prompt_tokens] for example in build_sft_source(config, tokenizer).take(count)]

@@ -1,23 +1,29 @@
-"""The chat template of a tokenizer: its files, its options, and writing a chat with it."""
+"""The chat template of a tokenizer: its files, its options, and writing a chat with it.
+
+A template is a program. It is rendered in a sandboxed worker, with limits (docs/sandbox.md).
+"""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.ext
 import jinja2.meta
 
-from megarl.config.schema import Config
+from megarl.config.schema import Config, SandboxConfig
 from megarl.config.tokenizer_files import TOKENIZER_CONFIG
-from megarl.data.chat_rendering import ChatRenderer, TemplateRefusal
 from megarl.errors import DataError, listed, one_line, quoted, shortened
+from megarl.workers.answers import BrokenAnswer, Failure
+from megarl.workers.client import CallTimeout, Client
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"  # a folder of named ones, e.g. tool_use.jinja
@@ -25,6 +31,59 @@ MORE_TEMPLATES = "additional_chat_templates"  # a folder of named ones, e.g. too
 _OPENED_TAGS = re.compile(r"<([A-Za-z][\w.-]*)>\s*(?:</\1>\s*)?\Z")
 _QUESTION, _ANSWER = {"role": "user", "content": "a question"}, "what the policy said"
 _REASON_CHARACTERS = 80
+_RENDER_TIMEOUT = 10.0  # seconds for one chat; templates of published models take less than a millisecond
+_SANDBOX = SandboxConfig(memory_gib=1.0, processes=0)
+
+
+class TemplateRefusal(DataError):
+    """The template raised, e.g. for a role that it does not know."""
+
+
+class ChatRenderer:
+    """Renders chats as the tokenizer's ``apply_chat_template`` would."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", name: str, advice: str) -> None:
+        """Prepare for one tokenizer; ``name`` and ``advice`` are the template's in error messages."""
+        self._special_tokens = dict(tokenizer.special_tokens_map)
+        self._name = name
+        self._advice = advice
+        self._client = Client("megarl.data.template_worker:build_renderer", None, _SANDBOX)
+
+    def render(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        today: date,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Return the chat's text.
+
+        Args:
+            template: its Jinja text.
+            messages: at least one.
+            today: what ``strftime_now`` takes for the current date.
+            options: more variables of the template.
+            add_generation_prompt: end with the beginning of the model's next turn.
+
+        Raises:
+            TemplateRefusal: it raised; the message is the reason.
+            DataError: it does not end in time, wants too much memory or gives too long a text.
+        """
+        chat = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        variables = {"tools": None, "documents": None, **self._special_tokens, **options, **chat}
+        try:
+            return str(self._client.ask((template, variables, today.isoformat()), _RENDER_TIMEOUT))
+        except CallTimeout:
+            raise DataError(f"the {self._name} does not end within {_RENDER_TIMEOUT:g} seconds; {self._advice}") from None
+        except BrokenAnswer as broken:
+            raise DataError(f"the {self._name} cannot be rendered: {broken}; {self._advice}") from None
+        except Failure as failure:
+            if str(failure).startswith("MemoryError"):
+                memory = f"{_SANDBOX.memory_gib:g} GiB of memory"
+                raise DataError(f"the {self._name} wants more than {memory}; {self._advice}") from None
+            raise TemplateRefusal(str(failure)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +186,7 @@ class ChatTemplate:
             raise DataError(f"the {self.name} writes the same chat differently each time; {self._advice}")
 
     def _find_prefill(self) -> str:
-        """What is written at the start of a response: what a next turn's beginning has more than one that was taken before."""
+        """Find what is written at the start of a response: what a next turn's beginning has beyond one taken before."""
         said = {"role": "assistant", "content": _ANSWER}
         try:
             asked = self.render([_QUESTION], "a question", add_generation_prompt=False)
@@ -152,7 +211,7 @@ class _GenerationTag(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it on the instance)
 
     def parse(self, parser: Any) -> Any:
-        """The statements in it."""
+        """Return the statements between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -164,7 +223,7 @@ def opened_tags(text: str) -> str:
 
 
 def _chosen(tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any], advice: str) -> str:
-    """The tokenizer's template; of several the one for tools where some are given, else the default."""
+    """Return the tokenizer's template; of several the one for tools where some are given, else the default."""
     templates = tokenizer.chat_template
     if isinstance(templates, dict):
         name = "tool_use" if options.get("tools") and "tool_use" in templates else "default"

@@ -66,11 +66,11 @@ class LengthLimit:
         self._template = prompt_template(config, tokenizer)
 
     def measure(self, row: Row) -> int:
-        """Tokens of the row's prompt, after the cut where it is cut."""
+        """Return the tokens of the row's prompt, after the cut where it is cut."""
         return self.after_cut(row, len(named(row, self._template.encode_prompt, row).token_ids))
 
     def after_cut(self, row: Row, size: int) -> int:
-        """Tokens that are left of the row's prompt where it is cut; ``size`` are those that it has."""
+        """Return the tokens that are left of the row's prompt where it is cut; ``size`` are those that it has."""
         if size > self.longest:
             self.too_long.append((row.row_id, size))
             if self._cuts:
@@ -78,11 +78,11 @@ class LengthLimit:
         return size
 
     def encode(self, row: Row) -> Prompt:
-        """The prompt, without its middle where it is too long."""
+        """Return the prompt, without its middle where it is too long."""
         return cut_in_the_middle(self._template.encode_prompt(row), self.longest, self._tokenizer)
 
     def held_out_prompts(self, config: Config) -> list[Prompt]:
-        """Those of ``evaluation.data`` in their order, without what is left out; none when it is not given."""
+        """Return the prompts of ``evaluation.data`` in their order, without those left out; none when it is not given."""
         if config.evaluation.data is None:
             return []
         rows = [row for task in tasks_of(config.evaluation.data, EVALUATION) for row in read_rows(task.source, task.name)]
@@ -126,12 +126,12 @@ class StagedPrompts:
             self._check_filled(stage)
 
     def rows(self) -> Iterator[Row]:
-        """All training rows that ``data.exclude`` does not name."""
+        """Return all training rows that ``data.exclude`` does not name."""
         for task in self._tasks.values():
             yield from IndexedRows(task.rows, task.kept)
 
     def source(self, stage: Stage) -> "StageSource":
-        """The prompts of a stage, at their beginning."""
+        """Return the prompts of a stage, at their beginning."""
         config, settings = self._config, self._config.data.sampling
         tasks: dict[str, TaskRows] = {}
         for number, (name, task) in enumerate(self._tasks.items()):
@@ -160,18 +160,18 @@ class StagedPrompts:
         )
 
     def evaluation_prompts(self, stage: Stage) -> list[Prompt]:
-        """The held-out prompts that fit into a stage."""
+        """Return the held-out prompts that fit into a stage."""
         return [prompt for prompt in self._evaluation if len(prompt.token_ids) <= stage.max_prompt_tokens]
 
     def report(self) -> dict[str, Any]:
-        """How many prompts fell where, as JSON values; those that no stage has by their ids."""
+        """Return how many prompts fell where, as JSON values; those that no stage has by their ids."""
         return {
             "stages": [self._statistics(stage) for stage in self._stages],
             self._curriculum.too_long: [{"prompt_id": name, "num_tokens": size} for name, size in self._limit.too_long],
         }
 
     def lines(self) -> list[str]:
-        """The same for people."""
+        """Return the report as lines for people."""
         lines = []
         for one in self.report()["stages"]:
             tokens = f"{one['min_tokens']} to {one['max_tokens']} tokens (median {one['median_tokens']})"
@@ -252,12 +252,12 @@ class StageSource(PromptSource):
         self._earlier_share = 0.0  # of the groups of the last record
 
     def prompt(self, prompt_id: str) -> Prompt:
-        """The prompt of that id, of any stage."""
+        """Return the prompt of that id, of any stage."""
         name, row = row_of(prompt_id)
         return self._encode(self._rows[name][row])
 
     def take(self, count: int, held: Mapping[str, int] | None = None) -> list[Prompt]:
-        """The next ``count`` prompts; every 1 / share-th is of an earlier stage, as long as some that were answered are left."""
+        """Take the next ``count`` prompts; every 1 / share-th is an answered one of an earlier stage, while some are left."""
         share = self._curriculum.retrospective_share
         places = range(self._position, self._position + count)
         self._position += count
@@ -284,11 +284,11 @@ class StageSource(PromptSource):
         self._earlier_share = 1 - len(own) / max(1, len(groups))
 
     def metrics(self) -> dict[str, float]:
-        """Those of the stage's own prompts, the stage, and the share of earlier stages' prompts in the last step."""
+        """Return the metrics of the stage's own prompts, the stage, and the share of earlier stages' prompts in the last step."""
         return super().metrics() | {"curriculum/stage": float(self._stage), "curriculum/earlier_share": self._earlier_share}
 
     def state(self) -> dict[str, Any]:
-        """Position for a checkpoint, as JSON values."""
+        """Return the position for a checkpoint, as JSON values."""
         return super().state() | {
             "stage": self._stage,
             "place": self._position,

@@ -41,7 +41,7 @@ class FieldNames:
 
 
 def read_document_question(fields: Mapping[str, Any], names: FieldNames, location: str, max_characters: int) -> DocumentQuestion:
-    """The question of one row.
+    """Read the question of one row.
 
     Args:
         fields: the row. Documents are a text or a list of texts; answers a text, a number, a list of these, or SQuAD's mapping with
@@ -79,7 +79,7 @@ def read_document_question(fields: Mapping[str, Any], names: FieldNames, locatio
 
 
 def _texts(value: Any, location: str) -> tuple[str, ...]:
-    """A text or list of texts as a tuple; DataError when there is none, or a blank one."""
+    """Return a text or list of texts as a tuple; DataError when there is none, or a blank one."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         found = (
@@ -121,18 +121,18 @@ class DocumentPrompts:
         self._template = PromptTemplate(tokenizer, template)
 
     def prompt(self, item: DocumentQuestion) -> str:
-        """The prompt before the model's template."""
+        """Return the prompt before the model's template."""
         documents = _SEPARATOR.join(item.documents)
         first, second = (item.question, documents) if self._is_question_first else (documents, item.question)
         return f"{self._before}{first}{self._between}{second}{self._after}"
 
     def num_tokens(self, item: DocumentQuestion) -> int:
-        """Tokens of the prompt as the model reads it, template included."""
+        """Return the tokens of the prompt as the model reads it, template included."""
         row = Row(row_id="of the documents", prompt=self.prompt(item), answer=item.answers[0], rejected=None, task="", reference={})
         return len(self._template.encode_prompt(row, sys.maxsize).token_ids)
 
     def row(self, item: DocumentQuestion, num_tokens: int) -> dict[str, Any]:
-        """The row that is written: prompt, answer, documents, question, answers and the prompt's length in tokens."""
+        """Return the row that is written: prompt, answer, documents, question, answers and the prompt's length in tokens."""
         return {
             "prompt": self.prompt(item),
             "answer": item.answers[0],
@@ -143,7 +143,7 @@ class DocumentPrompts:
         }
 
     def cut_in_the_middle(self, item: DocumentQuestion, max_tokens: int, location: str) -> DocumentQuestion:
-        """The question with one document: head and tail of all documents, in equal tokens, and a mark between them.
+        """Return the question with one document: head and tail of all documents, in equal tokens, and a mark between them.
 
         Args:
             item: whose prompt is longer than ``max_tokens``.
@@ -175,7 +175,7 @@ class DocumentPrompts:
 
 
 def _parts(prompt: str) -> tuple[str, str, str]:
-    """The text before, between and after the two places."""
+    """Return the text before, between and after the two places."""
     first, second = sorted(("{documents}", "{question}"), key=prompt.index)
     before, _, rest = prompt.partition(first)
     between, _, after = rest.partition(second)

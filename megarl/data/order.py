@@ -12,8 +12,8 @@ from megarl.errors import CheckpointError, quoted
 
 
 def seeded_random(*numbers: int) -> numpy.random.RandomState:
-    """Random numbers that depend on ``numbers`` alone, for ever: RandomState's stream is frozen by NumPy's policy (NEP 19), and
-    Generator's may change between versions."""
+    """Return random numbers that depend on ``numbers`` alone, for ever: RandomState's stream is frozen by NumPy's policy (NEP 19),
+    and Generator's may change between versions."""
     return numpy.random.RandomState(numpy.random.MT19937(numpy.random.SeedSequence(list(numbers))))
 
 
@@ -52,7 +52,7 @@ class SuccessRates:
         self.rates[row] = share if numpy.isnan(rate) else rate + self._update * (share - rate)
 
     def state(self) -> str:
-        """All rates as text: the float32 values, little-endian, compressed, in base64 (at most 5.4 bytes a row)."""
+        """Return all rates as text: the float32 values, little-endian, compressed, in base64 (at most 5.4 bytes a row)."""
         return base64.b64encode(zlib.compress(self.rates.astype("<f4").tobytes())).decode("ascii")
 
     def restore(self, state: str) -> None:
@@ -97,7 +97,7 @@ class RowSampler:
         self._order = self._pass()
 
     def next(self, count: int) -> list[int]:
-        """The next ``count`` indices; they may span passes."""
+        """Return the next ``count`` indices; they may span passes."""
         indices: list[int] = []
         while len(indices) < count:
             missing = count - len(indices)
@@ -119,7 +119,7 @@ class RowSampler:
         self._pending.clear()
 
     def state(self) -> dict[str, Any]:
-        """Where the sampler is, as JSON values."""
+        """Return where the sampler is, as JSON values."""
         position = {"epoch": self._epoch, "position": self._position, "pending": list(self._pending)}
         return {**self._identity, **position, "success": self.success.state()}
 
@@ -160,7 +160,7 @@ class RowSampler:
         return self._settings.order == "prioritised" and self._position >= len(self._order)
 
     def _pass(self) -> list[int]:
-        """The rows of the present pass in order."""
+        """Return the rows of the present pass in order."""
         num_rows = int(self._identity["num_rows"])
         if self._settings.order == "sequential":
             return list(range(num_rows))
@@ -200,7 +200,7 @@ class TaskChooser:
         self._balanced = balanced
 
     def choose(self, position: int, count: int, held: Sequence[int]) -> list[int]:
-        """The tasks' numbers of ``count`` prompts.
+        """Return the tasks' numbers of ``count`` prompts.
 
         Args:
             position: prompts taken before these.

@@ -65,7 +65,7 @@ def plan_group_micro_batches(
     max_tokens: int,
     count_multiple: int = 1,
 ) -> list[list[list[int]]]:
-    """As ``plan_micro_batches``, and adjacent sequences with the same group id are in the same micro-batch.
+    """Plan as ``plan_micro_batches`` does, with adjacent sequences of the same group id in the same micro-batch.
 
     Raises:
         DataError: the sequences of one group have more than ``max_tokens`` tokens together.
@@ -86,12 +86,12 @@ def plan_group_micro_batches(
 
 
 def no_routing(num_tokens: int) -> Tensor:
-    """``routed_experts`` of a batch without routing replay."""
+    """Return ``routed_experts`` of a batch without routing replay."""
     return torch.zeros(num_tokens, 0, 0, dtype=torch.int16)
 
 
 def with_scored_ends(packed: PackedBatch) -> PackedBatch:
-    """Each sequence with one more token (0), the only one whose prediction counts: what a model says at the last real token."""
+    """Add one token (0) to each sequence, the only one whose prediction counts: what a model says at the last real token."""
     num_tokens, num_sequences = packed.token_ids.numel(), packed.num_sequences
     is_end = torch.zeros(num_tokens + num_sequences, dtype=torch.bool)
     is_end[packed.cu_seqlens[1:] + torch.arange(num_sequences)] = True
@@ -114,7 +114,7 @@ def _largest_first(indices: Sequence[int], sizes: Sequence[int]) -> list[int]:
 
 
 def _spread(indices: Sequence[int], work: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Longest-processing-time rule: each sequence, that with most work first, goes to the bin with the least."""
+    """Share out by the longest-processing-time rule: each sequence, that with most work first, goes to the bin with the least."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     loads = [(0, bin_index) for bin_index in range(num_bins)]
     for index in _largest_first(indices, work):
@@ -125,7 +125,7 @@ def _spread(indices: Sequence[int], work: Sequence[int], num_bins: int) -> list[
 
 
 def _first_fit(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """First-fit decreasing: at most 11/9 of the fewest possible bins, plus one."""
+    """Pack by first-fit decreasing: at most 11/9 of the fewest possible bins, plus one."""
     bins: list[list[int]] = []
     space: list[int] = []
     for index in _largest_first(indices, lengths):
@@ -207,7 +207,7 @@ def _response(scored: ScoredRollout, group_id: int, task_ids: Mapping[str, int],
 
 
 def _known_experts(rollout: Rollout) -> Tensor:
-    """``routed_experts`` of prompt and response, NO_EXPERT for what the engine did not read."""
+    """Return ``routed_experts`` of prompt and response, NO_EXPERT for what the engine did not read."""
     num_tokens = len(rollout.prompt.token_ids) + len(rollout.token_ids)
     if rollout.routed_experts is None:
         return no_routing(num_tokens)

@@ -17,7 +17,7 @@ _USUAL_NAMES = {
 
 
 def value_at(fields: Mapping[str, Any], name: str, option: str, location: str) -> Any:
-    """The value of a field: the one of exactly that name, else the one that its dots lead to (``extra.answers.0``).
+    """Return the value of a field: the one of exactly that name, else the one that its dots lead to (``extra.answers.0``).
 
     Args:
         fields: the row.
@@ -42,7 +42,7 @@ def value_at(fields: Mapping[str, Any], name: str, option: str, location: str) -
 
 
 def given_text(value: Any, where: str) -> str:
-    """An answer as a text; DataError where it is none and no finite number."""
+    """Return an answer as a text; DataError where it is none and no finite number."""
     if isinstance(value, bool):
         raise DataError(f'{where} is a bool ({str(value).lower()}); write the text that a response should give, such as "yes"')
     if isinstance(value, int | float):
@@ -58,7 +58,7 @@ def given_text(value: Any, where: str) -> str:
 
 
 def checked_text(text: str, where: str) -> str:
-    """The text, which has no NUL and no half of a character; DataError otherwise."""
+    """Return the text, which must have no NUL and no half of a character; DataError otherwise."""
     if "\0" in text:
         raise DataError(f"{where} has the character NUL at {text.index(chr(0))}; remove it or leave the row out")
     if not text.isascii():
@@ -67,7 +67,7 @@ def checked_text(text: str, where: str) -> str:
 
 
 def checked_prompt(prompt: Any, where: str) -> str | list[ChatMessage]:
-    """The prompt: a text, or messages with the roles and contents that a chat template needs; DataError for anything else."""
+    """Return a text, or messages with the roles and contents that a chat template needs; DataError for anything else."""
     if isinstance(prompt, str):
         if not prompt.strip():
             raise DataError(f"{where} is an empty string; write a prompt or leave the row out")
@@ -82,7 +82,7 @@ def checked_prompt(prompt: Any, where: str) -> str | list[ChatMessage]:
 
 
 def response_and_context(value: Any, where: str) -> tuple[str, list[ChatMessage] | None]:
-    """A response, and the messages before it where it is the last one of a chat; None for a text alone."""
+    """Return a response, and the messages before it where it is the last one of a chat; None for a text alone."""
     if not isinstance(value, list) or not any(isinstance(message, Mapping) for message in value):
         if not isinstance(value, str):
             raise DataError(f"{where} is a {type(value).__name__}; it must be a string or a chat that ends with it")
@@ -130,7 +130,7 @@ def _has(fields: Mapping[str, Any]) -> str:
 
 
 def _example(fields: Mapping[str, Any], name: str) -> str:
-    """A field that may be meant: of a similar name, or of that kind of data."""
+    """Return a field that may be meant: of a similar name, or of that kind of data."""
     if name == "prompt" and isinstance(fields.get("chosen"), str) and "Assistant:" in fields["chosen"]:
         return ", dividing chosen and rejected behind the last 'Assistant:' into prompt and responses"
     paths = [path for path in _paths(fields, "") if path != name]

@@ -26,7 +26,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_objects(path: Path) -> Objects:
-    """The objects of a file, each with its place: ``file:line``, ``file row 3`` (from 0) where it has no lines.
+    """Yield the objects of a file, each with its place: ``file:line``, ``file row 3`` (from 0) where it has no lines.
 
     Raises:
         DataError: the file cannot be read or has no rows, or one of them is not an object.
@@ -126,7 +126,7 @@ def _parquet_rows(path: Path) -> Objects:
 
 
 def parse_object(line: str, location: str) -> dict[str, Any]:
-    """The JSON object of a line; DataError with its place when it is none, or one that is ambiguous."""
+    """Return the JSON object of a line; DataError with its place when it is none, or one that is ambiguous."""
     value = _parse(line, location, "write one JSON object a line")
     if _ESCAPED_SURROGATE.search(line):
         _refuse_surrogates(value, location)
@@ -161,7 +161,7 @@ def _checked(value: Any, location: str) -> dict[str, Any]:
 
 
 def _refuse_surrogates(value: Any, location: str, path: str = "") -> None:
-    """No string in the row is half of a character, which no file and no tokenizer could hold."""
+    """Refuse a row with half of a character in a string, which no file and no tokenizer could hold."""
     if isinstance(value, str):
         refuse_surrogate(value, f"{location}: field '{path}'")
     elif isinstance(value, dict):
@@ -174,7 +174,7 @@ def _refuse_surrogates(value: Any, location: str, path: str = "") -> None:
 
 
 def refuse_surrogate(text: str, where: str) -> None:
-    """DataError when a text holds half of a surrogate pair."""
+    """Raise DataError when a text holds half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

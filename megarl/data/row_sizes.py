@@ -53,8 +53,8 @@ class RowSizes:
         self._share_out = share_out
 
     def measure(self, name: str, rows: Sequence[Row], form: Form) -> numpy.ndarray:
-        """Tokens of each row, int64: [n, 1] of its prompt, [n, 2] of an example's prompt and response, [n, 3] of a pair's prompt
-        and both responses.
+        """Return the tokens of each row, int64: prompts [n, 1], examples' prompts and responses [n, 2], pairs' prompts and both
+        responses [n, 3].
 
         Raises:
             DataError: a row cannot be written for the model; it is named.
@@ -92,7 +92,7 @@ class RowSizes:
 
 
 def build(argument: Any) -> Callable[[Any], list[tuple[int, ...]]]:
-    """The function of a process that measures batches of rows; ``argument`` is the config and the form."""
+    """Build the function of a process that measures batches of rows; ``argument`` is the config and the form."""
     config, form = Config.model_validate(argument[0]), argument[1]
     measure = measure_of(config, load_tokenizer(config.model.tokenizer or config.model.path), form)
 
@@ -107,7 +107,7 @@ def build(argument: Any) -> Callable[[Any], list[tuple[int, ...]]]:
 
 
 def measure_of(config: Config, tokenizer: "PreTrainedTokenizerBase", form: Form) -> Measure:
-    """What measures a row of this run."""
+    """Return the function that measures a row of this run."""
     template = prompt_template(config, tokenizer)
     suffix, no_limit = config.data.response_suffix, 1 << 62
 
@@ -128,7 +128,7 @@ def measure_of(config: Config, tokenizer: "PreTrainedTokenizerBase", form: Form)
 
 
 def named(row: Row, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns; whatever it raises is a DataError that names the row by its place."""
+    """Call the function and return its answer; whatever it raises is a DataError that names the row by its place."""
     try:
         return function(*arguments)
     except Exception as error:  # tokenizers raise errors of any kind, and name no row
@@ -147,14 +147,14 @@ class Progress:
         self._begin = self._last = time.monotonic()
 
     def update(self, num_done: int) -> None:
-        """So many rows are checked."""
+        """Show how many rows are checked."""
         now = time.monotonic()
         if now - self._last >= _SILENCE:
             self._last = now
             print(f"{self._name}: {min(num_done, self._num_rows):,} of {self._num_rows:,} rows checked", flush=True)
 
     def finish(self) -> None:
-        """All are."""
+        """Show that all rows are measured."""
         seconds = time.monotonic() - self._begin
         if seconds >= _SILENCE:
             print(f"{self._name}: {self._num_rows:,} rows checked in {seconds:.0f} seconds", flush=True)
@@ -167,7 +167,7 @@ def _measured(measure: Measure, row: Row, progress: Progress, index: int) -> tup
 
 
 def _digest(config: Config, rows: Sequence[Row], form: Form) -> str:
-    """Of all that the sizes depend on: the rows' texts, the tokenizer's files, how they are written, and the libraries."""
+    """Digest all that the sizes depend on: the rows' texts, the tokenizer's files, how they are written, and the libraries."""
     digest = hashlib.blake2b(digest_size=16)
     written = config.data.model_dump(mode="json", exclude={"train", "exclude", "sampling", "too_long"})
     libraries = [version(name) for name in ("transformers", "tokenizers", "jinja2")]

@@ -54,7 +54,7 @@ class _Source(Generic[Item]):
         self._taken = 0
 
     def take(self, count: int, held: Mapping[str, int] | None = None) -> list[Item]:
-        """The next ``count`` items.
+        """Return the next ``count`` items.
 
         Args:
             count: items wanted.
@@ -67,7 +67,7 @@ class _Source(Generic[Item]):
         return [self._encode(tasks[number].rows[int(tasks[number].kept[next(rows[number])])]) for number in numbers]
 
     def state(self) -> dict[str, Any]:
-        """Position for a checkpoint, as JSON values."""
+        """Return the position for a checkpoint, as JSON values."""
         return {"taken": self._taken, "tasks": {name: task.sampler.state() for name, task in self._tasks.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -86,13 +86,13 @@ class PromptSource(_Source[Prompt]):
     """Prompts for rollouts. A ``prompt_id`` comes back in each pass over its task's rows."""
 
     def rows(self) -> Iterator[Row]:
-        """All rows that are trained on."""
+        """Return all rows that are trained on."""
         for task in self._tasks.values():
             for index in task.kept:
                 yield task.rows[int(index)]
 
     def prompt(self, prompt_id: str) -> Prompt:
-        """The prompt of that id, wherever the order stands."""
+        """Return the prompt of that id, wherever the order stands."""
         name, row = row_of(prompt_id)
         return self._encode(self._tasks[name].rows[row])
 
@@ -122,7 +122,7 @@ class PromptSource(_Source[Prompt]):
 
 
 def row_of(prompt_id: str) -> tuple[str, int]:
-    """Task and row of ``task/17``."""
+    """Return the task and row of ``task/17``."""
     name, _, row = prompt_id.rpartition("/")
     return name, int(row)
 
@@ -136,7 +136,7 @@ class PairSource(_Source[PreferencePair]):
 
 
 def build_prompt_source(config: Config, tokenizer: "PreTrainedTokenizerBase", sizes: RowSizes | None = None) -> PromptSource:
-    """The prompts of ``data.train``; every one is checked here, before any hour is spent.
+    """Build the source of the prompts of ``data.train``; every one is checked here, before any hour is spent.
 
     Args:
         config: the run.
@@ -164,7 +164,7 @@ def _prompt_encoder(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Cal
 
 
 def build_sft_source(config: Config, tokenizer: "PreTrainedTokenizerBase", sizes: RowSizes | None = None) -> ExampleSource:
-    """The examples of ``data.train``; every one is checked here, before any hour is spent.
+    """Build the source of the examples of ``data.train``; every one is checked here, before any hour is spent.
 
     Raises:
         DataError: a row is malformed, an example too long, or no row remains after ``data.exclude``.
@@ -179,7 +179,7 @@ def build_sft_source(config: Config, tokenizer: "PreTrainedTokenizerBase", sizes
 
 
 def build_pair_source(config: Config, tokenizer: "PreTrainedTokenizerBase", sizes: RowSizes | None = None) -> PairSource:
-    """The pairs of ``data.train``; every one is checked here, before any hour is spent.
+    """Build the source of the pairs of ``data.train``; every one is checked here, before any hour is spent.
 
     Raises:
         DataError: a row is malformed, a response too long, a pair too long for a micro-batch, or no row remains after
@@ -205,7 +205,7 @@ def build_pair_source(config: Config, tokenizer: "PreTrainedTokenizerBase", size
 
 
 def build_evaluation_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[PreferencePair]:
-    """All pairs of ``evaluation.data`` in their order; none when it is not given. Raises DataError as the others do."""
+    """Build all pairs of ``evaluation.data`` in their order; none when it is not given. Raises DataError as the others do."""
     if config.evaluation.data is None:
         return []
     template = prompt_template(config, tokenizer)
@@ -217,7 +217,7 @@ def build_evaluation_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase")
 
 
 def build_evaluation_prompts(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
-    """All prompts of ``evaluation.data`` in their order; none when it is not given. Raises DataError as the others do."""
+    """Build all prompts of ``evaluation.data`` in their order; none when it is not given. Raises DataError as the others do."""
     if config.evaluation.data is None:
         return []
     whole = prompt_template(config, tokenizer)
@@ -249,7 +249,7 @@ def _task_chooser(config: Config) -> TaskChooser:
 
 
 def excluded_texts(config: Config) -> set[str]:
-    """The prompts that ``data.exclude`` names."""
+    """Return the prompts that ``data.exclude`` names."""
     return {
         row.prompt_text for source in config.data.exclude for row in read_rows(source, "exclude", in_pairs=trains_on_pairs(config))
     }
@@ -258,7 +258,7 @@ def excluded_texts(config: Config) -> set[str]:
 def training_rows(
     config: Config, task: TaskConfig, excluded: set[str]
 ) -> tuple[Sequence[Row], numpy.ndarray, numpy.ndarray | None]:
-    """The rows of a task, the indices (int64, ascending) of those that are not excluded, and their difficulties.
+    """Return the rows of a task, the indices (int64, ascending) of those that are not excluded, and their difficulties.
 
     Raises:
         DataError: a row is malformed, none remains, or one lacks its difficulty.
@@ -275,7 +275,7 @@ def training_rows(
 
 
 def _checked_training_rows(config: Config, encode: Callable[[Row], object], sizes: RowSizes, form: Form) -> dict[str, TaskRows]:
-    """Rows of ``data.train`` by task that ``data.exclude`` does not name, each of which ``encode`` accepts."""
+    """Return the rows of ``data.train`` by task that ``data.exclude`` does not name, each of which ``encode`` accepts."""
     tasks, excluded = {}, excluded_texts(config)
     for number, task in enumerate(tasks_of(config.data.train, TRAIN)):
         rows, kept, difficulties = training_rows(config, task, excluded)

@@ -46,7 +46,7 @@ class Row:
 
 
 def read_rows(source: RowSource, task: str, *, in_pairs: bool = False) -> Sequence[Row]:
-    """All rows of a source, with ids ``task/0``, ``task/1`` ...; rows of datasets and reasoning_gym are made on access.
+    """Read all rows of a source, with ids ``task/0``, ``task/1`` ...; rows of datasets and reasoning_gym are made on access.
 
     Args:
         source: where they are.
@@ -64,7 +64,7 @@ def read_rows(source: RowSource, task: str, *, in_pairs: bool = False) -> Sequen
 
 
 def number_at(row: Row, field: str, option: str) -> float:
-    """The number in a field of the row's reference.
+    """Return the number in a field of the row's reference.
 
     Args:
         row: any row.
@@ -155,7 +155,7 @@ def _pair_prompt(
     contexts: Sequence[list[ChatMessage] | None],
     location: str,
 ) -> str | list[ChatMessage]:
-    """The prompt of a pair: its field's, or what both responses, given as chats, begin with."""
+    """Return the prompt of a pair: its field's, or what both responses, given as chats, begin with."""
     where = f"{location}: field '{source.prompt_field}'"
     if source.prompt_field == source.chosen_field:
         if contexts[0] is None or contexts[0] != contexts[1]:
@@ -214,7 +214,7 @@ class _DatasetRows(_LazyRows):
 
 
 def load_dataset(source: DatasetsSource) -> Any:
-    """The split as a datasets.Dataset; DataError when there is none."""
+    """Load the split as a datasets.Dataset; DataError when there is none."""
     import datasets  # here, because it takes seconds and other sources do without
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of a broken file, the error says

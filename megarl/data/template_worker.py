@@ -24,7 +24,7 @@ class _Generation(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """The statements between the tags; as transformers has them, in a scope of their own."""
+        """Return the statements between the tags; as transformers has them, in a scope of their own."""
         line = next(parser.stream).lineno
         return [jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)]
 

@@ -1,12 +1,17 @@
-"""The tokenizer of a model folder: it encodes and decodes exactly as the folder's tokenizer.json does by the tokenizers library."""
+"""The tokenizer of a model folder, the tokens that end a response, and the text of a response.
+
+It encodes and decodes exactly as the folder's tokenizer.json does by the tokenizers library.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import Config
 from megarl.config.tokenizer_files import (
+    GENERATION_CONFIG,
     SPECIAL_TOKENS,
     TOKENIZER,
     TOKENIZER_CONFIG,
@@ -17,11 +22,12 @@ from megarl.config.tokenizer_files import (
     tokens_of,
 )
 from megarl.data.chat_template import read_chat_template
-from megarl.errors import DataError, MegaRLError, one_line
+from megarl.errors import DataError, MegaRLError, listed, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
 
 SENTENCEPIECE = "tokenizer.model"
 PROBES = (
@@ -33,6 +39,8 @@ PROBES = (
     "Ünïcode: 中文，日本語 한국어 العربية हिन्दी 🙂👩‍👩‍👧 e\u0301",
 )
 _REASON_CHARACTERS = 120
+
+Decode = Callable[[Sequence[int]], str]
 
 
 def run_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
@@ -96,7 +104,7 @@ def _from_tokenizer_json(path: Path, settings: Mapping[str, Any]) -> "PreTrained
 
 
 def _read_backend(file: Path) -> "Tokenizer":
-    """The tokenizer of a tokenizer.json, without its padding and truncation, which are for batches of other programs."""
+    """Read the tokenizer of a tokenizer.json, without its padding and truncation, which are for batches of other programs."""
     from tokenizers import Tokenizer
 
     try:
@@ -109,7 +117,7 @@ def _read_backend(file: Path) -> "Tokenizer":
 
 
 def _check_added_tokens(settings: Mapping[str, Any], tokens: Mapping[str, int], path: Path) -> None:
-    """tokenizer_config.json adds no token that tokenizer.json has not, but one for padding, and gives none another id."""
+    """Check that tokenizer_config.json adds no token to tokenizer.json's, but one for padding, and gives none another id."""
     added = settings.get("added_tokens_decoder") or {}
     file = path / TOKENIZER_CONFIG
     if not isinstance(added, dict):
@@ -148,7 +156,7 @@ def _require_equal(tokenizer: "PreTrainedTokenizerBase", backend: "Tokenizer", f
 
 
 def _converted(path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer that transformers makes of a folder without tokenizer.json, compared with what it was made of."""
+    """Return the tokenizer that transformers makes of a folder without tokenizer.json, compared with what it was made of."""
     import transformers
 
     has_sentencepiece = (path / SENTENCEPIECE).is_file()
@@ -233,3 +241,63 @@ def bos_prefix(tokenizer: "PreTrainedTokenizerBase", adds_bos: bool | None) -> t
 
 def _reason(error: BaseException) -> str:
     return one_line(error)[:_REASON_CHARACTERS]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndTokens:
+    """What ends a response.
+
+    Attributes:
+        of_model: ids of the model's own end tokens, ascending: the tokenizer's, and what generation_config.json names.
+        stopping: those and the run's ``rollout.stop_token_ids``, ascending.
+        notices: lines for people about files that seem to name a wrong token.
+    """
+
+    of_model: tuple[int, ...]
+    stopping: tuple[int, ...]
+    notices: tuple[str, ...]
+
+
+def find_end_tokens(config: Config, tokenizer: "PreTrainedTokenizerBase") -> EndTokens:
+    """Return the end tokens of a run.
+
+    config.json counts where generation_config.json names none, but only for added tokens: many have the default of their class in
+    it, which is another model's.
+
+    Raises:
+        DataError: there is none, or one is no token of the tokenizer.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"the tokenizer of {tokenizer.name_or_path} has no eos_token; name one in its tokenizer_config.json")
+    ids, file = end_tokens_of_model(config.model.path)
+    if unknown := [str(token_id) for token_id in ids if tokenizer.convert_ids_to_tokens(token_id) is None]:
+        raise DataError(f"{config.model.path / file}: eos_token_id {listed(unknown)} is no token of the tokenizer; correct it")
+    is_added = tokenizer.added_tokens_decoder.keys() | {tokenizer.eos_token_id}
+    ordinary = [token_id for token_id in ids if token_id not in is_added]
+    does = "end responses" if file == GENERATION_CONFIG else "are not used"
+    notices: tuple[str, ...] = ()
+    if ordinary:
+        named = listed([f"{token_id} = {str(tokenizer.convert_ids_to_tokens(token_id))!r}" for token_id in ordinary], limit=3)
+        notices = (
+            f"eos_token_id of {file} names tokens of ordinary text, {named}: they {does}; correct the file if that is wrong",
+        )
+    taken = ids if file == GENERATION_CONFIG else [token_id for token_id in ids if token_id in is_added]
+    of_model = {*taken, int(tokenizer.eos_token_id)}
+    return EndTokens(
+        of_model=tuple(sorted(of_model)), stopping=tuple(sorted(of_model | {*config.rollout.stop_token_ids})), notices=notices
+    )
+
+
+def response_decoder(config: Config, tokenizer: "PreTrainedTokenizerBase", ends: EndTokens) -> Decode:
+    """Return what makes the text of a run of response tokens: all that was generated, but for end and padding tokens.
+
+    ``rollout.stop_token_ids`` are the user's, and may be such as </answer>, which scorers look for.
+    """
+    hidden = {*ends.of_model, tokenizer.pad_token_id}
+    skips = not config.rollout.show_special_tokens
+
+    def decode(token_ids: Sequence[int]) -> str:
+        shown = [token_id for token_id in token_ids if token_id not in hidden]
+        return str(tokenizer.decode(shown, skip_special_tokens=skips))
+
+    return decode

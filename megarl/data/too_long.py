@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def rows_in_limits(
     config: Config, name: str, rows: Sequence[Row], sizes: numpy.ndarray, form: Form, encode: Callable[[Row], object]
 ) -> numpy.ndarray:
-    """Which of the rows are trained on, bool [n].
+    """Return which of the rows are trained on, bool [n].
 
     Args:
         config: the run; ``data.too_long`` decides.
@@ -59,7 +59,7 @@ def _is_too_long(config: Config, sizes: numpy.ndarray, form: Form) -> numpy.ndar
 
 
 def pair_tokens(config: Config, lengths: numpy.ndarray) -> numpy.ndarray:
-    """Tokens [n] that each pair of responses, int [n, 2] with their prompts, has when it is computed, padding included."""
+    """Count the tokens [n] of each pair of responses, int [n, 2] with their prompts, when computed, padding included."""
     end = int(config.kind == "reward_model")  # which reads one token behind each response
     parallel = config.policy.parallel
     multiple = 2 * parallel.cp if parallel.cp > 1 else 1  # as Layout.sequence_multiple
@@ -67,7 +67,7 @@ def pair_tokens(config: Config, lengths: numpy.ndarray) -> numpy.ndarray:
 
 
 def cut_in_the_middle(prompt: Prompt, max_tokens: int, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
-    """The prompt with at most so many tokens: without its middle where it has more."""
+    """Return the prompt with at most so many tokens: without its middle where it has more."""
     if len(prompt.token_ids) <= max_tokens:
         return prompt
     token_ids = without_middle(prompt.token_ids, max_tokens)
@@ -76,7 +76,7 @@ def cut_in_the_middle(prompt: Prompt, max_tokens: int, tokenizer: "PreTrainedTok
 
 
 def without_middle(token_ids: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
-    """The first and the last tokens of a sequence that is longer than ``max_tokens``, as many of both: what is asked about a
+    """Keep the first and the last tokens of a sequence longer than ``max_tokens``, as many of both: what is asked about a
     document stands before or behind it (LongBench, arXiv 2308.14508)."""
     tail = max_tokens // 2
     return (*token_ids[: max_tokens - tail], *token_ids[len(token_ids) - tail :])

@@ -13,7 +13,7 @@ from megarl.engines.vllm import VllmEngine
 
 
 def build_engine(config: Config, run_dir: Path, weight_shapes: Mapping[str, tuple[int, ...]]) -> RolloutEngine:
-    """The engine of ``rollout.engine``, not yet started; on rank 0 only.
+    """Build the engine of ``rollout.engine``, not yet started; on rank 0 only.
 
     Args:
         config: the run.

@@ -20,7 +20,7 @@ class _WithoutCopies(TorchFunctionMode):
 
 
 def checkpoint_views(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of the model's checkpoint, each a view of the model's own parameters and persistent buffers.
+    """Return the tensors of the model's checkpoint, each a view of the model's own parameters and persistent buffers.
 
     transformers keeps the experts of a layer in one parameter, and cuts it into the checkpoint's tensors when it saves a model
     (``core_model_loading``); the same cut without its copies shows where each tensor of a checkpoint belongs.

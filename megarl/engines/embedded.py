@@ -25,9 +25,8 @@ from transformers import (
 from megarl.config.schema import EmbeddedEngineConfig
 from megarl.engines.checkpoint_views import checkpoint_views
 from megarl.engines.protocol import Generation, SamplingParams
-from megarl.engines.repetition import RepetitionStop
 from megarl.engines.routed_experts import experts_of_rows, recorded_experts
-from megarl.engines.token_sampler import GumbelSampler
+from megarl.engines.token_sampler import GumbelSampler, RepetitionStop
 from megarl.engines.weight_checklist import WeightChecklist
 from megarl.errors import RolloutError
 from megarl.types import FinishReason
@@ -61,11 +60,11 @@ class _Limits(StoppingCriteria):
     """Ends each row at its own limit, and all rows when a cut is asked for."""
 
     def __init__(self, limits: Tensor, width: int, abort: Event) -> None:
-        """``limits``: int64 [batch], response tokens of each row; ``width``: of the prompts."""
+        """Take ``limits``, int64 [batch], the response tokens of each row, and ``width``, of the prompts."""
         self._limits, self._width, self._cut = limits, width, abort
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Bool [batch], whether the row ends with its last token."""
+        """Return bool [batch], whether the row ends with its last token."""
         return (input_ids.shape[1] - self._width >= self._limits) | self._cut.is_set()
 
 
@@ -86,7 +85,8 @@ class EmbeddedEngine:
         *,
         reports_experts: bool = False,
     ) -> None:
-        """``model_path`` is a Hugging Face folder, of which only config.json is read; ``weight_shapes`` says what updates bring.
+        """Take the Hugging Face folder ``model_path``, of which only config.json is read, and ``weight_shapes``, what updates
+        bring.
 
         With ``reports_experts`` every generation tells where the routers sent its tokens.
         """

@@ -14,12 +14,14 @@ COMPLETE_MARKER = ".complete"
 
 
 def requirements_file(engine: str) -> Path:
-    """The pins of an engine's environment, in the clone's requirements folder."""
+    """Return the pins of an engine's environment, in the clone's requirements folder."""
     return Path(__file__).resolve().parents[2] / "requirements" / f"{engine}-cpu.txt"
 
 
 def engine_folder(engine: str, prefix: Path | None = None) -> Path:
-    """Folder of the engine's environment, named by its pins and the Python version so that clones with equal pins share one.
+    """Return the folder of the engine's environment.
+
+    It is named by its pins and the Python version, so that clones with equal pins share one.
 
     Args:
         engine: ``"vllm"`` or ``"sglang"``.
@@ -40,7 +42,7 @@ def engine_folder(engine: str, prefix: Path | None = None) -> Path:
 
 
 def default_python(engine: str) -> Path:
-    """This Python where the engine is installed beside MegaRL, else that of the environment which ``make engine-…`` builds.
+    """Return this Python where it has the engine beside MegaRL, else that of the environment which ``make engine-…`` builds.
 
     Raises:
         RolloutError: it is not built, or its build did not finish.

@@ -37,7 +37,7 @@ class SamplingParams:
 
 
 def resumed(sampling: SamplingParams, sample_index: int, num_tokens: int) -> SamplingParams:
-    """How sample ``sample_index`` of a request goes on behind its first ``num_tokens`` tokens, as a request of its own.
+    """Ask for sample ``sample_index`` of a request behind its first ``num_tokens`` tokens, as a request of its own.
 
     Its prompt is the first request's and those tokens. Its seed depends on the first request's, the index and ``num_tokens`` only:
     the same cut goes on with the same random numbers, and never with some that were used before.

@@ -19,7 +19,7 @@ Recorded = list[list[Tensor]]
 
 @contextmanager
 def recorded_experts(model: PreTrainedModel) -> Iterator[Recorded]:
-    """For each layer with experts, those that every forward pass chooses: integer [batch · positions, top_k] each."""
+    """Record for each layer with experts those that every forward pass chooses: integer [batch · positions, top_k] each."""
     routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
     recorded: Recorded = [[] for _ in routers]
     hooks = [router.register_forward_hook(partial(_record, layer)) for router, layer in zip(routers, recorded, strict=True)]
@@ -36,13 +36,13 @@ def _record(layer: list[Tensor], router: Any, arguments: Any, output: tuple[Tens
 
 
 def experts_of_rows(recorded: Recorded, num_rows: int) -> Tensor:
-    """int16 [num_rows, positions, num_moe_layers, top_k] of all forward passes, one after the other."""
+    """Return int16 [num_rows, positions, num_moe_layers, top_k] of all forward passes, one after the other."""
     layers = [torch.cat([experts.view(num_rows, -1, experts.shape[-1]) for experts in layer], dim=1) for layer in recorded]
     return torch.stack(layers, dim=2).to("cpu", torch.int16)
 
 
 def reported_experts(engine: str, report: "numpy.ndarray[Any, Any] | None", num_tokens: int, facts: ExpertFacts) -> Tensor:
-    """``Generation.routed_experts`` from a server's report.
+    """Read ``Generation.routed_experts`` from a server's report.
 
     Args:
         engine: its name.

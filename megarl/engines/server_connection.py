@@ -36,7 +36,7 @@ class ServerConnection:
     def __init__(
         self, name: str, url: str, process: ServerProcess | None, log_path: Path, hint: str, headers: Mapping[str, str]
     ) -> None:
-        """``hint`` follows the refusals of a server that the trainer did not start; ``headers`` go with every request."""
+        """Take ``hint``, said after refusals of a server that the trainer did not start, and ``headers`` of every request."""
         self.name = name
         self.url = url
         self.process = process
@@ -68,7 +68,7 @@ class ServerConnection:
             await self.process.close(write_stacks=write_stacks)
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The value of the JSON answer of one HTTP request; None for an answer without JSON.
+        """Send one HTTP request and return the value of its JSON answer; None for an answer without JSON.
 
         Raises:
             RolloutError: it is not answered, not with status 200, or with what is no JSON and says that it is.
@@ -87,7 +87,7 @@ class ServerConnection:
             raise RolloutError(self._with_fix(f"{self._who} answered {where}, but {error}")) from error
 
     async def status_without_key(self, path: str) -> int:
-        """The status of the answer to a stranger's GET."""
+        """Return the status of the answer to a stranger's GET."""
         async with aiohttp.ClientSession() as stranger, stranger.get(self.url + path) as response:
             return response.status
 
@@ -150,7 +150,7 @@ class ServerConnection:
             future.cancel()
 
     def own_address(self) -> str:
-        """The address of this machine that the server can reach."""
+        """Return the address of this machine that the server can reach."""
         parts = urlsplit(self.url)
         assert parts.hostname is not None
         return address_towards(parts.hostname, parts.port or 80)
@@ -163,7 +163,7 @@ def abandon(call: asyncio.Future[Any]) -> None:
 
 
 def _message(text: str) -> str:
-    """The message of an error answer."""
+    """Return the message of an error answer."""
     try:
         answer = parse_json(text)
         answer = answer.get("error", answer)

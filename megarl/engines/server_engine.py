@@ -80,8 +80,7 @@ class ServerEngine(ABC):
     hint: ClassVar[str]  # what a server that the trainer did not start must be started with
 
     def __init__(self, config: Config, run_dir: Path, weight_shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """The server's output goes to ``run_dir``/engine.log, the next one's to engine.2.log; ``weight_shapes`` says what updates
-        bring."""
+        """Log to ``run_dir``/engine.log, the next server's output to engine.2.log; ``weight_shapes`` says what updates bring."""
         self.config = config
         self._weight_shapes = weight_shapes
         self.settings: EngineServerConfig = getattr(config.rollout, self.section)
@@ -102,7 +101,7 @@ class ServerEngine(ABC):
 
     @abstractmethod
     async def sample(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
-        """``sampling.num_samples`` different responses; one at temperature 0."""
+        """Sample ``sampling.num_samples`` different responses; one at temperature 0."""
 
     @abstractmethod
     async def give_up(self) -> None:
@@ -114,7 +113,7 @@ class ServerEngine(ABC):
 
     @abstractmethod
     async def sizes(self) -> EngineSizes:
-        """How the server divides the model; asked before the first weight update.
+        """Ask how the server divides the model, before the first weight update.
 
         Raises:
             RolloutError: in a way that weight updates do not know, or it rotates positions otherwise than the trainer.
@@ -144,7 +143,7 @@ class ServerEngine(ABC):
 
     @abstractmethod
     async def resume(self) -> None:
-        """Answer requests again."""
+        """Let the engine answer requests again."""
 
     async def start(self) -> None:
         """Start the server, or find the one at the section's ``url``, and wait until it is healthy.
@@ -277,21 +276,21 @@ class ServerEngine(ABC):
 
     @property
     def server(self) -> ServerConnection:
-        """The started server."""
+        """The server, once it is started."""
         if self._server is None:
             raise RolloutError(f"{self.name} was not started")
         return self._server
 
     async def limited(self, work: Awaitable[T], task: str, partner: asyncio.Future[Any] | None = None) -> T:
-        """A part of a weight update, within its time-out; ``partner`` is its other end."""
+        """Run a part of a weight update within its time-out; ``partner`` is its other end."""
         return await self.server.watch(work, task, self.settings.update_timeout, f"rollout.{self.section}.update_timeout", partner)
 
     async def sent(self, send: Callable[..., None], *arguments: Any, task: str, partner: asyncio.Future[Any] | None = None) -> None:
-        """One blocking step of the sender, in a thread, while ``partner`` receives."""
+        """Do one blocking step of the sender, in a thread, while ``partner`` receives."""
         await self.limited(self._in_thread(send, *arguments), task, partner)
 
     def routed_experts(self, report: "numpy.ndarray[Any, Any] | None", num_tokens: int) -> Tensor | None:
-        """``Generation.routed_experts`` of a response of ``num_tokens`` with its prompt, from the server's report.
+        """Read ``Generation.routed_experts`` of a response of ``num_tokens`` with its prompt from the server's report.
 
         Raises:
             RolloutError: rollout.routing_replay is set and the report is missing or not of this model.
@@ -316,7 +315,7 @@ class ServerEngine(ABC):
 
     @asynccontextmanager
     async def _updating(self, version: int) -> AsyncIterator[None]:
-        """All of an update but the transfer. If anything fails, the server is ended."""
+        """Do all of an update but the transfer. If anything fails, the server is ended."""
         self._version, self._unusable = None, f"its update to weight version {version} did not complete"
         try:
             await self.pause()
@@ -332,7 +331,7 @@ class ServerEngine(ABC):
         self._version = version
 
     async def _together(self, work: Coroutine[Any, Any, None], send: Callable[[], None], task: str) -> None:
-        """What the workers do while the sender, in a thread, does its part."""
+        """Return what the workers give while the sender, in a thread, does its part."""
         working = asyncio.ensure_future(work)
         try:
             await self.sent(send, task=task, partner=working)
@@ -389,13 +388,13 @@ class ServerEngine(ABC):
 
 
 def _new_log(run_dir: Path) -> Path:
-    """Every server of a run, of its stages and of the run resumed has a log of its own."""
+    """Choose the file of a server's log: every server of a run, of its stages and of the run resumed has one of its own."""
     names = itertools.chain(["engine.log"], (f"engine.{number}.log" for number in itertools.count(2)))
     return next(run_dir / name for name in names if not (run_dir / name).exists())
 
 
 def _comparable_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The RoPE parameters that count; engines add an older name of the type, and have a type of their own for latent attention."""
+    """Return the RoPE parameters that count: without engines' older name of the type and own type for latent attention."""
     rope_type = str(parameters["rope_type"]).removeprefix("deepseek_")
     needed, optional = NAMES.get(rope_type, ((), ()))
     names = ("rope_theta", *needed, *optional)
@@ -403,7 +402,7 @@ def _comparable_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def token_versions(engine: str, spans: Sequence[Mapping[str, Any]] | None, num_tokens: int) -> tuple[int, ...]:
-    """The weight version of each token of a response, from its spans ``{"version": …, "start": …, "end": …}``.
+    """Return the weight version of each token of a response, from its spans ``{"version": …, "start": …, "end": …}``.
 
     Raises:
         RolloutError: a token has no version, or one that this run did not set.

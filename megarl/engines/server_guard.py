@@ -45,13 +45,13 @@ def main() -> int:
 
 
 def _unblock(watched: set[signal.Signals]) -> None:
-    """In the server; SIGUSR1 is not for it, and would end it."""
+    """Unblock signals in the server; SIGUSR1 is not for it, and would end it."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
 
 
 def end_group(server: subprocess.Popen[bytes], grace: float) -> None:
-    """TERM the server's process group, KILL what is left of it after ``grace`` seconds."""
+    """End the server's process group by SIGTERM, and by SIGKILL what is left of it after ``grace`` seconds."""
     deadline = time.monotonic() + grace
     try:
         os.killpg(server.pid, signal.SIGTERM)

@@ -19,7 +19,7 @@ LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMP_", "MKL_", "PYTHON", "VIRTUAL_ENV")
 
 
 def server_python(engine: str, settings: EngineServerConfig) -> str:
-    """Python of the engine's environment.
+    """Return the Python of the engine's environment.
 
     Raises:
         RolloutError: it does not exist.
@@ -33,7 +33,7 @@ def server_python(engine: str, settings: EngineServerConfig) -> str:
 
 
 def flags(arguments: dict[str, Any], *, negated: bool) -> Iterator[str]:
-    """Engine arguments as command-line flags; False is left out, or written ``--no-…`` when ``negated``."""
+    """Return engine arguments as command-line flags; False is left out, or written ``--no-…`` when ``negated``."""
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
@@ -46,7 +46,7 @@ def flags(arguments: dict[str, Any], *, negated: bool) -> Iterator[str]:
 
 
 def inherited_environment() -> dict[str, str]:
-    """The trainer's environment without what its launcher and its Python put there; what is local goes by no proxy.
+    """Return the trainer's environment without what its launcher and its Python put there; what is local goes by no proxy.
 
     SGLang asks itself over HTTP at its start.
     """
@@ -60,7 +60,7 @@ def inherited_environment() -> dict[str, str]:
 
 
 def cores_of_ranks(num_ranks: int) -> str:
-    """This process's CPU cores dealt out to ranks as engines write it, ``0,1|2,3``; ranks share cores where there are too few."""
+    """Deal this process's CPU cores out to ranks as engines write it, ``0,1|2,3``; ranks share cores where there are too few."""
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // num_ranks)
     starts = [rank * share % len(cores) for rank in range(num_ranks)]

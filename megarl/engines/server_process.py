@@ -24,7 +24,7 @@ class ServerProcess:
     """
 
     def __init__(self, name: str, command: list[str], environment: dict[str, str], log_path: Path) -> None:
-        """``environment`` is the whole environment of the server; its output is written to ``log_path``, anew at each start."""
+        """Take the whole ``environment`` of the server; its output is written to ``log_path``, anew at each start."""
         self.name = name
         self.log_path = log_path
         self._command = command
@@ -47,7 +47,7 @@ class ServerProcess:
         self.exited = asyncio.create_task(self._guard.wait())
 
     def death(self) -> RolloutError:
-        """The error of a server that has exited."""
+        """Return the error of a server that has exited."""
         assert self.exited is not None and self.exited.done()
         code = self.exited.result()
         killed_by = code - 128 if code > 128 else -code  # the server by its guard's account, or the guard itself
@@ -77,14 +77,14 @@ class ServerProcess:
             await self.exited
 
     def last_words(self) -> str:
-        """The end of the log on one line; its lines that name errors where there are any."""
+        """Return the end of the log on one line; its lines that name errors where there are any."""
         lines = [line.strip() for line in self.log_path.read_text(errors="replace").splitlines() if line.strip()]
         telling = [line for line in lines if re.search(r"[Ee]rror: ", line)]
         return " | ".join(line[:LOG_LINE_LENGTH] for line in (telling or lines)[-LOG_LINES_SHOWN:]) or "(nothing)"
 
 
 def free_port(host: str, wanted: int, key: str) -> int:
-    """``wanted``, or a free port when it is 0.
+    """Return ``wanted``, or a free port when it is 0.
 
     Raises:
         RolloutError: ``wanted``, the value of the configuration key ``key``, is in use.

@@ -77,7 +77,7 @@ class SGLangEngine(ServerEngine):
         return [*command, *flags(arguments | self.settings.arguments, negated=False)], inherited_environment() | needed
 
     async def sample(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
-        """``sampling.num_samples`` different responses; one at temperature 0."""
+        """Sample ``sampling.num_samples`` different responses; one at temperature 0."""
         num_requests = 1 if sampling.temperature == 0 else sampling.num_samples
         body = {
             "input_ids": [prompt_token_ids] * num_requests,
@@ -116,7 +116,7 @@ class SGLangEngine(ServerEngine):
         await self.limited(self.server.call("POST", "/pause_generation", {"mode": "in_place"}), "pause for the weight update")
 
     async def sizes(self) -> EngineSizes:
-        """How the server divides the model: over tensor parallel ranks, over which it may distribute the experts."""
+        """Return how the server divides the model: over tensor parallel ranks, over which it may distribute the experts."""
         information = await self.limited(self.server.call("GET", "/server_info"), "tell how it divides the model")
         with self.server.understanding("/server_info", information):
             sizes = {kind: int(information[f"{kind}_size"]) for kind in ("tp", "ep", "pp", "dp")}
@@ -183,7 +183,7 @@ class SGLangEngine(ServerEngine):
         await self.limited(self.server.call("POST", "/flush_cache"), "reset its prefix cache")
 
     async def resume(self) -> None:
-        """Answer requests again."""
+        """Let the engine answer requests again."""
         await self.limited(self.server.call("POST", "/continue_generation", {}), "resume after the weight update")
 
 

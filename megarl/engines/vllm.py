@@ -90,7 +90,7 @@ class VllmEngine(ServerEngine):
         await super().start()
 
     async def sample(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
-        """``sampling.num_samples`` different responses; one at temperature 0."""
+        """Sample ``sampling.num_samples`` different responses; one at temperature 0."""
         self._require_known_logprobs(sampling.temperature, sampling.top_p, sampling.top_k)
         body = {"token_ids": list(prompt_token_ids), "sampling_params": _sampling_params(sampling)}
         answer = await self.server.call("POST", "/inference/v1/generate", body)
@@ -120,7 +120,7 @@ class VllmEngine(ServerEngine):
         await self.limited(self.server.call("POST", "/pause?mode=wait"), "finish its requests before the weight update")
 
     async def sizes(self) -> EngineSizes:
-        """How the server divides the model: over tensor parallel ranks, with its experts whole where it has expert parallelism."""
+        """Return how the server divides the model: over tp ranks, experts whole where it has expert parallelism."""
         answer = await self.limited(self._rpc("megarl_place"), "tell how it divides the model")
         with self.server.understanding("/collective_rpc", answer):
             place = parse_json(answer[0])
@@ -178,7 +178,7 @@ class VllmEngine(ServerEngine):
             raise RolloutError("vLLM could not reset its prefix cache after the weight update: requests still hold blocks of it")
 
     async def resume(self) -> None:
-        """Answer requests again."""
+        """Let the engine answer requests again."""
         await self.limited(self.server.call("POST", "/resume"), "resume after the weight update")
 
     async def _rpc(self, method: str, arguments: dict[str, Any] | None = None) -> list[Any]:

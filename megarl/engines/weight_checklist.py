@@ -17,7 +17,7 @@ class WeightChecklist:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """``shapes``: of the tensors to come, by Hugging Face name; tied embeddings come once, without ``lm_head.weight``."""
+        """Take the ``shapes`` of the tensors to come, by Hugging Face name; tied embeddings come once, without lm_head."""
         self._shapes = shapes
         self._arrived: set[str] = set()
         self._unknown: list[str] = []

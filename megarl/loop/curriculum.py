@@ -3,19 +3,21 @@
 import json
 from dataclasses import dataclass, replace
 
+from transformers import PreTrainedTokenizerBase
+
 from megarl.config.schema import Config
 from megarl.config.stages import Stage, planned_updates, stages_of
 from megarl.data.curriculum import StagedPrompts
 from megarl.data.tokenizer import run_tokenizer
 from megarl.errors import CheckpointError, writes
-from megarl.loop.asynchronous import train_asynchronously
-from megarl.loop.learning import build_models
+from megarl.loop.main_rank import on_main_rank
+from megarl.loop.models import build_models
 from megarl.loop.promotion import StageProgress
-from megarl.loop.rl import train
-from megarl.loop.run import Run, StageRun
+from megarl.loop.prompts import Prompts, prompts_of_stage
+from megarl.loop.rl import open_rl_run, train
 from megarl.loop.start_checks import check_references, row_sizes
 from megarl.models.scaled_folder import with_scaled_model
-from megarl.train.roles import Learner, is_main_rank
+from megarl.train.learner import Learner
 from megarl.weights.checkpoint import whole_checkpoints
 from megarl.weights.manifest import read_manifest
 
@@ -33,7 +35,8 @@ def run_curriculum(config: Config, resume: bool) -> None:
     """Train by RL in the stages of ``config.curriculum``; every rank of the world runs this."""
     # the launcher has made the models' folders
     stages = [replace(one, config=with_scaled_model(one.config, config.run_dir, writes=False)) for one in stages_of(config)]
-    curriculum = Curriculum(config=config, stages=stages, prompts=_measure_prompts(config, stages) if is_main_rank() else None)
+    prompts = on_main_rank(lambda: _measure_prompts(config, stages))
+    curriculum = Curriculum(config=config, stages=stages, prompts=prompts)
     progress = _last_position(config, stages) if resume else StageProgress(stages[0], start_step=0)
     learners: dict[str, Learner] = {}
     while True:
@@ -57,16 +60,17 @@ def _run_stage(
     stage = progress.stage
     is_carried = bool(learners)
     models = build_models(stage.config, learners, planned_updates(curriculum.config, curriculum.stages))
-    stage_run = StageRun(stages=curriculum.stages, progress=progress, prompts=curriculum.prompts, is_carried=is_carried)
-    with Run(stage.config, models.policy, models.algorithm, models.critic, resume=resume, stage=stage_run) as run:
-        if stage.config.rollout.asynchronous is None:
-            train(run, models)
-        else:
-            train_asynchronously(run, models)
-        run.message(f"stage {stage.name} is over at step {run.step}: {progress.ended_by}")
+
+    def read(tokenizer: PreTrainedTokenizerBase) -> Prompts:
+        assert curriculum.prompts is not None
+        return prompts_of_stage(curriculum.prompts, curriculum.stages, stage)
+
+    with open_rl_run(stage.config, models, read, resume=resume, stage=progress, is_carried=is_carried) as parts:
+        train(parts, models, stage.config.observe)
+        parts.reporter.message(f"stage {stage.name} is over at step {parts.run.step}: {progress.ended_by}")
         if stage is curriculum.stages[-1]:
-            run.export()
-        return run.step, models.learners()
+            parts.checkpoints.export(parts.reporter.message)
+        return parts.run.step, models.learners()
 
 
 def _measure_prompts(config: Config, stages: list[Stage]) -> StagedPrompts:

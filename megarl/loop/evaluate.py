@@ -7,10 +7,13 @@ from megarl.config.models_of import has_reference, trains_on_pairs
 from megarl.config.schema import Config, ReferenceConfig
 from megarl.data.tokenizer import run_tokenizer
 from megarl.errors import ConfigError
+from megarl.loop.main_rank import on_main_rank
 from megarl.loop.pairs import HeldOutPairs
-from megarl.loop.rollout_manager import RolloutManager, read_held_out_prompts
+from megarl.loop.prompts import read_held_out_prompts
+from megarl.loop.rollout_manager import RolloutManager
 from megarl.models.scaled_folder import with_scaled_model
-from megarl.train.roles import Learner, Reference, build_learner, is_main_rank
+from megarl.train.learner import Learner
+from megarl.train.roles import Reference, build_learner
 from megarl.weights.checkpoint import POLICY, check_checkpoint_together, load_policy
 from megarl.weights.manifest import MANIFEST
 
@@ -72,13 +75,12 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path, whole: C
         metrics = HeldOutPairs(config, learner, reference).evaluate()
     else:
         metrics = _evaluate_on_prompts(config, whole, learner, version)
-    if is_main_rank():
-        result.write_text(json.dumps(metrics))
+    on_main_rank(lambda: result.write_text(json.dumps(metrics)))
 
 
 def _evaluate_on_prompts(config: Config, whole: Config, policy: Learner, version: int) -> dict[str, float]:
     tokenizer = run_tokenizer(config)
-    prompts = read_held_out_prompts(whole, tokenizer) if is_main_rank() else None
+    prompts = on_main_rank(lambda: read_held_out_prompts(whole, tokenizer))
     rollout = RolloutManager(config, tokenizer, policy, print, prompts, with_greedy=False)
     try:
         rollout.push_weights(version)

@@ -14,7 +14,6 @@ from megarl.config.schema import Config
 from megarl.config.stages import configs_of
 from megarl.config.unused_settings import unused_settings
 from megarl.errors import ConfigError, RunStopped
-from megarl.loop.asynchronous import run_asynchronous_rl
 from megarl.loop.curriculum import run_curriculum
 from megarl.loop.evaluate import evaluate_checkpoint, is_checkpoint, with_checkpoint_model, with_start_as_reference
 from megarl.loop.preference import run_preference
@@ -76,7 +75,7 @@ def _loop_of(config: Config) -> Callable[[Config, bool], None]:
         return run_sft
     if trains_on_pairs(config):
         return run_preference
-    return run_rl if config.rollout.asynchronous is None else run_asynchronous_rl
+    return run_rl
 
 
 def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[str, float]:

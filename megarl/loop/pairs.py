@@ -15,8 +15,9 @@ from megarl.data.packing import pack_pairs, with_scored_ends
 from megarl.data.sampler import build_evaluation_pairs
 from megarl.data.template import PreferencePair
 from megarl.data.tokenizer import run_tokenizer
-from megarl.loop.broadcast import broadcast_batch, broadcast_value
-from megarl.train.roles import Learner, Reference, is_main_rank
+from megarl.loop.main_rank import broadcast_batch, from_main_rank, on_main_rank
+from megarl.train.learner import Learner
+from megarl.train.roles import Reference
 from megarl.types import PackedBatch
 
 
@@ -40,11 +41,8 @@ class HeldOutPairs:
         self._learner = learner
         self._reference = reference
         self._objective = build_pair_objective(config)
-        self._pairs: Sequence[PreferencePair] = ()
-        if is_main_rank():
-            tokenizer = run_tokenizer(config)
-            self._pairs = build_evaluation_pairs(config, tokenizer)
-        self._num_pairs: int = broadcast_value(len(self._pairs))
+        self._pairs: Sequence[PreferencePair] = on_main_rank(lambda: build_evaluation_pairs(config, run_tokenizer(config))) or ()
+        self._num_pairs = from_main_rank(lambda: len(self._pairs))
         self._reference_logprobs: dict[int, Tensor | None] = {}
 
     def evaluate(self) -> dict[str, float]:
@@ -56,7 +54,7 @@ class HeldOutPairs:
         size = self._config.preference.pairs_per_step
         for first in range(0, self._num_pairs, size):
             pairs = self._pairs[first : first + size]
-            packed = broadcast_batch(pack_for(self._config, pairs) if is_main_rank() else None, PackedBatch)
+            packed = broadcast_batch(pack_for(self._config, pairs) if pairs else None, PackedBatch)
             if first not in self._reference_logprobs:
                 self._reference_logprobs[first] = (
                     None if self._reference is None else self._reference.engine.forward_only(packed)[0]

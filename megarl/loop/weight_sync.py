@@ -19,7 +19,7 @@ from megarl.models.transformer_config import DTYPES
 from megarl.reshard.barrier import AbsentRankError, Barrier
 from megarl.reshard.engine_transfer import EngineTransfer, EngineTransferSettings, plan_engine_transfer
 from megarl.reshard.plan.engine_layouts import EngineLayout
-from megarl.train.roles import Learner
+from megarl.train.learner import Learner
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ class _Run:
     device: Device
 
     def peak(self) -> float:
-        """Bytes of the worst rank; infinite where the run is refused."""
+        """Return the bytes of the worst rank; infinite where the run is refused."""
         try:
             check(self.config, self.world_size)
             return state_memory(self.config, self.world_size, self.device)[0].peak
@@ -49,7 +49,7 @@ class _Edit:
 
 
 def changes_that_help(config: Config, world_size: int, device: Device, limit: float) -> tuple[list[Change], Change | None]:
-    """What to change.
+    """Find what to change in the configuration.
 
     Args:
         config: that passed the cross-checks.
@@ -81,7 +81,7 @@ def changes_that_help(config: Config, world_size: int, device: Device, limit: fl
 
 
 def _together(run: _Run, peak: float, edits: list[_Edit], limit: float) -> Change | None:
-    """The fewest of the edits: the strongest first until the peak is under the limit, and then without those not needed."""
+    """Return the fewest of the edits: the strongest first until the peak is under the limit, and then without those not needed."""
     chosen: list[_Edit] = []
     for edit in edits:
         lower = _with(run, [*chosen, edit]).peak()
@@ -105,7 +105,7 @@ def _with(run: _Run, edits: list[_Edit]) -> _Run:
 
 
 def _kinds(run: _Run) -> Iterator[Iterator[_Edit]]:
-    """Edits of one setting each, the mildest first."""
+    """Return edits of one setting each, the mildest first."""
     for name in models_of(run.config):
         role = cast(RoleConfig | None, getattr(run.config, name))
         if role is not None:  # else it has the policy's settings

@@ -33,7 +33,7 @@ class Elements:
 
 
 def elements(weight_map: WeightMap, sizes: AxisSizes, *, aligned: bool) -> tuple[Elements, ...]:
-    """Of the parameters on each pipeline stage.
+    """Count the elements of the parameters on each pipeline stage.
 
     Args:
         aligned: with the gaps of the distributed optimizer's buffers.
@@ -78,22 +78,22 @@ def _size(weight_map: WeightMap, parameter: Parameter, sizes: AxisSizes) -> int:
 
 
 def weights(held: Elements, element: int) -> float:
-    """Parameters in the model's type and buffers in float32."""
+    """Return the parameters in the model's type and buffers in float32."""
     return element * (held.dense + held.experts) + FLOAT * held.buffers
 
 
 def gradients(held: Elements) -> float:
-    """``main_grad`` of megatron-core's DistributedDataParallel: float32 whatever the type of the model."""
+    """Return ``main_grad`` of megatron-core's DistributedDataParallel: float32 whatever the type of the model."""
     return FLOAT * (held.dense + held.experts)
 
 
 def optimizer_state(held: Elements, parallel: ParallelConfig, sizes: AxisSizes, element: int) -> float:
-    """Adam's ``exp_avg`` and ``exp_avg_sq`` and, for bfloat16 parameters, their float32 main weights."""
+    """Return Adam's ``exp_avg`` and ``exp_avg_sq`` and, for bfloat16 parameters, their float32 main weights."""
     return FLOAT * (2 if element == FLOAT else 3) * _own_elements(held, parallel, sizes)
 
 
 def optimizer_step(held: Elements, parallel: ParallelConfig, sizes: AxisSizes) -> float:
-    """Two float32 tensors as large as the largest parameter that the rank updates, which torch's Adam makes on the way."""
+    """Return two float32 tensors as large as the largest parameter that the rank updates, which torch's Adam makes on the way."""
     return 2 * FLOAT * min(held.largest, _own_elements(held, parallel, sizes))
 
 
@@ -104,7 +104,7 @@ def _own_elements(held: Elements, parallel: ParallelConfig, sizes: AxisSizes) ->
 
 
 def batch(num_tokens: int, *, reference: bool, critic: bool) -> float:
-    """PackedBatch, TokenScores and TrainBatch, which every rank has whole, in host memory where there are GPUs."""
+    """Return PackedBatch, TokenScores and TrainBatch, which every rank has whole, in host memory where there are GPUs."""
     packed = 2 * INT + 2 * FLOAT + 1  # token_ids, weight_versions; sampler_logprobs, step_rewards; loss_mask
     outputs = FLOAT * (2 + reference + 2 * critic)  # old, entropies; reference; values and returns
     trained = FLOAT * 2  # advantages, token_weights
@@ -112,8 +112,8 @@ def batch(num_tokens: int, *, reference: bool, critic: bool) -> float:
 
 
 def embedded_engine(config: Config, architecture: Architecture, weight_map: WeightMap, element: int) -> dict[str, float]:
-    """transformers' model on rank 0, its key-value cache at full length and of the prompts alone, what one layer makes of all
-    prompts, and logits of one step."""
+    """Return what the embedded engine holds on rank 0: transformers' model, its key-value cache at full length and of the prompts
+    alone, what one layer makes of all prompts, and logits of one step."""
     rollout, mla = config.rollout, architecture.mla
     sequences = min(rollout.embedded.batch_size, rollout.prompts_per_step * rollout.samples_per_prompt)
     length = rollout.max_prompt_tokens + rollout.max_new_tokens

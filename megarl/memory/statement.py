@@ -65,7 +65,7 @@ class RankMemory:
 
     @property
     def peak(self) -> float:
-        """Bytes."""
+        """Peak of all the parts, in bytes."""
         return self.moments[self.moment]
 
 
@@ -103,16 +103,16 @@ class _Role:
         )
 
     def layers(self, stage: int) -> list[bool]:
-        """For each layer of a stage whether it has experts."""
+        """Return for each layer of a stage whether it has experts."""
         stages = self.sizes.pipeline_rank_of_layers(self.architecture.num_layers)
         return [self.architecture.is_moe_layer(layer) for layer, of in enumerate(stages) if of == stage]
 
     def stage_of(self, rank: int) -> int | None:
-        """The pipeline stage of a rank of the world; None outside the role."""
+        """Return the pipeline stage of a rank of the world; None outside the role."""
         return (rank - self.ranks.start) // (len(self.ranks) // self.sizes.pp) if rank in self.ranks else None
 
     def offloaded(self, part: Part) -> bool:
-        """Whether a part that the role holds is in host memory while the role is idle."""
+        """Return whether a part that the role holds is in host memory while the role is idle."""
         return self.config.offload == "all" or (self.config.offload == "optimizer" and part.name == "optimizer state")
 
     def held_parts(self, stage: int) -> tuple[Part, ...]:
@@ -126,7 +126,7 @@ class _Role:
         return tuple(parts)
 
     def gathered(self) -> float:
-        """Of the one buffer in which linear layers under sequence parallelism gather a micro-batch (megatron-core)."""
+        """Return the one buffer in which linear layers under sequence parallelism gather a micro-batch (megatron-core)."""
         parallel = self.config.parallel
         is_used = parallel.sequence_parallel and parallel.tp > 1
         return float(self.element * self.tokens * self.architecture.hidden_size) if is_used else 0.0
@@ -138,7 +138,7 @@ class _Role:
         return self._largest(activations_bytes=widest, head_bytes=head, before=())
 
     def update(self, stage: int, device: Device) -> tuple[Part, ...]:
-        """Activations of the micro-batches in flight, and the working set of a layer's or of the head's backward pass.
+        """Return the activations of the micro-batches in flight, and the working set of a layer's or of the head's backward pass.
 
         Of activations in host memory, which on a CPU is the rank's own, a GPU has one layer's.
         """
@@ -164,7 +164,7 @@ class _Role:
         return self._largest(activations_bytes=working, head_bytes=head, before=(saved,))
 
     def reduction(self, stage: int) -> tuple[Part, ...]:
-        """gloo reduces and scatters a copy of the whole gradient buffer."""
+        """Return the copy of the whole gradient buffer that gloo reduces and scatters."""
         return (Part(self.name, "gloo's copy of the gradients", held.gradients(self.elements[stage]), {}),)
 
     def step(self, stage: int) -> tuple[Part, ...]:
@@ -172,7 +172,7 @@ class _Role:
         return (Part(self.name, "optimizer step", size, {}),)
 
     def whole_tensors(self) -> float:
-        """The largest tensor, gathered on rank 0, and its parts."""
+        """Return the largest tensor, gathered on rank 0, and its parts."""
         largest = max(math.prod(shape) for shape in self.weight_map.hugging_face_shapes().values())
         return 2.0 * self.element * largest
 
@@ -180,7 +180,7 @@ class _Role:
         return stage == self.sizes.pp - 1
 
     def _in_flight(self, stage: int) -> float:
-        """Micro-batches whose activations of the whole stage are kept at the same time (megatron-core's schedules)."""
+        """Return the micro-batches whose activations of the whole stage are kept at the same time (megatron-core's schedules)."""
         pp, vpp = self.sizes.pp, self.sizes.vpp
         if vpp == 1:
             return min(pp - stage, self.micro_batches)
@@ -195,7 +195,7 @@ class _Role:
 
 
 def state_memory(config: Config, world_size: int, device: Device) -> list[RankMemory]:
-    """The peak of every kind of rank, the worst first.
+    """State the peak of every kind of rank, the worst first.
 
     Args:
         config: that passed the cross-checks for this world.
@@ -269,7 +269,7 @@ def _rank(
 
 
 def state_relayout(before: Config, after: Config, world_size: int, device: Device) -> list[RankMemory]:
-    """The peak of every kind of rank while what learns goes from one stage's layout to the next, the worst first.
+    """State the peak of every kind of rank while what learns goes from one stage's layout to the next, the worst first.
 
     One learner after the other is built again, takes weights and optimizer state over from what it was, and that is then freed
     (``loop/relayout.py``). Frozen models and engines are not there. Owners of what is still in the layout before are ``old policy``
@@ -314,7 +314,7 @@ def state_relayout(before: Config, after: Config, world_size: int, device: Devic
 
 
 def _while_one_moves(learners: list[tuple[_Role, _Role]], moving: int, rank: int, device: Device) -> Iterator[Part]:
-    """The learners before it in their new layouts, those behind it in their old ones, and itself in both; without old gradients."""
+    """Yield the learners before it in new layouts, those after it in old ones, and itself in both; without old gradients."""
     for number, (old, new) in enumerate(learners):
         present = [(old, f"old {old.name}")] if number >= moving else []
         present += [(new, new.name)] if number <= moving else []
@@ -329,12 +329,12 @@ def _while_one_moves(learners: list[tuple[_Role, _Role]], moving: int, rank: int
 
 
 def longest_sequence(config: Config) -> int:
-    """Tokens of a step's longest sequence, of a preference run of its longest pair, which one micro-batch holds."""
+    """Return the tokens of a step's longest sequence, of a preference run of its longest pair, which one micro-batch holds."""
     return _batch_sizes(config)[1]
 
 
 def settings_of_roles(config: Config) -> dict[str, RoleConfig]:
-    """The section of every model that the run builds, by name."""
+    """Return the section of every model that the run builds, by name."""
     return {name: _settings(config, name)[0] for name in models_of(config)}
 
 
@@ -343,7 +343,7 @@ def _is_embedded(config: Config) -> bool:
 
 
 def _batch_sizes(config: Config) -> tuple[int, int]:
-    """Tokens of a step and of what one micro-batch has to hold of it, all prompts and responses as long as they may be."""
+    """Return the tokens of a step and of one micro-batch, all prompts and responses as long as they may be."""
     if trains_on_pairs(config):
         of_pair = 2 * (config.preference.max_tokens + int(config.kind == "reward_model"))
         return config.preference.pairs_per_step * of_pair, of_pair
@@ -354,7 +354,7 @@ def _batch_sizes(config: Config) -> tuple[int, int]:
 
 
 def _settings(config: Config, name: str) -> tuple[RoleConfig, Path]:
-    """A role's section and its model folder; what is not given is the policy's."""
+    """Return a role's section and its model folder; what is not given is the policy's."""
     section = getattr(config, name)
     if section is None and name == "critic":
         section = CriticConfig.model_validate(config.policy.model_dump())

@@ -1,6 +1,57 @@
 """Watches that speak up before a run is lost."""
 
+from collections.abc import Callable
+
+from megarl.config.schema import ObserveConfig
 from megarl.errors import TrainingError
+from megarl.types import PackedBatch, TokenOutputs
+
+
+class Sentinels:
+    """Watches the steps of an RL run; equal on every rank but for what ``warn`` does.
+
+    Args:
+        config: the limits.
+        warn: called with one line when something needs a person's eye.
+        first_entropy: the run's, where it is known from before.
+    """
+
+    def __init__(self, config: ObserveConfig, warn: Callable[[str], None], first_entropy: float | None) -> None:
+        self._config = config
+        self._warn = warn
+        self._entropy_floor = EntropyFloor(config.min_entropy, config.min_entropy_share, first_entropy)
+        self._has_compared_logprobs = False
+
+    def check(self, packed: PackedBatch, outputs: TokenOutputs, *, version: int, step: int) -> dict[str, float]:
+        """Compare the trainer's log-probabilities with the sampler's, and the entropy with its floor.
+
+        Args:
+            packed: of the step.
+            outputs: of its tokens, before the updates.
+            version: of the weights that gave ``outputs``.
+            step: for warnings.
+
+        Returns:
+            ``logprob_gap_mean`` and ``logprob_gap_max`` (nats) over the tokens sampled by the weights of ``version``; nothing where
+            no token is trained.
+
+        Raises:
+            TrainingError: as ``check_logprob_gap``.
+        """
+        if not packed.loss_mask.any():
+            return {}
+        entropy = float(outputs.entropies[packed.loss_mask].double().mean())
+        # tokens of older weights have other log-probabilities, which says nothing of the setup
+        is_current = packed.loss_mask & (packed.weight_versions == version)
+        gap = (outputs.old - packed.sampler_logprobs).abs()[is_current].double()
+        mean_gap, max_gap = (float(gap.mean()), float(gap.max())) if gap.numel() else (0.0, 0.0)
+        first = not self._has_compared_logprobs
+        self._has_compared_logprobs |= bool(is_current.any())
+        gap_warning = check_logprob_gap(mean_gap, self._config.max_logprob_gap, step, first=first)
+        for warning in (gap_warning, self._entropy_floor.check(entropy, step)):
+            if warning:
+                self._warn(f"warning: {warning}")
+        return {"logprob_gap_mean": mean_gap, "logprob_gap_max": max_gap}
 
 
 def check_logprob_gap(mean_gap: float, limit: float, step: int, *, first: bool) -> str | None:

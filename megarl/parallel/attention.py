@@ -33,7 +33,7 @@ except ImportError:
 
 @lru_cache(maxsize=64)
 def zigzag_positions(lengths: tuple[int, ...], cp_size: int) -> Tensor:
-    """Packed positions held by each context parallel rank.
+    """Return the packed positions held by each context parallel rank.
 
     Args:
         lengths: length of each sequence, each a multiple of 2 · cp_size.
@@ -89,7 +89,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _tokens_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[tokens / cp, heads, d] to [tokens, heads / cp, d], tokens in rank order."""
+    """Exchange [tokens / cp, heads, d] for [tokens, heads / cp, d], tokens in rank order."""
     tokens, heads, head_dim = x.shape
     cp = group.size()
     blocks = x.view(tokens, cp, heads // cp, head_dim).transpose(0, 1)
@@ -97,7 +97,7 @@ def _tokens_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Inverse of _tokens_to_heads."""
+    """Undo what ``_tokens_to_heads`` does."""
     tokens, heads, head_dim = x.shape
     cp = group.size()
     received = _AllToAll.apply(x.view(cp, tokens // cp, heads, head_dim), group)
@@ -105,7 +105,7 @@ def _heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention of one sequence by torch's fused kernel, whose memory grows linearly; shapes as in suffix_attention."""
+    """Attend causally within one sequence by torch's fused kernel, in linear memory; shapes as in suffix_attention."""
     width, value = value.size(-1), as_wide(value, query)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     grouped = query.size(1) != key.size(1)
@@ -114,7 +114,7 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
 
 
 def _packed_causal_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-    """Whole sequences, [tokens, heads, d]: one causal call each, or flash attention's varlen kernel on GPU."""
+    """Attend within whole sequences, [tokens, heads, d]: one causal call each, or flash attention's varlen kernel on GPU."""
     if query.is_cuda and flash_attn_varlen_func is not None and query.dtype in (torch.float16, torch.bfloat16):
         boundaries = torch.tensor((0, *lengths), device=query.device).cumsum(0, dtype=torch.int32)
         longest = max(lengths)
@@ -151,7 +151,7 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend.
+        """Attend to packed sequences.
 
         Args:
             query: [tokens / cp, heads / tp, d], this rank's zigzag chunks of every sequence.
@@ -179,7 +179,7 @@ class PackedAttention(MegatronModule):
         return out.reshape(out.size(0), -1)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing to save; upstream's default asks for a global process group."""
+        """Save nothing; upstream's default asks for a global process group."""
         return {}
 
     def _gather_keys(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -222,6 +222,6 @@ class PackedAttention(MegatronModule):
 
 
 def _shared_heads(key: Tensor, value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Where there are fewer heads of keys than ranks, each is repeated for all ranks whose query heads it serves."""
+    """Repeat each head of keys, where there are fewer than ranks, for all ranks whose query heads it serves."""
     repeats = max(1, group.size() // key.size(1))
     return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)

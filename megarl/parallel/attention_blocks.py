@@ -15,12 +15,12 @@ aten = torch.ops.aten
 
 
 def has_block_kernel(query: Tensor) -> bool:
-    """Whether torch has a kernel that also gives the log-sum-exp: on CPU for all types, on CUDA for 16-bit types."""
+    """Return whether torch has a kernel that also gives the log-sum-exp: on CPU for all types, on CUDA for 16-bit types."""
     return not query.is_cuda or query.dtype in (torch.float16, torch.bfloat16)
 
 
 def block_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention to one block of keys.
+    """Attend to one block of keys.
 
     Args:
         query: [queries, heads, d].
@@ -42,7 +42,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, 
 def block_gradients(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, *, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value through one block of keys.
+    """Return the gradients of query, key and value through one block of keys.
 
     Args:
         gradient: of ``out``.
@@ -75,18 +75,18 @@ def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> Non
 
 
 def accumulator(like: Tensor) -> Tensor:
-    """Zeros in which blocks are summed: float32, or the tensor's type where it is wider."""
+    """Return zeros in which blocks are summed: float32, or the tensor's type where it is wider."""
     return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32), memory_format=torch.contiguous_format)
 
 
 def as_wide(value: Tensor, query: Tensor) -> Tensor:
-    """Heads filled up with zeros to the query's width: the fused kernels take heads of one width only."""
+    """Return the heads filled up with zeros to the query's width: the fused kernels take heads of one width only."""
     missing = query.size(-1) - value.size(-1)
     return F.pad(value, (0, missing)) if missing else value
 
 
 def _batched(x: Tensor) -> Tensor:
-    """[tokens, heads, d] as the kernels take it, [1, heads, tokens, d]."""
+    """Return [tokens, heads, d] as the kernels take it, [1, heads, tokens, d]."""
     return x.transpose(0, 1)[None]
 
 
@@ -122,7 +122,7 @@ def _suffix_blocks(query: Tensor, key: Tensor) -> list[tuple[slice, bool]]:
 
 
 def suffix_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last tokens of a sequence to all of it: query ``i`` sees keys ``0 .. keys - queries + i``.
+    """Return causal attention of the last tokens of a sequence to all of it: query ``i`` sees keys ``0 .. keys - queries + i``.
 
     Args:
         query: [queries, heads, d].

@@ -41,15 +41,15 @@ class AxisSizes:
         return self.tp * self.cp * self.dp * self.pp
 
     def dense_ranks(self) -> NDArray[np.int32]:
-        """[pp, dp, cp, tp], the rank at each coordinate, for everything but experts."""
+        """Return the rank at each coordinate, [pp, dp, cp, tp], for everything but experts."""
         return np.arange(self.world_size, dtype=np.int32).reshape(self.pp, self.dp, self.cp, self.tp)
 
     def expert_ranks(self) -> NDArray[np.int32]:
-        """[pp, expert dp, ep, etp], the rank at each coordinate, for experts."""
+        """Return the rank at each coordinate, [pp, expert dp, ep, etp], for experts."""
         return np.arange(self.world_size, dtype=np.int32).reshape(self.pp, self.expert_dp, self.ep, self.etp)
 
     def pipeline_rank_of_layers(self, num_layers: int) -> list[int]:
-        """For each layer the pipeline rank that holds it.
+        """Return for each layer the pipeline rank that holds it.
 
         Chunks of layers go round the ranks ``vpp`` times (megatron-core's ``get_transformer_layer_offset``).
 
@@ -80,7 +80,7 @@ class AxisSizes:
 
 
 def axis_sizes(config: ParallelConfig, world_size: int) -> AxisSizes:
-    """The axes of ``config`` over ``world_size`` ranks.
+    """Return the axes of ``config`` over ``world_size`` ranks.
 
     Raises:
         ConfigError: the sizes do not divide the world.

@@ -114,7 +114,7 @@ def _redirect_tensors() -> None:
 
 
 def _allow_sequence_parallel_torch_norm() -> None:
-    """The torch norm refuses sequence parallelism; it is exact once its parameters are marked for the gradient all-reduce."""
+    """Let the torch norm do sequence parallelism; it is exact once its parameters are marked for the gradient all-reduce."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     original = WrappedTorchNorm.__new__
@@ -133,8 +133,8 @@ def _allow_sequence_parallel_torch_norm() -> None:
 
 
 def _mend_mixture_of_experts() -> None:
-    """The dispatcher makes its counts numpy arrays only when they come from a GPU, and gloo neither gathers nor scatters parts of
-    unequal length (expert tensor parallelism)."""
+    """Mend the dispatcher: it makes its counts numpy arrays only when they come from a GPU, and gloo neither gathers nor scatters
+    parts of unequal length (expert tensor parallelism)."""
     from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import token_dispatcher
 

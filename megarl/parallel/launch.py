@@ -56,7 +56,8 @@ class LaunchedRank:
 
 
 def launched_rank(environment: Mapping[str, str] = os.environ) -> LaunchedRank | None:
-    """The rank that torchrun (RANK, WORLD_SIZE, …) or srun with several tasks (SLURM_PROCID, …) made of this process, if any.
+    """Return the rank that torchrun (RANK, WORLD_SIZE, …) or srun with several tasks (SLURM_PROCID, …) made of this process, if
+    any.
 
     MASTER_ADDR and MASTER_PORT go before what is derived from SLURM: the first node of the step, and a port by job and step.
 
@@ -91,7 +92,7 @@ def launched_rank(environment: Mapping[str, str] = os.environ) -> LaunchedRank |
 
 
 def _whole(environment: Mapping[str, str], name: str, least: int, most: int, default: str = "") -> int:
-    """A launcher's variable; raises ConfigError where it is no whole number from ``least`` to ``most``."""
+    """Read a launcher's variable; raises ConfigError where it is no whole number from ``least`` to ``most``."""
     text = environment.get(name) or default
     if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
         raise ConfigError(
@@ -102,7 +103,7 @@ def _whole(environment: Mapping[str, str], name: str, least: int, most: int, def
 
 
 def first_host(node_list: str) -> str:
-    """First host of a SLURM node list: ``gpu[007-009,12],login1`` gives ``gpu007``."""
+    """Return the first host of a SLURM node list: ``gpu[007-009,12],login1`` gives ``gpu007``."""
     match = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", node_list)
     assert match is not None  # every part may be empty
     return "".join(part or "" for part in match.groups())
@@ -128,7 +129,7 @@ def join_world(launched: LaunchedRank, timeout_seconds: float) -> dist.TCPStore:
 
 
 def _store_of_launched_ranks(launched: LaunchedRank, timeout: datetime.timedelta) -> dist.TCPStore:
-    """The store of the rendezvous, which rank 0 serves on MASTER_ADDR alone where no agent does."""
+    """Open the store of the rendezvous, which rank 0 serves on MASTER_ADDR alone where no agent does."""
     if launched.rank != 0 or launched.agent_serves_store:
         return dist.TCPStore(launched.address, launched.port, launched.world_size, is_master=False, timeout=timeout)
     if launched.spans_machines and is_loopback(launched.address):
@@ -150,7 +151,7 @@ def _join(store: dist.Store, rank: int, world_size: int, local_rank: int, timeou
 
 @contextmanager
 def single_rank_world() -> Iterator[None]:
-    """A world of this process alone, for what megatron-core does only with one."""
+    """Make a world of this process alone, for what megatron-core does only with one."""
     with gloo_kept_to(LOCALHOST):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
@@ -189,7 +190,7 @@ def _run_rank(
 
 @contextmanager
 def _watched(store: dist.TCPStore, rank: int, world_size: int, crash_folder: Path | None) -> Iterator[RankBoard]:
-    """Inside, this rank gives signs of life, says its phases, and when an error ends it posts that before others miss it."""
+    """Have this rank give signs of life in the block, tell its phases, and post the error that ends it before others miss it."""
     board = RankBoard(store, world_size)
     phase = "its start"
 
@@ -249,7 +250,7 @@ def run_ranks(
 def _error_of_launched_rank(
     error: BaseException, launched: LaunchedRank, store: dist.TCPStore, crash_folder: Path | None
 ) -> BaseException:
-    """What this rank ends with: its own error, or the line that names the rank which it lost."""
+    """Return what this rank ends with: its own error, or the line that names the rank which it lost."""
     board = RankBoard(store, launched.world_size)
     try:
         failure = next(one for one in board.failures() if one.rank == launched.rank)

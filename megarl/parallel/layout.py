@@ -48,7 +48,7 @@ class Layout:
         return len(self.ranks) == dist.get_world_size()
 
     def share(self, value: Shared | None) -> Shared:
-        """What the first rank of the role has, on every rank of the world; collective where the role is not the whole world.
+        """Give every rank of the world what the first rank of the role has; collective where the role is not the whole world.
 
         Args:
             value: equal on all ranks of the role, and None on the others.
@@ -66,7 +66,7 @@ class Layout:
 
     @property
     def pp_rank(self) -> int:
-        """Pipeline stage."""
+        """Number of this rank's pipeline stage."""
         return self.groups.pp.rank()
 
     @property
@@ -76,7 +76,7 @@ class Layout:
 
     @property
     def dp_rank(self) -> int:
-        """Data parallel replica."""
+        """Number of this rank's data parallel replica."""
         return self.groups.dp.rank()
 
     @property
@@ -115,7 +115,7 @@ def _new_group(rank_lists: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
 
 
 def _hierarchical_groups(context_groups: Sequence[Sequence[int]], neighbours: int) -> list[dist.ProcessGroup | None]:
-    """Of each context parallel group, the neighbours that exchange heads, and the rings across them."""
+    """Return of each context parallel group the neighbours that exchange heads, and the rings across them."""
     exchanges = [ranks[first : first + neighbours] for ranks in context_groups for first in range(0, len(ranks), neighbours)]
     rings = [ranks[first::neighbours] for ranks in context_groups for first in range(neighbours)]
     return [_new_group(exchanges), _new_group(rings)]

@@ -104,7 +104,7 @@ def _logits(hidden: Tensor, weight: Tensor, num_valid: int, temperature: float) 
 
 
 def _local_targets(targets: Tensor, vocabulary_start: int, num_valid: int) -> tuple[Tensor, Tensor]:
-    """Column of each target in this rank's slice, [rows, 1], clamped where another rank owns it; and whether this one owns it."""
+    """Return each target's column in this rank's slice, [rows, 1], clamped where another rank owns it; and which this one owns."""
     local = targets - vocabulary_start
     owned = (local >= 0) & (local < num_valid)
     return local.clamp(0, max(num_valid - 1, 0))[:, None], owned
@@ -120,7 +120,7 @@ def vocab_parallel_logprobs(
     chunk_tokens: int = 1024,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of its distribution, both differentiable.
+    """Return the log-probability of each target and entropy of its distribution, both differentiable.
 
     The gradient returned for ``hidden`` is this rank's vocabulary slice's share: the caller sums it over the group (as
     megatron-core's ``copy_to_tensor_model_parallel_region`` and ``gather_from_sequence_parallel_region`` do).
@@ -141,3 +141,28 @@ def vocab_parallel_logprobs(
     vocabulary_start = rank * weight.size(0)
     num_valid = min(max(vocabulary_size - vocabulary_start, 0), weight.size(0))
     return _ChunkedLogProbs.apply(hidden, weight, targets, vocabulary_start, num_valid, temperature, chunk_tokens, group)
+
+
+class _SumOverGroup(torch.autograd.Function):
+    """Every rank's loss may use the sum, so each rank's part has the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def sum_over_group(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the elementwise sum over a group's ranks, equal on all of them.
+
+    The loss of the group is the sum of its ranks' losses. Every rank must call it, and go backward through it, equally often.
+    """
+    return values if group.size() == 1 else _SumOverGroup.apply(values, group)

@@ -1,20 +1,23 @@
 """Faults of megatron-core 0.16 to 0.19, mended for CPU and GPU alike.
 
-Two silently change numbers: both concern checkpoints of the distributed optimizer in the fully reshardable format. The last one
-keeps experts and latent attention from working without Transformer Engine.
+Two silently change numbers: both concern checkpoints of the distributed optimizer in the fully reshardable format. A third
+keeps experts and latent attention from working without Transformer Engine. A fourth mistakes the shapes of pipeline sends.
 """
 
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
+from torch import Tensor
 
 
 def _own_step_per_parameter() -> None:
-    """Loading the distributed optimizer misses 'step' and then shares one step tensor among all parameters (corrupting Adam)."""
+    """Mend loading: the distributed optimizer misses 'step' and then shares one step tensor among all parameters."""
     original = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
@@ -29,7 +32,7 @@ def _own_step_per_parameter() -> None:
 
 
 def _keep_bucket_padding() -> None:
-    """Saving joins the buckets of a buffer without their padding but cuts parameters at offsets that count it.
+    """Mend saving, which joins a buffer's buckets without their padding but cuts parameters at offsets that count it.
 
     With several buckets (tied embeddings under pipeline parallelism, overlapped reduction) every parameter after the first
     bucket is then saved shifted, and the end as zeros. Here each bucket is put back where the offsets expect it.
@@ -58,10 +61,39 @@ def _with_padding(joined: torch.Tensor, buffer: Any) -> torch.Tensor:
 
 
 def _work_without_transformer_engine() -> None:
-    """0.16 leaves the router's matrix product undefined, and takes a stand-in for Transformer Engine's linear layer in MLA."""
+    """Mend 0.16: define the router's matrix product, and keep MLA from taking Transformer Engine's stand-in for a linear layer."""
     if find_spec("transformer_engine") is None:
         moe_utils.te_general_gemm = None
         multi_latent_attention.HAVE_TE = False
+
+
+class PipelineCommunicator(P2PCommunicator):
+    """Megatron's communicator, exchanging shapes one direction after the other.
+
+    Upstream posts the shapes of both directions at once. With two stages the previous and the next rank are the same, and
+    messages between two ranks match in the order they were posted, so the two shapes can be mistaken for each other.
+    """
+
+    def _communicate_shapes(
+        self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
+    ) -> Any:
+        forward = self._exchange(tensor_send_next, self.next_rank, self.prev_rank if recv_prev else None)
+        backward = self._exchange(tensor_send_prev, self.prev_rank, self.next_rank if recv_next else None)
+        return forward, backward
+
+    def _exchange(self, sent: Tensor | None, destination: int, source: int | None) -> list[int]:
+        device = torch.cuda.current_device()
+        operations = []
+        received = torch.zeros(3, device=device, dtype=torch.int64)
+        if sent is not None:
+            shape = torch.tensor(sent.size(), device=device, dtype=torch.int64)
+            operations.append(dist.P2POp(dist.isend, shape, destination, self.pp_group))
+        if source is not None:
+            operations.append(dist.P2POp(dist.irecv, received, source, self.pp_group))
+        if operations:
+            for request in dist.batch_isend_irecv(operations):
+                request.wait()
+        return received.tolist()
 
 
 _own_step_per_parameter()

@@ -72,7 +72,7 @@ class RankBoard:
         self._store.set(f"place/{rank}", json.dumps(asdict(note)))
 
     def status(self, rank: int) -> RankStatus | None:
-        """What the rank announced last, None where it did not get so far."""
+        """Return what the rank announced last, None where it did not get so far."""
         key = f"place/{rank}"
         return RankStatus(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
@@ -83,7 +83,7 @@ class RankBoard:
         self._store.set(f"left/{order}", str(failure.rank))
 
     def failures(self) -> list[RankFailure]:
-        """Of the ranks that left, in the order in which they did."""
+        """Return the failures of the ranks that left, in the order in which they did."""
         found = []
         for order in range(1, self._store.add("failures", 0) + 1):
             if self._store.check([f"left/{order}"]):  # else it was killed between the two
@@ -96,7 +96,7 @@ class RankBoard:
         self._store.add(f"beat/{rank}", 1)
 
     def beats(self) -> list[int]:
-        """How many signs of life each rank has given."""
+        """Return how many signs of life each rank has given."""
         return [self._store.add(f"beat/{rank}", 0) for rank in range(self._world_size)]
 
 

@@ -27,7 +27,7 @@ _KILL_HINT = ", as the system does when memory runs out"
 
 
 def failure_of(error: BaseException, rank: int, phase: str, folder: Path | None) -> RankFailure:
-    """What a rank says of the error that ends it; the traceback of one that is not ours goes to a file in ``folder``."""
+    """Return what a rank says of the error that ends it; the traceback of one that is not ours goes to a file in ``folder``."""
     is_ours = isinstance(error, MegaRLError)
     log = "" if is_ours else str(write_crash(error, folder, crash_name(rank)))
     return RankFailure(
@@ -43,7 +43,7 @@ def failure_of(error: BaseException, rank: int, phase: str, folder: Path | None)
 
 
 def reason_of(error: BaseException) -> str:
-    """Type, message and place of an error that nobody foresaw, on one line."""
+    """Return the type, message and place of an error that nobody foresaw, on one line."""
     if isinstance(error, SystemExit):
         return f"sys.exit({shortened(repr(error.code), 40)}) was called at {where(error)}"
     ran_out = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -53,7 +53,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and those that it came from."""
+    """Yield the error and those that it came from."""
     for _ in range(10):
         if error is None:
             return
@@ -68,7 +68,7 @@ def _is_others_fault(error: BaseException) -> bool:
 
 
 def as_error(failure: RankFailure, status: RankStatus | None, world_size: int) -> MegaRLError:
-    """The error to raise for a rank's own failure: its own where that is one of ours, else one that names the rank."""
+    """Return the error to raise for a rank's own failure: its own where that is one of ours, else one that names the rank."""
     kind = getattr(megarl.errors, failure.error, None)
     if isinstance(kind, type) and issubclass(kind, MegaRLError):
         return kind(*failure.mistakes)
@@ -77,20 +77,20 @@ def as_error(failure: RankFailure, status: RankStatus | None, world_size: int) -
 
 
 def named(rank: int, status: RankStatus | None, world_size: int) -> str:
-    """A rank with its host and process."""
+    """Name a rank with its host and process."""
     where_it_is = f" ({status.host}, process {status.pid})" if status is not None else ""
     return f"rank {rank} of {world_size}{where_it_is}"
 
 
 def during(phase: str | None) -> str:
-    """A phase as a part of a sentence."""
+    """Name a phase as a part of a sentence."""
     return f" in {phase}" if phase else ""
 
 
 def explain_local(
     board: RankBoard, world_size: int, ended: Mapping[int, int], silent: list[int], timeout_seconds: float, folder: Path | None
 ) -> MegaRLError:
-    """The error that names why the local ranks of a world ended.
+    """Return the error that names why the local ranks of a world ended.
 
     Args:
         board: what they said.
@@ -159,7 +159,7 @@ def _all_late(failures: list[RankFailure], world_size: int, timeout_seconds: flo
 
 
 def explain_launched(board: RankBoard, failure: RankFailure, world_size: int, address: str, grace_seconds: float) -> MegaRLError:
-    """The error that a rank which a launcher placed ends with, when another rank's end or silence is all that it knows of.
+    """Return the error that a rank which a launcher placed ends with, when another rank's end or silence is all that it knows of.
 
     Args:
         board: what the ranks said.
@@ -200,7 +200,7 @@ def _signal_name(number: int) -> str:
 
 
 def _state(status: RankStatus | None) -> str:
-    """The letter of a local process's state, T for one that is stopped; empty for others."""
+    """Return the letter of a local process's state, T for one that is stopped; empty for others."""
     if status is None or status.host != socket.gethostname():
         return ""
     try:

@@ -106,7 +106,7 @@ class _Arriving:
     requests: list[dist.Work]
 
     def wait(self) -> list[Tensor]:
-        """The previous rank's tensors."""
+        """Wait for the previous rank's tensors."""
         for request in self.requests:
             request.wait()
         return self.tensors
@@ -122,14 +122,14 @@ def _pass_on(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> _Arriving:
 
 
 def _turns(group: dist.ProcessGroup) -> Iterator[tuple[int, bool]]:
-    """Whose keys are here in each step, and whether it is the last."""
+    """Yield whose keys are here in each step, and whether it is the last."""
     size = group.size()
     for step in range(size):
         yield (group.rank() - step) % size, step == size - 1
 
 
 def _blocks(source: int, lengths: tuple[int, ...], group: dist.ProcessGroup) -> Iterator[_Block]:
-    """One for each sequence: what this rank's queries see of the keys of rank ``source``."""
+    """Return for each sequence what this rank's queries see of the keys of rank ``source``."""
     rank, start = group.rank(), 0
     for length in lengths:
         chunk = length // (2 * group.size())

@@ -28,7 +28,7 @@ class TransformerEngineAttention(TEDotProductAttention):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attn_mask_type: Any, **options: Any
     ) -> Tensor:
-        """Attend; the boundaries of the packing go to the GPU, where this implementation reads them."""
+        """Attend to packed sequences; the boundaries of the packing go to the GPU, where this implementation reads them."""
         packing: PackedSeqParams = options.pop("packed_seq_params")
         boundaries = packing.cu_seqlens_q_padded.to(query.device, non_blocking=True)
         names = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")

@@ -22,7 +22,7 @@ class Barrier:
     """The meetings of one transfer."""
 
     def __init__(self, name: str, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float) -> None:
-        """``name``: the same on every rank, and of no other transfer; ``device``: one that the group's backend reduces on."""
+        """Take a ``name`` that all ranks and no other transfer use, and a ``device`` that the group's backend reduces on."""
         self._name, self._group, self._device = name, group, device
         self._ranks = dist.get_process_group_ranks(group)
         self._rank = dist.get_rank()
@@ -65,7 +65,7 @@ class Barrier:
         raise TransferError("; ".join([text for text in problems if text][:PROBLEMS_SHOWN]))
 
     def _absent(self, store: dist.Store, deadline: float) -> str:
-        """The ranks that do not come to a meeting: one that is dead breaks connections at once.
+        """Return the ranks that do not come to the barrier: one that is dead breaks connections at once.
 
         A rank that names them ends, which breaks the connections of others; these need not wait once more.
         """
@@ -84,5 +84,5 @@ class Barrier:
 
 
 def first_line(error: Exception) -> str:
-    """Of its message, without gloo's general advice; its type where it has none."""
+    """Return the first line of an error's message, without gloo's general advice; its type where it has none."""
     return str(error).splitlines()[0].split(" This is typically")[0] if str(error) else type(error).__name__

@@ -150,11 +150,11 @@ class EngineTransfer:
         words[-1] = digest(words[:-1])
 
     def _on_device(self) -> AbstractContextManager[Any]:
-        """A thread begins on GPU 0, whatever the process has chosen."""
+        """Choose the device in a thread, which begins on GPU 0 whatever the process has chosen."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _meet(self) -> list[Location]:
-        """Of all ranks and workers, in order. Rank 0 asks for them and tells the others."""
+        """Collect the locations of all ranks and workers, in order. Rank 0 asks for them and tells the others."""
         self._store.set(f"location/{self._rank}", json.dumps(asdict(own_location(self._device))))
         keys = [f"location/{rank}" for rank in range(self.world_size)]
         try:
@@ -183,7 +183,7 @@ class EngineTransfer:
                 self._store.set(f"receive_plan/{worker}", json.dumps(receive_plan_of(worker)))
 
     def _open_store(self) -> TCPStore:
-        """The group's store, served by rank 0."""
+        """Open the group's store, which rank 0 serves."""
         port = [0]
         store = None
         if self._rank == 0:
@@ -201,7 +201,7 @@ def plan_engine_transfer(
     address: str,
     settings: EngineTransferSettings,
 ) -> EngineTransfer:
-    """From a policy to the workers of one engine; collective over the trainer's world.
+    """Plan the transfer from a policy to the workers of one engine; collective over the trainer's world.
 
     Args:
         dtype: of the engine's weights.

@@ -1,9 +1,11 @@
 """What brings packed messages from trainer ranks to an engine's workers: messages of a group, or shared memory.
 
-The workers' ends are in engines/plugin/megarl_slice_sources.py.
+The workers' ends are in engines/plugin/megarl_slice_sources.py; ``open_handle`` there opens a SharedBuffer.
 """
 
 import datetime
+import json
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,10 +20,10 @@ from megarl.errors import TransferError
 from megarl.reshard.barrier import PROBLEMS_SHOWN, first_line
 from megarl.reshard.packed_messages import PackedMessage, bucket_work
 from megarl.reshard.plan.plan import Plan
-from megarl.reshard.relays import end_of, held_messages, holder_of
-from megarl.reshard.shared_buffer import SharedBuffer
+from megarl.reshard.receive_plan import end_of, held_messages, holder_of
 from megarl.reshard.transport_choice import Location, memory_of
 
+HANDLE_BYTES = 2048  # a handle travels as JSON, filled up with spaces; the receiver's number too
 Pack = Callable[[PackedMessage, Tensor], None]  # writes a packed message with its digest into its bytes
 
 
@@ -70,7 +72,7 @@ class Crew:
             ) from error
 
     def name(self, member: int) -> str:
-        """Of a rank or worker, for messages."""
+        """Name a rank or worker, for messages to people."""
         return f"worker {member - self.workers.start} of the engine" if member in self.workers else f"rank {member}"
 
 
@@ -99,7 +101,7 @@ class Messages:
     """Sends and receives of a group of the transfer's own, which a failure may break without harm to the trainer's."""
 
     def __init__(self, crew: Crew, store: Store, size: int) -> None:
-        """The first ``size`` of the crew: gloo's from host memory, NCCL's from GPUs; collective over them."""
+        """Connect the first ``size`` of the crew: gloo's from host memory, NCCL's from GPUs; collective over them."""
         self._crew = crew
         self._is_nccl = crew.uses_nccl
         self._group = _nccl_group(crew, store, size) if self._is_nccl else crew.control
@@ -123,7 +125,7 @@ class Messages:
             self._group.abort()
 
     def _exchange_in_one_batch(self, moves: list[Move]) -> None:
-        """NCCL's must be started together, or they wait for each other."""
+        """Start NCCL's moves together, or they wait for each other."""
         if not moves:
             return
         with self._crew.naming(*[move.task for move in moves]):
@@ -141,7 +143,7 @@ class GroupTransport:
     """Messages of the group of all: gloo from host memory, or NCCL from the memory of GPUs, of which no two processes share one."""
 
     def __init__(self, crew: Crew, store: Store) -> None:
-        """Collective over the group."""
+        """Allocate what the transport needs; collective over the group."""
         self._crew = crew
         self._messages = Messages(crew, store, crew.workers.stop)
         self._buckets = [work.outgoing for work in bucket_work(crew.plan, crew.ranks, crew.workers, crew.rank)]
@@ -161,6 +163,45 @@ class GroupTransport:
         data = packed.bytes_of(self._buffer)
         pack(packed, data)
         return Move(f"send {packed} to {self._crew.name(packed.peer)}", data, packed.peer, packed.bucket)
+
+
+class SharedBuffer:
+    """A staging buffer for one reader. On a GPU it is opened by CUDA IPC, else by its file, which has no name to leave behind.
+
+    Attributes:
+        data: [num_bytes], uint8. Whoever still uses it keeps the memory.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._file: int | None = None
+        if device.type == "cuda":
+            self.data = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            return
+        self._file = os.memfd_create("megarl-weights")
+        os.ftruncate(self._file, num_bytes)
+        self.data = torch.frombuffer(mmap.mmap(self._file, num_bytes), dtype=torch.uint8)
+
+    def handle(self) -> bytes:
+        """Return what one other process opens the buffer with, once: CUDA counts a reader for every handle made."""
+        described: dict[str, Any]
+        if self._file is not None:
+            described = {"path": f"/proc/{os.getpid()}/fd/{self._file}", "bytes": self.data.numel()}
+        else:
+            # (device, memory, bytes, offset, reference counter, its offset, event, whether to wait for the event)
+            parts = self.data.untyped_storage()._share_cuda_()
+            described = {"cuda": [part.hex() if isinstance(part, bytes) else part for part in parts[1:]]}
+        handle = json.dumps(described).encode().ljust(HANDLE_BYTES)
+        assert len(handle) == HANDLE_BYTES
+        return handle
+
+    def close(self) -> None:
+        """Give the memory up, which lives on until its reader has closed it too."""
+        del self.data
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        else:
+            torch.cuda.ipc_collect()
 
 
 class SharedTransport:
@@ -245,7 +286,7 @@ class SharedTransport:
 
 
 def _nccl_group(crew: Crew, store: Store, size: int) -> Any:
-    """The first ``size`` of the crew; collective over them."""
+    """Form a group of the first ``size`` of the crew; collective over them."""
     from torch.distributed import ProcessGroupNCCL  # not in every build of torch
 
     options = ProcessGroupNCCL.Options()

@@ -91,7 +91,7 @@ class WeightTransfer:
 
     @torch.no_grad()
     def _zero_padding(self, parameters: dict[str, Tensor]) -> None:
-        """No message has the rows that pad the vocabulary, and the destination may never have been loaded."""
+        """Zero the rows that pad the vocabulary: no message has them, and the destination may never have been loaded."""
         layout = self._destination[1]
         for name, tensor in parameters.items():  # none on ranks outside the destination
             if self._weight_map.parameters[name].kind is Kind.VOCABULARY:
@@ -154,7 +154,7 @@ class OptimizerTransfer:
 
 
 def _actual_sizes(tensors: TensorTable, weight_map: WeightMap, parameters: dict[str, Tensor]) -> TensorTable:
-    """With the element sizes that the ranks' parameters have: not all parts of a 16-bit model need be 16-bit."""
+    """Return the table with the element sizes that the ranks' parameters have: not all parts of a 16-bit model need be 16-bit."""
     sizes = torch.zeros(len(tensors.numbers), dtype=torch.int64)
     for name, tensor in parameters.items():
         for hugging_face in weight_map.parameters[name].hugging_face:

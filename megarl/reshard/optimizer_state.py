@@ -46,12 +46,12 @@ class ParameterState:
 
 
 def optimizer_parts(states: Mapping[str, ParameterState], key: str) -> dict[str, FlatPart]:
-    """One kind of state for a transport."""
+    """Return one kind of state for a transport."""
     return {name: FlatPart(state.tensors[key].view(-1), state.columns, state.start) for name, state in states.items()}
 
 
 def parameter_states(optimizer: ChainedOptimizer, parameters: Mapping[str, Tensor]) -> dict[str, ParameterState]:
-    """What this rank holds, by name. Adam must have its state already, if only zeros.
+    """Return the optimizer state that this rank holds, by name. Adam must have its state already, if only zeros.
 
     Args:
         parameters: this rank's parameters by name.
@@ -68,7 +68,7 @@ def parameter_states(optimizer: ChainedOptimizer, parameters: Mapping[str, Tenso
 
 
 def _stepped(part: Any, parameters: list[Tensor]) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """Parameters that have state in ``part`` on this rank, where that state begins in them, and the tensor that Adam steps."""
+    """Return the parameters with state in ``part`` on this rank, where it begins in them, and the tensor that Adam steps."""
     if isinstance(part, DistributedOptimizer):
         # its own map (_get_main_param_and_optimizer_states) is wrong where one group has parameters of 16 and of 32 bits
         models = chain(chain.from_iterable(part.model_fp32_groups), chain.from_iterable(part.model_float16_groups))
@@ -84,7 +84,7 @@ def _stepped(part: Any, parameters: list[Tensor]) -> Iterator[tuple[Tensor, int,
 
 
 def get_step(optimizer: ChainedOptimizer) -> int:
-    """Updates that Adam counts, the same for all parameters; 0 where it has none."""
+    """Return the updates that Adam counts, the same for all parameters; 0 where it has none."""
     return max((int(counter) for _, _, counter in _step_counters(optimizer)), default=0)
 
 
@@ -95,7 +95,7 @@ def set_step(optimizer: ChainedOptimizer, step: int) -> None:
 
 
 def _step_counters(optimizer: ChainedOptimizer) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """torch counts in the state of each parameter, Apex and Transformer Engine in the parameter groups."""
+    """Find the step counters: torch counts in the state of each parameter, Apex and Transformer Engine in the parameter groups."""
     for part in _parts(optimizer):
         for owner in (*part.optimizer.param_groups, *part.optimizer.state.values()):
             if "step" in owner:
@@ -103,19 +103,19 @@ def _step_counters(optimizer: ChainedOptimizer) -> Iterator[tuple[dict[str, Any]
 
 
 def _parts(optimizer: ChainedOptimizer) -> list[Any]:
-    """Megatron's optimizers of dense parameters and of experts; those without parameters are left out."""
+    """Return Megatron's optimizers of dense parameters and of experts; those without parameters are left out."""
     return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
 
 def ranges_of(side: ShardLayout, states: Mapping[str, ParameterState]) -> NDArray[np.void]:
-    """Of type RANGE: which elements of which parameter of ``side`` this rank holds."""
+    """Return which elements of which parameter of ``layout`` this rank holds, of type RANGE."""
     numbers = {name: number for number, name in enumerate(side.parameters)}
     numbers |= {name: number for number, (name, _) in side.copy_names.items()}
     return np.array([(numbers[name], state.start, state.stop) for name, state in states.items()], dtype=RANGE)
 
 
 def held_ranges(side: ShardLayout, ranges: Sequence[NDArray[np.void]], *, with_copies: bool) -> ShardLayout:
-    """The side on which each rank holds only a range of each of its parameters.
+    """Return the layout in which each rank holds only a range of each of its parameters.
 
     Args:
         side: what each rank would hold if it held its parameters whole.
@@ -143,7 +143,7 @@ def held_ranges(side: ShardLayout, ranges: Sequence[NDArray[np.void]], *, with_c
 def _within(
     boxes: NDArray[np.void], start: NDArray[np.int64], stop: NDArray[np.int64], columns: NDArray[np.int64]
 ) -> NDArray[np.void]:
-    """The parts of boxes that lie in ranges of their parameters: of the first row, of the rows between, of the last row.
+    """Return the parts of boxes that lie in ranges of their parameters: of the first row, of the rows between, of the last row.
 
     Args:
         start, stop, columns: [boxes], the range, and the width of the parameter.
@@ -173,7 +173,7 @@ def _within(
 
 
 def _merge(boxes: NDArray[np.void]) -> tuple[NDArray[np.void], RankSets]:
-    """Equal boxes of several ranks as one box of a set of ranks. Each box's ``rank_set`` is its rank."""
+    """Return the equal boxes of several ranks as one box of a set of ranks. Each box's ``rank_set`` is its rank."""
     keys = [name for name in BOX.names or () if name != "rank_set"]
     boxes = boxes[np.lexsort((boxes["rank_set"], *(boxes[name] for name in keys)))]
     is_first = np.append(True, np.any([boxes[name][1:] != boxes[name][:-1] for name in keys], axis=0))

@@ -28,7 +28,7 @@ class FlatPart:
     start: int = 0
 
     def region(self, rows_columns: tuple[slice, slice]) -> Tensor:
-        """[rows, columns], a view of a region of the matrix that lies within the range."""
+        """Return a view, [rows, columns], of a region of the matrix that lies within the range."""
         rows, columns = rows_columns
         offset = rows.start * self.columns + columns.start - self.start
         size = (rows.stop - rows.start, columns.stop - columns.start)
@@ -36,7 +36,7 @@ class FlatPart:
 
 
 def flat_parts(tensors: Mapping[str, Tensor]) -> dict[str, FlatPart]:
-    """Whole parameters."""
+    """Return the parameters as parts that are whole."""
     return {name: FlatPart(tensor.detach().view(-1), as_matrix(tensor.shape)[1]) for name, tensor in tensors.items()}
 
 
@@ -61,11 +61,11 @@ class PackedMessage:
     num_bytes: int
 
     def bytes_of(self, buffer: Tensor) -> Tensor:
-        """The packed message's part of a staging buffer."""
+        """Return the packed message's part of a staging buffer."""
         return buffer[self.start : self.start + self.num_bytes]
 
     def staged(self, buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        """For each copy its place in the staging buffer, in the shapes and dtypes of ``like``."""
+        """Return for each copy its part of the staging buffer, in the shapes and dtypes of ``like``."""
         data = self.bytes_of(buffer)
         return [
             data[offset : offset + copy.num_bytes].view(region.dtype).view(region.shape)
@@ -92,7 +92,7 @@ class BucketWork:
 
 
 def bucket_work(plan: Plan, source_ranks: Sequence[int], destination_ranks: Sequence[int], rank: int) -> list[BucketWork]:
-    """For each bucket of a plan the work of one rank.
+    """Return for each bucket of a plan the work of one rank.
 
     Args:
         source_ranks: rank in the world of each source rank.

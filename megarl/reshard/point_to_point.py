@@ -119,7 +119,7 @@ class PointToPoint:
         return entries[0][1]
 
     def _misfit(self, source: Mapping[str, FlatPart], destination: Mapping[str, FlatPart]) -> str:
-        """What this rank lacks or has in another dtype than the plan says; empty when all fits."""
+        """Return what this rank lacks or has in another dtype than the plan says; empty when all fits."""
         for bucket in self._buckets:
             for copies, sides in (
                 ([copy for packed in bucket.outgoing for copy in packed.copies], ("source",)),

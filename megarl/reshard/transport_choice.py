@@ -27,18 +27,18 @@ class Location:
 
 
 def own_location(device: torch.device) -> Location:
-    """Of this process, which keeps its weights on ``device``."""
+    """Return the location of this process, which keeps its weights on ``device``."""
     host = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     return Location(host, str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None)
 
 
 def memory_of(location: Location, transport: str) -> tuple[str, ...]:
-    """What two processes must have in common to share memory by a transport of ``SHARED``."""
+    """Return what two processes must have in common to share memory by a transport of ``SHARED``."""
     return (location.host, location.gpu or "") if transport == "cuda_ipc" else (location.host,)
 
 
 def choose_transport(asked: str, ranks: Sequence[Location], workers: Sequence[Location]) -> str:
-    """The transport of ``rollout.weight_transfer.transport``; for auto the first of ``PREFERENCE`` that is possible.
+    """Choose the transport of ``rollout.weight_transfer.transport``; for auto the first of ``PREFERENCE`` that is possible.
 
     Raises:
         ConfigError: the one that was asked for is impossible.
@@ -51,7 +51,7 @@ def choose_transport(asked: str, ranks: Sequence[Location], workers: Sequence[Lo
 
 
 def _obstacle(transport: str, ranks: Sequence[Location], workers: Sequence[Location]) -> str:
-    """Why a transport is impossible; empty when it is possible."""
+    """Return why a transport is impossible; empty when it is possible."""
     named = [(f"trainer rank {number}", location) for number, location in enumerate(ranks)]
     named += [(f"the engine's worker {number}", location) for number, location in enumerate(workers)]
     if transport in ("nccl", "cuda_ipc"):

@@ -2,16 +2,14 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
 from typing import Any
 
 from megarl.errors import RolloutError
 from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.collector import Take
-from megarl.rollout.lock_step import LockStep
 from megarl.rollout.pending_groups import PendingGroup, next_batch
-from megarl.rollout.progress import Progress
 from megarl.rollout.resumable_collector import ResumableCollector
+from megarl.rollout.wave import Wave
 from megarl.types import Prompt
 
 
@@ -33,9 +31,7 @@ class AsynchronousCollector(ResumableCollector):
         self._num_in_training = 0
         self._num_dropped = 0  # since the last batch
         self._take: Take | None = None
-        self._slots = asyncio.Semaphore(self._rollout.concurrency)
-        self._progress = Progress(LockStep(self._rollout.concurrency))
-        self._stats = CollectStats()
+        self._wave = Wave(self._rollout.concurrency, CollectStats())
         self._may_send = False
         self._held: list[tuple[tuple[int, ...], asyncio.Future[None]]] = []  # token ids of prompts whose requests wait
         self._changed = asyncio.Event()
@@ -65,10 +61,10 @@ class AsynchronousCollector(ResumableCollector):
             self._is_cutting = True
             try:
                 await self._engine.abort()
-                await self._until(lambda: self._progress.at_engine == 0)
+                await self._until(lambda: self._wave.num_at_engine == 0)
             finally:
                 self._is_cutting = False
-        await self._until(lambda: self._progress.at_engine == 0)
+        await self._until(lambda: self._wave.num_at_engine == 0)
 
     async def collect(self, take: Take, step: int) -> CollectResult:
         """Wait for the groups of the next step and take them out of the store.
@@ -77,11 +73,11 @@ class AsynchronousCollector(ResumableCollector):
             MegaRLError: what went wrong with a group since the last call.
         """
         started = asyncio.get_running_loop().time()
-        with self._progress.watched(self._config.observe.stall_warning, self._warn):
+        with self._wave.watched(self._config.observe.stall_warning, self._warn):
             await self._until(lambda: self._next_batch() is not None)
         batch = self._next_batch()
         assert batch is not None
-        stats = self._take_stats()
+        stats, self._wave.stats = self._wave.stats, CollectStats()  # groups in flight go on counting in the new one
         stats.wall_seconds = asyncio.get_running_loop().time() - started
         self._num_in_training, self._num_dropped = len(batch), 0
         return self._step_result(batch, stats)
@@ -94,13 +90,6 @@ class AsynchronousCollector(ResumableCollector):
 
     def _next_batch(self) -> list[PendingGroup] | None:
         return next_batch(self.pending.groups, self._version, self._settings.max_staleness, self._rollout.prompts_per_step)
-
-    def _take_stats(self) -> CollectStats:
-        """What was counted since the last batch. The groups under way go on counting in the same object, from nothing."""
-        stats, nothing = replace(self._stats), CollectStats()
-        for one in fields(nothing):
-            setattr(self._stats, one.name, getattr(nothing, one.name))
-        return stats
 
     def _fill(self) -> None:
         """Begin as many groups as the bound allows, and none that the run's last step would leave over."""
@@ -123,13 +112,13 @@ class AsynchronousCollector(ResumableCollector):
 
     async def _complete(self, group: PendingGroup) -> None:
         """One group from its prompt to its rewards, over weight updates."""
-        async with self._slots:
+        async with self._wave.slots:
             while group.unfinished:
                 try:
-                    await self._extend(group, self._rollout.max_new_tokens, self._progress, self._stats)
+                    await self._extend(group, self._rollout.max_new_tokens, self._wave)
                 finally:
                     self._changed.set()
-        await self._finish(group, self._progress, self._stats)
+        await self._finish(group, self._wave)
         if group.scored is None:
             self._num_dropped += 1
             self._check_dropped()

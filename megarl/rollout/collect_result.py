@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
-from megarl.rollout.pending_groups import Tickets
-from megarl.types import RolloutGroup
+from megarl.types import RolloutGroup, Tickets
 
 
 @dataclass(slots=True, kw_only=True)

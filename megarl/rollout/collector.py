@@ -4,8 +4,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import chain
 
 from megarl.config.schema import Config
@@ -14,10 +13,10 @@ from megarl.errors import CheckpointError, RolloutError
 from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.leftover_groups import LeftoverGroup, fill_step, groups_per_task
-from megarl.rollout.lock_step import EpisodeKey, LockStep
-from megarl.rollout.progress import Progress
+from megarl.rollout.lock_step import EpisodeKey
 from megarl.rollout.requests import LIMIT_KEYS, Request, RequestFailed, RequestMaker, run_together
 from megarl.rollout.saved_groups import PromptOf, Saved, load_group, refuse_damage, save_group
+from megarl.rollout.wave import Wave
 from megarl.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredRollout
 
 Score = Callable[[Rollout], Awaitable[ScoredRollout | None]]
@@ -28,7 +27,7 @@ class Collector:
     """Samples and scores responses to prompts, many at a time.
 
     What is returned does not depend on the order in which requests complete: a prompt's samples depend on the run's seed, the step
-    and the prompt's position in the step. Requests are sent in the order of their prompts' token ids. A prompt's place among
+    and the prompt's position in the step. Requests are sent in the order of their prompts' token ids. A prompt's slot among
     ``rollout.concurrency`` is freed as soon as the engine has answered, so that slow scorers never decide what an engine decodes
     together.
     """
@@ -96,7 +95,7 @@ class Collector:
             prompts = take(num_prompts, Counter(one.group.prompt.task for one in kept))
             requests = [self._requests.training(prompt, "train", step, number) for number, prompt in enumerate(prompts, position)]
             position += len(prompts)
-            groups = await self._wave(requests, stats)
+            groups = await self._answer_together(requests, stats)
             sampled += groups
             for group in groups:
                 if algorithm.dynamic_sampling and group.has_equal_rewards:
@@ -116,11 +115,20 @@ class Collector:
         """
         stats = CollectStats()
         requests = [self._requests.evaluation(prompt, position) for position, prompt in enumerate(prompts)]
-        groups = await self._wave(requests, stats)
+        groups = await self._answer_together(requests, stats)
         if stats.dropped_unscored:
             left_out = f"{stats.dropped_unscored} of {len(prompts)} evaluation prompts are left out"
             self._warn(f"{left_out}: a scorer or the environment failed on them")
         return groups
+
+    async def pause(self) -> None:
+        """Let no request be at the engine, for a weight update: nothing to do, for none outlives ``collect``."""
+
+    async def resume(self, take: Take, version: int) -> None:
+        """Let groups grow by the weights of ``version``, which the engine has: nothing to do, for ``collect`` begins them."""
+
+    async def close(self) -> None:
+        """End what is in flight: nothing."""
 
     def state(self) -> Saved:
         """The groups that wait for the next step as JSON values, for a checkpoint."""
@@ -141,74 +149,55 @@ class Collector:
                 )
             self.leftover = [LeftoverGroup(step=one["step"], group=load_group(one["group"], prompt_of)) for one in state["surplus"]]
 
-    async def _wave(self, requests: Sequence[Request], stats: CollectStats) -> list[RolloutGroup]:
-        """Answer and score all prompts at the same time; the groups that were scored, in prompt order."""
+    async def _answer_together(self, requests: Sequence[Request], stats: CollectStats) -> list[RolloutGroup]:
+        """Answer and score all prompts in one wave; the groups that were scored, in prompt order."""
         stats.waves += 1
         started = time.monotonic()
-        progress = Progress(LockStep(self._rollout.concurrency))
-        slots = asyncio.Semaphore(self._rollout.concurrency)
+        wave = Wave(self._rollout.concurrency, stats)
         # prompts that begin with the same long document stand next to each other, so that the engine reads it once
         order = sorted(range(len(requests)), key=lambda index: requests[index].prompt.token_ids)
         try:
-            with progress.watched(self._config.observe.stall_warning, self._warn):
-                answers = await run_together(self._answer(requests[index], slots, progress, stats) for index in order)
+            with wave.watched(self._config.observe.stall_warning, self._warn):
+                answers = await run_together(self._answer(requests[index], wave) for index in order)
         finally:
             stats.wall_seconds += time.monotonic() - started
         stats.dropped_unscored += answers.count(None)
         groups = dict(zip(order, answers, strict=True))
         return [group for _, group in sorted(groups.items()) if group is not None]
 
-    async def _answer(
-        self, request: Request, slots: asyncio.Semaphore, progress: Progress, stats: CollectStats
-    ) -> RolloutGroup | None:
-        """One prompt from request to group, with retries; None when a response could not be scored."""
+    async def _answer(self, request: Request, wave: Wave) -> RolloutGroup | None:
+        """Take one prompt from request to group, with retries; None when a response could not be scored."""
         prompt, limit = request.prompt, self._rollout.time_limit(len(request.prompt.token_ids))
         for attempt in range(self._rollout.max_retries + 1):
             try:
-                async with self._place(request, slots, progress):
+                async with wave.slot(request):
                     deadline = asyncio.get_running_loop().time() + limit
-                    progress.in_flight[prompt.prompt_id] = None
-                    rollouts = await self._generate(request, deadline, progress, stats)
+                    wave.in_flight[prompt.prompt_id] = None
+                    rollouts = await self._generate(request, deadline, wave)
                 async with asyncio.timeout_at(deadline):
-                    return await self._score(request, rollouts, progress, stats)
+                    return await self._score(request, rollouts, wave)
             except TimeoutError:
                 failure = f"prompt {prompt.prompt_id} was not answered and scored within {limit:g} s"
                 cause: BaseException | None = None
             except RequestFailed as error:
                 failure, cause = f"prompt {prompt.prompt_id} failed: {error.__cause__}", error.__cause__
             finally:
-                progress.in_flight.pop(prompt.prompt_id, None)
-            stats.failures.append(failure)
+                wave.in_flight.pop(prompt.prompt_id, None)
+            wave.stats.failures.append(failure)
             await self._engine.health()  # no retries against a dead engine: this raises
             if attempt < self._rollout.max_retries:
-                stats.retries += 1
+                wave.stats.retries += 1
                 self._warn(f"{failure}; sending it again ({attempt + 1} of {self._rollout.max_retries} retries)")
         raise RolloutError(f"{failure}, after {self._rollout.max_retries} retries ({LIMIT_KEYS}, rollout.max_retries)") from cause
 
-    @asynccontextmanager
-    async def _place(self, request: Request, slots: asyncio.Semaphore, progress: Progress) -> AsyncIterator[None]:
-        """One of ``rollout.concurrency`` places at the engine."""
-        progress.lock_step.enqueue()
-        try:
-            await slots.acquire()
-        except BaseException:
-            progress.lock_step.give_up()
-            raise
-        progress.lock_step.admit(request.episodes)
-        try:
-            yield
-        finally:
-            slots.release()
-            progress.lock_step.leave(request.episodes)
-
-    async def _generate(self, request: Request, deadline: float, progress: Progress, stats: CollectStats) -> list[Rollout]:
+    async def _generate(self, request: Request, deadline: float, wave: Wave) -> list[Rollout]:
         """The samples, and behind them the greedy response where one is wanted; asked for at the same time."""
         async with asyncio.timeout_at(deadline):
             if self._player is not None:
-                return await self._play(self._player, request, progress, stats)
+                return await self._play(self._player, request, wave)
             wanted = [request.samples] if request.greedy is None else [request.samples, request.greedy]
             token_ids = request.prompt.token_ids
-            answers = await run_together(self._ask(token_ids, sampling, progress, stats) for sampling in wanted)
+            answers = await run_together(self._ask(token_ids, sampling, wave) for sampling in wanted)
         return self._rollouts(request, list(chain.from_iterable(answers)))
 
     def _rollouts(self, request: Request, generations: Sequence[Generation]) -> list[Rollout]:
@@ -228,7 +217,7 @@ class Collector:
             for (index, _), generation in zip(request.responses, generations, strict=True)
         ]
 
-    async def _play(self, player: EpisodePlayer, request: Request, progress: Progress, stats: CollectStats) -> list[Rollout]:
+    async def _play(self, player: EpisodePlayer, request: Request, wave: Wave) -> list[Rollout]:
         """The same as episodes, each with requests of its own."""
         # The embedded engine decodes what it is asked for together; where servers batch, waiting for the slowest only costs.
         takes_turns_together = self._rollout.engine == "embedded"
@@ -236,51 +225,43 @@ class Collector:
         async def play(episode: EpisodeKey, index: int, settings: SamplingParams) -> Rollout:
             async def generate(token_ids: tuple[int, ...], sampling: SamplingParams) -> Generation:
                 if takes_turns_together:
-                    await progress.lock_step.turn(episode)
-                return (await self._ask(token_ids, sampling, progress, stats))[0]
+                    await wave.lock_step.turn(episode)
+                return (await self._ask(token_ids, sampling, wave))[0]
 
             try:
                 return await player.play(request.prompt, index, settings, generate)
             finally:
-                progress.lock_step.finish(episode)
+                wave.lock_step.finish(episode)
 
         pairs = zip(request.episodes, request.responses, strict=True)
         return await run_together(play(episode, index, settings) for episode, (index, settings) in pairs)
 
-    async def _ask(
-        self, token_ids: tuple[int, ...], sampling: SamplingParams, progress: Progress, stats: CollectStats
-    ) -> list[Generation]:
-        """One request to the engine."""
-        started = time.monotonic()
-        progress.engine_enter()
+    async def _ask(self, token_ids: tuple[int, ...], sampling: SamplingParams, wave: Wave) -> list[Generation]:
+        """Send one request to the engine."""
         try:
-            generations = await self._engine.generate(token_ids, sampling)
+            with wave.at_engine():
+                generations = await self._engine.generate(token_ids, sampling)
         except RolloutError as error:
             raise RequestFailed from error
-        finally:
-            progress.engine_exit(stats)
-            stats.generate_seconds += time.monotonic() - started
         if any(generation.finish_reason is FinishReason.ABORT for generation in generations):
             raise RequestFailed from RolloutError("the engine gave the request up")
-        progress.completed.set()
+        wave.completed.set()
         return generations
 
-    async def _score(
-        self, request: Request, rollouts: Sequence[Rollout], progress: Progress, stats: CollectStats
-    ) -> RolloutGroup | None:
-        """The group of what ``_generate`` gave; None when one of them could not be scored."""
+    async def _score(self, request: Request, rollouts: Sequence[Rollout], wave: Wave) -> RolloutGroup | None:
+        """Score what ``_generate`` gave; None when one of the responses could not be scored."""
 
         async def score_one(rollout: Rollout) -> ScoredRollout | None:
             started = time.monotonic()
             environment_failure = rollout.environment_failure
-            stats.environment_failures += environment_failure is not None
+            wave.stats.environment_failures += environment_failure is not None
             scored = await self._score_rollout(rollout)
-            stats.score_seconds += time.monotonic() - started
+            wave.stats.score_seconds += time.monotonic() - started
             if scored is not None:
-                stats.failures.extend(scored.failures)
+                wave.stats.failures.extend(scored.failures)
             elif environment_failure is not None:
-                stats.failures.append(environment_failure)
-            progress.completed.set()
+                wave.stats.failures.append(environment_failure)
+            wave.completed.set()
             return scored
 
         scored = await run_together(score_one(rollout) for rollout in rollouts)

@@ -5,11 +5,10 @@ import asyncio
 from megarl.errors import RolloutError
 from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.collector import Take
-from megarl.rollout.lock_step import LockStep
 from megarl.rollout.pending_groups import PendingGroup
-from megarl.rollout.progress import Progress
 from megarl.rollout.requests import run_together
 from megarl.rollout.resumable_collector import ResumableCollector
+from megarl.rollout.wave import Wave
 
 
 class PartialCollector(ResumableCollector):
@@ -31,14 +30,14 @@ class PartialCollector(ResumableCollector):
             self._check_waves(stats)
             waiting = [group for group in self.pending.groups if group.scored is None]
             if stats.waves == 0:
-                wave, num_new = waiting, missing
+                groups, num_new = waiting, missing
             elif len(waiting) >= self._num_segments * size:
-                wave, num_new = waiting[:missing], 0
+                groups, num_new = waiting[:missing], 0
             else:
-                wave, num_new = [], missing
+                groups, num_new = [], missing
             if num_new > 0:
-                wave = wave + [self._begin(prompt, step) for prompt in take(num_new, {})]
-            await self._wave_of(wave, stats)
+                groups = groups + [self._begin(prompt, step) for prompt in take(num_new, {})]
+            await self._grow_together(groups, stats)
         return self._step_result(self._whole[:size], stats)
 
     @property
@@ -66,20 +65,20 @@ class PartialCollector(ResumableCollector):
                 "model sometimes solves, or raise algorithm.max_sampling_waves"
             )
 
-    async def _wave_of(self, groups: list[PendingGroup], stats: CollectStats) -> None:
+    async def _grow_together(self, groups: list[PendingGroup], stats: CollectStats) -> None:
         """Let all these groups grow by the budget at the same time, and score those that are whole."""
         stats.waves += 1
         started = asyncio.get_running_loop().time()
-        progress, slots = Progress(LockStep(self._rollout.concurrency)), asyncio.Semaphore(self._rollout.concurrency)
+        wave = Wave(self._rollout.concurrency, stats)
         by_document = sorted(groups, key=lambda group: group.prompt.token_ids)  # as Collector sends them
         try:
-            with progress.watched(self._config.observe.stall_warning, self._warn):
-                await run_together(self._grow(group, slots, progress, stats) for group in by_document)
+            with wave.watched(self._config.observe.stall_warning, self._warn):
+                await run_together(self._grow(group, wave) for group in by_document)
         finally:
             stats.wall_seconds += asyncio.get_running_loop().time() - started
 
-    async def _grow(self, group: PendingGroup, slots: asyncio.Semaphore, progress: Progress, stats: CollectStats) -> None:
-        async with slots:
-            await self._extend(group, self._budget, progress, stats)
+    async def _grow(self, group: PendingGroup, wave: Wave) -> None:
+        async with wave.slots:
+            await self._extend(group, self._budget, wave)
         if not group.unfinished:
-            await self._finish(group, progress, stats)
+            await self._finish(group, wave)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from megarl.engines.protocol import Generation
 from megarl.rollout.saved_groups import PromptOf, Saved, load_group, load_prompt, load_sample, save_group, save_prompt, save_sample
-from megarl.types import FinishReason, Prompt, RolloutGroup
+from megarl.types import FinishReason, Prompt, RolloutGroup, Tickets
 
 NOTHING_YET = Generation(token_ids=(), logprobs=(), weight_versions=(), finish_reason=FinishReason.ABORT)
 
@@ -38,14 +38,6 @@ class PendingGroup:
     def name(self) -> tuple[int, str]:
         """Ticket and prompt id."""
         return self.ticket, self.prompt.prompt_id
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tickets:
-    """Ticket and prompt id of the groups that left the store: to be trained on, or because they could not be."""
-
-    trained: tuple[tuple[int, str], ...]
-    dropped: tuple[tuple[int, str], ...]
 
 
 class PendingGroups:

@@ -1,7 +1,6 @@
 """Groups whose responses are made in several requests, cut and resumed, with weights that change in between."""
 
 import asyncio
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,9 +10,9 @@ from megarl.errors import CheckpointError, RolloutError
 from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.collector import Collector
 from megarl.rollout.pending_groups import PendingGroup, PendingGroups, joined
-from megarl.rollout.progress import Progress
 from megarl.rollout.requests import LIMIT_KEYS, Request, RequestFailed, run_together
 from megarl.rollout.saved_groups import PromptOf, Saved, refuse_damage
+from megarl.rollout.wave import Wave
 from megarl.types import FinishReason, Prompt, RolloutGroup
 
 
@@ -67,7 +66,7 @@ class ResumableCollector(Collector):
     def _request(self, group: PendingGroup) -> Request:
         return self._requests.training(group.prompt, "ticket", 0, group.ticket)
 
-    async def _extend(self, group: PendingGroup, budget: int, progress: Progress, stats: CollectStats) -> None:
+    async def _extend(self, group: PendingGroup, budget: int, wave: Wave) -> None:
         """Let every unfinished response grow by up to ``budget`` tokens, or up to a cut; with retries.
 
         Raises:
@@ -76,13 +75,12 @@ class ResumableCollector(Collector):
         retries, limit = self._rollout.max_retries, self._rollout.time_limit(len(group.prompt.token_ids))
         for attempt in range(retries + 1):
             await self._until_requests_may_be_sent(group.prompt)
-            progress.in_flight[group.prompt.prompt_id] = None
-            started = time.monotonic()
-            progress.engine_enter()
+            wave.in_flight[group.prompt.prompt_id] = None
             try:
-                async with asyncio.timeout(limit):
-                    await run_together(self._ask_for(group, *part) for part in self._parts(group, budget))
-                progress.completed.set()
+                with wave.at_engine():
+                    async with asyncio.timeout(limit):
+                        await run_together(self._ask_for(group, *part) for part in self._parts(group, budget))
+                wave.completed.set()
                 return
             except TimeoutError:
                 failure = f"prompt {group.prompt.prompt_id} was not answered within {limit:g} s"
@@ -90,13 +88,11 @@ class ResumableCollector(Collector):
             except RequestFailed as error:
                 failure, cause = f"prompt {group.prompt.prompt_id} failed: {error.__cause__}", error.__cause__
             finally:
-                progress.in_flight.pop(group.prompt.prompt_id, None)
-                progress.engine_exit(stats)
-                stats.generate_seconds += time.monotonic() - started
-            stats.failures.append(failure)
+                wave.in_flight.pop(group.prompt.prompt_id, None)
+            wave.stats.failures.append(failure)
             await self._engine.health()  # no retries against a dead engine: this raises
             if attempt < retries:
-                stats.retries += 1
+                wave.stats.retries += 1
                 self._warn(f"{failure}; sending it again ({attempt + 1} of {retries} retries)")
         raise RolloutError(f"{failure}, after {retries} retries ({LIMIT_KEYS}, rollout.max_retries)") from cause
 
@@ -134,19 +130,19 @@ class ResumableCollector(Collector):
         for index, answer in zip(indices, answers, strict=True):
             group.samples[index] = joined(group.samples[index], answer, self._rollout.max_new_tokens)
 
-    async def _finish(self, group: PendingGroup, progress: Progress, stats: CollectStats) -> None:
+    async def _finish(self, group: PendingGroup, wave: Wave) -> None:
         """Score a group of whole responses; it is dropped when that fails, or when dynamic sampling has no use for it."""
         limit, request = self._rollout.time_limit(len(group.prompt.token_ids)), self._request(group)
         try:
             async with asyncio.timeout(limit):
-                scored = await self._score(request, self._rollouts(request, group.samples), progress, stats)
+                scored = await self._score(request, self._rollouts(request, group.samples), wave)
         except TimeoutError:
             raise RolloutError(f"prompt {group.prompt.prompt_id} was not scored within {limit:g} s ({LIMIT_KEYS})") from None
         if scored is None:
-            stats.dropped_unscored += 1
+            wave.stats.dropped_unscored += 1
             self.pending.drop(group)
         elif self._config.algorithm.dynamic_sampling and scored.has_equal_rewards:
-            stats.dropped_filtered += 1
+            wave.stats.dropped_filtered += 1
             self._filtered.append(scored)
             self.pending.drop(group)
         else:

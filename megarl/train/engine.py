@@ -19,14 +19,17 @@ from megarl.config.schema import RoleConfig
 from megarl.data.packing import plan_group_micro_batches, plan_micro_batches
 from megarl.models.build import CausalLM
 from megarl.models.flops import sequence_flops
-from megarl.parallel.differentiable import sum_over_group
 from megarl.parallel.layout import Layout
-from megarl.parallel.pipeline import PipelineCommunicator
+from megarl.parallel.logprobs import sum_over_group
+from megarl.parallel.megatron_fixes import PipelineCommunicator
 from megarl.train.activation_offload import ActivationOffload
 from megarl.train.heads import Head
 from megarl.train.micro_batch import MicroBatch, build_micro_batch
 from megarl.train.offload import Offloaded
 from megarl.types import PackedBatch, TrainBatch
+
+LossParts = tuple[Tensor, Tensor, Any]  # loss, tokens that megatron-core would divide by, and what is kept of a micro-batch
+LossFunction = Callable[[MicroBatch, CausalLM, Tensor], LossParts]  # of a micro-batch, the last chunk and its hidden states
 
 
 class TrainingEngine:
@@ -49,6 +52,7 @@ class TrainingEngine:
         self.chunks = chunks
         self.device = torch.device(torch.cuda.current_device())
         self._head = head
+        self._no_tokens = torch.zeros((), dtype=torch.int, device=self.device)  # objectives hold the normaliser
         self.ddp_chunks: list[DistributedDataParallel] = self._wrap() if trainable and layout.is_member else []
         self.weights = Offloaded(self._parameters, "changing" if trainable else "constant", enabled=role.offload == "all")
         self._saving: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -106,11 +110,12 @@ class TrainingEngine:
         if not self.layout.is_member:
             return values.cpu()
 
-        def collect(micro_batch: MicroBatch, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
-            return outputs[0].sum(), (micro_batch.index, torch.stack(outputs))
+        def outputs_of(micro_batch: MicroBatch, chunk: CausalLM, hidden: Tensor) -> LossParts:
+            outputs = self._head(hidden, chunk, micro_batch)
+            return outputs[0].sum(), self._no_tokens, (micro_batch.index, torch.stack(outputs))
 
         with torch.no_grad(), self.weights.on_device():
-            found = self._run(batch, self.chunks, collect, forward_only=True)
+            found = self._schedule(batch, self.chunks, outputs_of, forward_only=True)()
         for index, rows in found:
             values[:, index.to(self.device)] = rows
         self._sum_over_replicas(values)
@@ -128,30 +133,35 @@ class TrainingEngine:
         numbers = sequence_numbers(packed.cu_seqlens)
         lengths = trained_lengths(packed.loss_mask, packed.cu_seqlens).to(self.device)
 
-        def collect(micro_batch: MicroBatch, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+        def loss_of(micro_batch: MicroBatch, chunk: CausalLM, hidden: Tensor) -> LossParts:
             sequences = SequenceTokens(
                 numbers=numbers[micro_batch.index].to(self.device),
                 lengths=lengths,
                 sum_over_ranks=partial(sum_over_group, group=self.layout.groups.cp),
             )
-            result = objective(*outputs, select_tokens(batch, micro_batch.index, self.device, sequences))
-            return result.loss, result
+            data = select_tokens(batch, micro_batch.index, self.device, sequences)
+            result = objective(*self._head(hidden, chunk, micro_batch), data)
+            return result.loss, self._no_tokens, result
 
         for chunk in self.ddp_chunks:
             chunk.zero_grad_buffer()
-        results: list[Objective] = self._run(packed, self.ddp_chunks, collect, forward_only=False, keeps_groups=batch.keeps_groups)
+        schedule = self._schedule(packed, self.ddp_chunks, loss_of, forward_only=False, keeps_groups=batch.keeps_groups)
+        results: list[Objective] = schedule()
         return self._reduce_metrics(results, int(packed.loss_mask.sum()))
 
-    def _run(
+    def _schedule(
         self,
         batch: PackedBatch,
         models: Sequence[torch.nn.Module],
-        collect: Callable[[MicroBatch, tuple[Tensor, ...]], tuple[Tensor, Any]],
+        loss_of: LossFunction,
         *,
         forward_only: bool,
         keeps_groups: bool = False,
-    ) -> list[Any]:
-        """Send the batch through megatron-core's schedule; returns what ``collect`` gave per micro-batch (last stage only)."""
+    ) -> Callable[[], list[Any]]:
+        """Plan micro-batches and bind megatron-core's schedule to them.
+
+        Called, it sends the batch through the models and returns what ``loss_of`` kept of each micro-batch (last stage only).
+        """
         parallel, config = self.role.parallel, self.chunks[0].config
         multiple, flops = self.layout.sequence_multiple, sequence_flops(config)
         lengths = [-(-length // multiple) * multiple for length in batch.sequence_lengths.tolist()]
@@ -171,8 +181,9 @@ class TrainingEngine:
 
         schedule = get_forward_backward_func(pp_size=parallel.pp, vp_size=parallel.vpp if parallel.vpp > 1 else None)
         interleaved = len(models) > 1
-        return schedule(
-            forward_step_func=partial(self._forward_step, collect),
+        return partial(
+            schedule,
+            forward_step_func=partial(self._forward_step, loss_of),
             data_iterator=[micro_batches() for _ in models] if interleaved else micro_batches(),
             model=list(models) if interleaved else models[0],
             num_microbatches=len(plan),
@@ -183,19 +194,13 @@ class TrainingEngine:
             pg_collection=self.layout.groups,
         )
 
-    def _forward_step(
-        self, collect: Callable[..., tuple[Tensor, Any]], batches: Iterator[MicroBatch], model: Any
-    ) -> tuple[Tensor, Any]:
+    def _forward_step(self, loss_of: LossFunction, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+        """Compute a stage's hidden states of a micro-batch; the schedule gives those of the last stage to the function returned."""
         micro_batch = next(batches)
         with self._saving():
             hidden = model(micro_batch.input_ids, micro_batch.position_ids, None, packed_seq_params=micro_batch.packed_seq_params)
-
-        def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-            chunk = model.module if isinstance(model, DistributedDataParallel) else model
-            value, kept = collect(micro_batch, self._head(hidden, chunk, micro_batch))
-            return value, torch.zeros((), dtype=torch.int, device=value.device), kept
-
-        return hidden, loss
+        chunk = model.module if isinstance(model, DistributedDataParallel) else model
+        return hidden, partial(loss_of, micro_batch, chunk)
 
     def _sum_over_replicas(self, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
         """Reduce over data and context parallel ranks of the last stage, then give the result to every stage."""

@@ -1,22 +1,15 @@
 """The models of a run: policy and critic, which learn, and reference and reward model, which do not."""
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding, extract_sharded_base
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch import Tensor
 
-from megarl.algorithms.objectives import ObjectiveFunction
-from megarl.config.schema import Config, CriticConfig, OptimizerConfig, RewardModelConfig, RoleConfig
+from megarl.config.schema import Config, CriticConfig, RewardModelConfig, RoleConfig
 from megarl.data.packing import with_scored_ends
-from megarl.errors import TrainingError
 from megarl.models.architecture import read_architecture
 from megarl.models.build import ValueModel, build_model_chunks, use_transformer_engine
 from megarl.models.routing_replay import replay_routing
@@ -24,14 +17,13 @@ from megarl.models.transformer_config import DTYPES
 from megarl.parallel.layout import build_layout
 from megarl.train.engine import TrainingEngine
 from megarl.train.heads import LogProbHead, ValueHead
-from megarl.train.offload import Offloaded
-from megarl.train.optimizer import EngineOptimizer
-from megarl.types import PackedBatch, TokenOutputs, TrainBatch, UpdateResult
+from megarl.train.learner import Learner
+from megarl.types import PackedBatch, TokenOutputs
 from megarl.weights.distributed_checkpoint import is_distributed_checkpoint
 from megarl.weights.files.sources import RandomSource, SafetensorsSource, WeightSource
 from megarl.weights.mapping import WeightMap, build_weight_map
 from megarl.weights.megatron_start import load_megatron_weights
-from megarl.weights.transfer import hugging_face_tensors, load_weights
+from megarl.weights.transfer import load_weights
 from megarl.weights.value_head import value_head_source, with_value_head
 
 
@@ -116,174 +108,6 @@ class RewardModel:
         return scores[ends.loss_mask]
 
 
-class Learner:
-    """A model with its optimizer.
-
-    Args:
-        engine: the model.
-        weight_map: of the model.
-        dtype: of its parameters.
-        optimizer: settings.
-        total_updates: optimizer steps of the run, for the learning-rate schedule.
-
-    Attributes:
-        has_value_head: it gives one number for each token; a language model does not.
-    """
-
-    has_value_head: ClassVar[bool] = False
-
-    def __init__(
-        self, engine: TrainingEngine, weight_map: WeightMap, dtype: torch.dtype, optimizer: OptimizerConfig, total_updates: int
-    ) -> None:
-        self.engine = engine
-        self.weight_map = weight_map
-        self._dtype = dtype
-        self._optimizer = EngineOptimizer(engine, optimizer, total_updates) if engine.layout.is_member else None
-        self._has_learned = False
-        enabled = engine.role.offload != "none"
-        self._gradients = Offloaded(engine.gradient_buffers, "dropped", enabled=enabled)
-        self._optimizer_state = Offloaded(self._optimizer_tensors, "changing", enabled=enabled)
-        for part in (self._gradients, self._optimizer_state, engine.weights):
-            part.release()
-
-    @property
-    def optimizer(self) -> EngineOptimizer:
-        """On the role's ranks only."""
-        assert self._optimizer is not None
-        return self._optimizer
-
-    @property
-    def megatron_optimizer(self) -> ChainedOptimizer | None:
-        """Adam with its state, if only zeros; None on the other ranks."""
-        if self._optimizer is None:
-            return None
-        self._optimizer.fill_state()
-        return self._optimizer.megatron
-
-    def _optimizer_tensors(self) -> Iterable[Tensor]:
-        return () if self._optimizer is None else self._optimizer.tensors()
-
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Within it weights, gradients and optimizer state can be used."""
-        with self.state_on_device(), self._gradients.on_device():
-            yield
-
-    @contextmanager
-    def state_on_device(self) -> Iterator[None]:
-        """Within it weights and optimizer state can be used: what a learner takes along into another layout."""
-        with self.engine.weights.on_device(), self._optimizer_state.on_device():
-            yield
-
-    def retire(self) -> None:
-        """Give up the gradients' memory: nothing is learned any more, weights and optimizer state only wait to be moved."""
-        self._gradients.empty()
-
-    def update_each(self, batches: Sequence[TrainBatch], objective: ObjectiveFunction) -> list[UpdateResult | None]:
-        """``update`` on one batch after another."""
-        with self.on_device():
-            return [self.update(batch, objective) for batch in batches]
-
-    def update(self, batch: TrainBatch, objective: ObjectiveFunction) -> UpdateResult | None:
-        """One optimizer step on one batch; None on a rank outside the role, which does not wait for it (see ``share_results``)."""
-        if not self.engine.layout.is_member:
-            return None
-        num_tokens = int(batch.packed.loss_mask.sum())
-        if num_tokens == 0:  # every rank sees that: none computes anything
-            metrics: dict[str, float] = {}
-            norm, learning_rate, skipped = self.optimizer.pass_over()
-        else:
-            with self.on_device():
-                metrics = self.engine.forward_backward(batch, objective)
-                self._check_first_loss(metrics)
-                norm, learning_rate, skipped = self.optimizer.step()
-                self._has_learned |= not skipped
-        return UpdateResult(
-            metrics=metrics,
-            gradient_norm=norm,
-            learning_rate=learning_rate,
-            skipped=skipped,
-            empty=norm == 0,
-            num_tokens=num_tokens,
-            num_sequences=batch.packed.num_sequences,
-        )
-
-    def _check_first_loss(self, metrics: Mapping[str, float]) -> None:
-        """Refuse to begin with a loss that no update can be made of; later ones are skipped and counted by the optimizer.
-
-        Raises:
-            TrainingError: the loss is not finite, and no update has been made since the process started.
-        """
-        if not self._has_learned and not math.isfinite(metrics["loss"]):
-            raise TrainingError(
-                f"the loss of the first update is {metrics['loss']:g}; the model's numbers or its data are not finite or overflow: "
-                "look at the rows and at rope_theta and rms_norm_eps in config.json, or set model.dtype to float32"
-            )
-
-    def hugging_face_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights as whole Hugging Face tensors on rank 0; every rank must exhaust it."""
-        with self.engine.weights.on_device():
-            yield from hugging_face_tensors(self.engine.chunks, self.weight_map, self.engine.layout, self._dtype)
-
-    def _metadata(self) -> dict[str, Any]:
-        return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": self.engine.layout.groups.dp_cp}
-
-    def sharded_weights(self) -> dict[str, Any]:
-        """The model's part of ``sharded_state``, like that a view of what must be on the device until it is saved or loaded."""
-        return {
-            f"model{number}": chunk.sharded_state_dict(metadata=self._metadata()) for number, chunk in enumerate(self.engine.chunks)
-        }
-
-    def load_weights(self, state: dict[str, Any]) -> None:
-        """Take over the model's part of a filled state dict."""
-        for number, chunk in enumerate(self.engine.chunks):
-            chunk.load_state_dict(state[f"model{number}"])
-
-    def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
-        """Model, optimizer, scheduler and random state as megatron-core's sharded state dict; collective.
-
-        A rank outside the role has only what is equal on all ranks: rank 0 writes that, whatever its roles.
-
-        Args:
-            is_loading: it is a template to load into.
-        """
-        layout = self.engine.layout
-        state = self._member_state(is_loading=is_loading) if layout.is_member else None
-        common = layout.share(None if state is None else extract_sharded_base(state)[1])
-        return common if state is None else state
-
-    def _member_state(self, *, is_loading: bool) -> dict[str, Any]:
-        model = self.sharded_weights()
-        self.optimizer.fill_state()
-        optimizer = self.optimizer.megatron.sharded_state_dict(dict(model), is_loading=is_loading, metadata=self._metadata())
-        return model | self._position() | {"optimizer": optimizer, "random": torch.get_rng_state()}
-
-    def _position(self) -> dict[str, Any]:
-        counters = {"num_skipped": self.optimizer.num_skipped, "num_consecutive_skipped": self.optimizer.num_consecutive_skipped}
-        return {"scheduler": self.optimizer.scheduler.state_dict(), "counters": counters}
-
-    def _load_position(self, position: dict[str, Any]) -> None:
-        """Into a new schedule; its own settings stay."""
-        self.optimizer.scheduler.load_state_dict(position["scheduler"])
-        self.optimizer.num_skipped = position["counters"]["num_skipped"]
-        self.optimizer.num_consecutive_skipped = position["counters"]["num_consecutive_skipped"]
-
-    def go_on_from(self, other: "Learner") -> None:
-        """Be where another model is in its learning-rate schedule, of which no step was made here yet; collective."""
-        position = other.engine.layout.share(other._position() if other.engine.layout.is_member else None)
-        if self.engine.layout.is_member:
-            self._load_position(position)
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over a state dict that ``weights.checkpoint.load_policy`` filled."""
-        torch.set_rng_state(state["random"])
-        if not self.engine.layout.is_member:
-            return
-        self.load_weights(state)
-        self.optimizer.load_state(state["optimizer"])
-        self._load_position(state)
-
-
 class Policy(Learner):
     """The language model that learns. Every rank must build it.
 
@@ -364,12 +188,6 @@ def compute_outputs(policy: Learner, reference: Reference | None, critic: Critic
         reference=None if of_reference is None else of_reference[0],
         values=None if of_critic is None else of_critic[0],
     )
-
-
-def share_results(model: Learner, results: Sequence[UpdateResult | None]) -> list[UpdateResult]:
-    """What ``update`` gave on the model's ranks, on every rank of the world; collective."""
-    layout = model.engine.layout
-    return layout.share([result for result in results if result is not None] if layout.is_member else None)
 
 
 def is_main_rank() -> bool:

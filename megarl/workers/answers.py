@@ -17,19 +17,19 @@ class Failure(Exception):
 
 
 def new_token() -> str:
-    """What the answer to one request must repeat: nothing that was written before the request can be taken for its answer."""
+    """Make what the answer to one request must repeat: nothing written before the request can be taken for its answer."""
     return secrets.token_hex(8)
 
 
 def check_length(length: int) -> int:
-    """The length of a frame; BrokenAnswer when it is too much."""
+    """Return the length of a frame; BrokenAnswer when it is too much."""
     if length > MAX_BYTES:
         raise BrokenAnswer(f"its worker process answered with {length} bytes, above {MAX_BYTES}")
     return length
 
 
 def read_answer(payload: bytes, token: str) -> Any:
-    """The answer in a frame: numbers, texts, lists and mappings of what JSON has.
+    """Read the answer in a frame: numbers, texts, lists and mappings of what JSON has.
 
     Raises:
         Failure: it says why there is none.
@@ -48,6 +48,6 @@ def read_answer(payload: bytes, token: str) -> Any:
 
 
 def clean(text: str) -> str:
-    """A worker's words on one line of printable characters, shortened."""
+    """Put a worker's words on one line of printable characters, shortened."""
     line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return line if len(line) <= _MAX_REASON else line[: _MAX_REASON - 1] + "…"

@@ -20,7 +20,7 @@ _BOOTSTRAP = "import sys; sys.path[:] = {path!r}; from megarl.workers.batches im
 
 
 def in_processes(build: str, argument: Any, batches: Sequence[Any], report: Callable[[int], None]) -> list[Any]:
-    """The answer to each batch, in their order, of as many processes as this one may use cores, up to 16.
+    """Answer each batch, in their order, with as many processes as this one may use cores, up to 16.
 
     Args:
         build: ``module:function``, called with ``argument`` in each process; gives the function that answers a batch.

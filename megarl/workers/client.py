@@ -25,7 +25,7 @@ class Client:
     """Asks one worker, which is started when it is first needed and again after it was killed or this process was forked."""
 
     def __init__(self, build: str, argument: Any, sandbox: SandboxConfig) -> None:
-        """``build`` and ``argument`` as for ProcessPool."""
+        """Take ``build`` and ``argument`` as ProcessPool does."""
         self._build = build
         self._argument = argument
         self._sandbox = sandbox
@@ -34,7 +34,7 @@ class Client:
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
     def ask(self, request: Any, timeout: float) -> Any:
-        """The answer to a request, a JSON value.
+        """Return the answer to a request, a JSON value.
 
         Raises:
             Failure: the answering function raised, or could not be made.
@@ -47,7 +47,7 @@ class Client:
             return self._ask_once(request, timeout)
 
     def close(self) -> None:
-        """End the worker."""
+        """End the worker, if one runs."""
         if self._finalizer is not None:
             self._finalizer()
         self._worker = None
@@ -123,7 +123,7 @@ def _wait(file: int, deadline: float, *, is_writing: bool) -> None:
 
 
 def _end(worker: subprocess.Popen[bytes], owner: int) -> None:
-    """Not from a fork of the owner, whose worker it is not."""
+    """End a worker, but not from a fork of the owner, whose worker it is not."""
     if os.getpid() == owner:
         if worker.poll() is None:
             kill_tree(worker.pid)

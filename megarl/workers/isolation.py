@@ -14,7 +14,7 @@ _MAX_BYTES = 2**20  # of its answer
 
 
 def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns, a JSON value, from a fork of this process that can start no other.
+    """Call the function in a fork of this process that can start no other, and return its answer, a JSON value.
 
     Whatever the call changes is gone after it, so that one response cannot change the score of the next. The worker's own files are
     closed in the fork.

@@ -51,7 +51,7 @@ def limit_this_process(memory: int, processes: int, *, is_apart: bool) -> None:
 
 
 def refuse_new_processes() -> None:
-    """From here on the kernel refuses this process to start another one, a program, or to trace one; threads are left."""
+    """Have the kernel refuse this process to start another one, a program, or to trace one; threads are left."""
     calls = _CALLS.get(platform.machine())
     if sys.platform != "linux" or calls is None:
         return
@@ -69,7 +69,7 @@ def hide_from_other_processes() -> None:
 
 
 def _process_filter(architecture: int, clone: int, clone3: int, refused: tuple[int, ...]) -> bytes:
-    """The filter program: eight bytes an instruction, jumps counted from the next one."""
+    """Write the filter program: eight bytes an instruction, jumps counted from the next one."""
     refuse = (_RETURN, 0, 0, _ERRNO | _EPERM)
     program = [
         (_LOAD, 0, 0, 4),  # the architecture
@@ -94,7 +94,7 @@ def _process_filter(architecture: int, clone: int, clone3: int, refused: tuple[i
 
 
 def _counts_by_namespace() -> bool:
-    """Whether the kernel counts a user's processes in each user namespace apart (Linux 5.14)."""
+    """Return whether the kernel counts a user's processes in each user namespace apart (Linux 5.14)."""
     major, minor = (int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
     return (major, minor) >= (5, 14)
 

@@ -6,18 +6,20 @@ main module, with torch, in every worker. These are plain subprocesses on the ev
 
 import asyncio
 import logging
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from megarl.config.schema import SandboxConfig
 from megarl.errors import MegaRLError, one_line
 from megarl.workers.answers import BrokenAnswer, Failure, clean
 from megarl.workers.process import WorkerProcess
+from megarl.workers.process_tree import descendants, kill_tree, memory_of, resident_bytes
 from megarl.workers.sandbox import find_sandbox, memory_bytes
-from megarl.workers.watch import Watch
 
 _START_TIMEOUT = 120.0  # seconds; importing the libraries from a busy shared file system can take most of it
 ATTEMPTS = 3  # a worker that is killed is replaced and asked again, but what kills it each time must not do so for ever
+_WATCH_INTERVAL = 0.1  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class ProcessPool:
         section: str,
         modules: Iterable[str] = (),
     ) -> None:
-        """What the workers do.
+        """Say what the workers do.
 
         Args:
             build: ``module:function``, called in each worker with ``argument``; gives the function that answers requests with what
@@ -73,7 +75,7 @@ class ProcessPool:
         self._num_replaced = 0
 
     async def ask(self, request: Any, timeout: float, late: str) -> Any:
-        """The answer to a request, a JSON value; ``timeout`` seconds count from when a worker takes it.
+        """Return the answer to a request, a JSON value; ``timeout`` seconds count from when a worker takes it.
 
         A worker that ends before it has answered is replaced and the new one asked, ``ATTEMPTS`` times in all.
 
@@ -103,7 +105,7 @@ class ProcessPool:
             self._idle.append(await self._start())
 
     def take_num_replaced(self) -> int:
-        """How many workers ended before they had answered, and were replaced, since this was asked last."""
+        """Return how many workers ended before they had answered, and were replaced, since this was asked last."""
         taken, self._num_replaced = self._num_replaced, 0
         return taken
 
@@ -166,8 +168,72 @@ class ProcessPool:
         return worker
 
     async def _kill(self, worker: WorkerProcess) -> str:
-        """Its end; why the watch ended it, empty if that did not."""
+        """End a worker; return why the watch ended it, empty if that did not."""
         self._alive.discard(worker)
         reason = self._watch.remove(worker.pid)
         await worker.kill()
         return reason
+
+
+class Watch:
+    """A thread that ends workers whose processes are too many or hold too much memory, until it is closed.
+
+    The kernel bounds each process, but not all of a worker's together.
+
+    Args:
+        wrappers: how many of the processes below a root are the sandbox's own.
+        memory: bytes that all processes of a worker may hold.
+        processes: how many a worker may start at a time.
+        section: of the configuration, for messages.
+    """
+
+    def __init__(self, *, wrappers: int, memory: int, processes: int, section: str) -> None:
+        self._wrappers = wrappers
+        self._memory = memory
+        self._processes = processes
+        self._section = section
+        self._lock = threading.Lock()
+        self._reasons: dict[int, str] = {}  # by root: why it was ended, empty while it is well
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, root: int) -> None:
+        """Watch the processes below ``root``."""
+        with self._lock:
+            self._reasons[root] = ""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look, daemon=True, name="workers")
+            self._thread.start()
+
+    def remove(self, root: int) -> str:
+        """Watch it no more, before it is reaped and its number is another's; why it was ended, empty if it was not from here."""
+        with self._lock:
+            return self._reasons.pop(root, "")
+
+    def close(self) -> None:
+        """End the watching thread."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._closing.clear()
+
+    def _look(self) -> None:
+        while not self._closing.wait(_WATCH_INTERVAL):
+            for root in list(self._reasons):
+                self._check(root, self._fault)
+
+    def _check(self, root: int, fault: Callable[[int], str]) -> None:
+        with self._lock:  # held while it is killed, so that it cannot be reaped meanwhile
+            if self._reasons.get(root) == "" and (reason := fault(root)):
+                self._reasons[root] = reason
+                kill_tree(root)
+
+    def _fault(self, root: int) -> str:
+        below = descendants(root)
+        if len(below) - self._wrappers > self._processes:
+            return f"its worker had more than {self._section}.processes = {self._processes} processes"
+        everything = [root, *below]
+        if resident_bytes(everything) > self._memory and memory_of(everything) > self._memory:
+            return f"its worker used more than {self._section}.memory_gib = {self._memory / 2**30:g} GiB"
+        return ""

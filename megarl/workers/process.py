@@ -22,7 +22,7 @@ _MAX_PRINTED = 65536  # bytes of what one worker prints that are shown; response
 
 
 def interpreter_arguments(build: str, sandbox: SandboxConfig) -> list[str]:
-    """What Python is started with to be a worker that answers with what ``build``, ``module:function``, gives."""
+    """Return the arguments that make Python a worker, which answers with what ``build``, ``module:function``, gives."""
     module, function = build.split(":")
     program = _BOOTSTRAP.format(
         path=[os.path.abspath(entry) for entry in sys.path],
@@ -51,7 +51,7 @@ class WorkerProcess:
 
     @classmethod
     async def start(cls, build: str, sandbox: SandboxConfig, modules: Iterable[str]) -> "WorkerProcess":
-        """Start one."""
+        """Start one worker process."""
         command = find_sandbox().command(interpreter_arguments(build, sandbox), sandbox, modules)
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
@@ -113,7 +113,7 @@ class WorkerProcess:
 
 
 def told_end(code: int) -> str:
-    """What became of a process that ended with this code."""
+    """Tell what became of a process that ended with this code."""
     number = -code if code < 0 else code - 128  # bubblewrap ends with 128 and the signal that ended the worker
     if 0 < number < signal.NSIG:
         with contextlib.suppress(ValueError):

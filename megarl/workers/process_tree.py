@@ -11,7 +11,7 @@ _END_TIMEOUT = 5.0  # seconds; killed processes end in milliseconds, unless they
 
 
 def descendants(root: int) -> list[int]:
-    """The processes below ``root`` that have not ended."""
+    """Return the processes below ``root`` that have not ended."""
     found: list[int] = []
     waiting = [root]
     while waiting:
@@ -22,12 +22,12 @@ def descendants(root: int) -> list[int]:
 
 
 def memory_of(processes: list[int]) -> int:
-    """Bytes that they hold; what several share counts once where the kernel says how much that is."""
+    """Return the bytes that they hold; what several share counts once where the kernel says how much that is."""
     return sum(map(_proportional_bytes, processes))
 
 
 def resident_bytes(processes: list[int]) -> int:
-    """The same with shared memory counted for each: never less, and quick to ask for."""
+    """Return the same with shared memory counted for each: never less, and quick to ask for."""
     return sum(map(_resident_bytes, processes))
 
 

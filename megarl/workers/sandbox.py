@@ -1,5 +1,9 @@
-"""Where workers run: in a bubblewrap sandbox where the system has one that works, else as bare processes (docs/sandbox.md)."""
+"""Where workers run: in a bubblewrap sandbox where the system has one that works, else as bare processes (docs/sandbox.md).
 
+A sandbox shows the system's libraries, Python, and what can be imported. It shows no home, runs or keys.
+"""
+
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,12 +15,14 @@ from pathlib import Path
 
 from megarl.config.schema import SandboxConfig
 from megarl.workers.answers import clean
-from megarl.workers.visible import visible_paths
 
 _PROBE_TIMEOUT = 60.0  # seconds
 _MAX_REASON = 60  # characters
 _NETWORK_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ssl", "/etc/pki", "/run/systemd/resolve")
 _NOBODY = "65534"
+_SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/nix/store", "/gnu/store")
+_SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime", "/etc/fonts")
+_INSTALLED = ("site-packages", "dist-packages")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +45,7 @@ class Sandbox:
         return 0 if self.program is None else 2  # the init of the namespace and, below it, the worker itself
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Describe the sandbox in one line for the log."""
         if self.program is not None:
             return f"scorers, environments and chat templates run in sandboxes of {self.program}"
         return (
@@ -48,7 +54,7 @@ class Sandbox:
         )
 
     def command(self, arguments: Sequence[str], config: SandboxConfig, modules: Iterable[str]) -> list[str]:
-        """The command line of a worker.
+        """Return the command line of a worker.
 
         Args:
             arguments: of the Python interpreter.
@@ -83,12 +89,12 @@ class Sandbox:
 
 
 def memory_bytes(config: SandboxConfig) -> int:
-    """Most memory of a worker."""
+    """Return the most memory of a worker."""
     return int(config.memory_gib * 2**30)
 
 
 def worker_environment(config: SandboxConfig) -> dict[str, str]:
-    """The environment variables of a worker: what a program needs to start, and those that the configuration names."""
+    """Return the environment variables of a worker: what a program needs to start, and those that the configuration names."""
     names = ["LD_LIBRARY_PATH", *config.environment]  # without it, an interpreter of a module system finds no libpython
     passed = {name: os.environ[name] for name in names if name in os.environ}
     # one thread each: workers are many and share their cores with the ranks
@@ -97,7 +103,7 @@ def worker_environment(config: SandboxConfig) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def find_sandbox() -> Sandbox:
-    """The best that this machine has, tried out once."""
+    """Find the best sandbox that this machine has, tried out once."""
     program = shutil.which("bwrap")
     if program is None:
         return Sandbox(program=None, has_proc=False, reason="there is no bubblewrap (bwrap) on PATH")
@@ -111,7 +117,7 @@ def find_sandbox() -> Sandbox:
 
 
 def _fault(sandbox: Sandbox) -> str:
-    """Why a worker cannot run in it; empty if it can."""
+    """Return why a worker cannot run in it; empty if it can."""
     config = SandboxConfig()
     command = sandbox.command(["-c", "import megarl.workers.worker"], config, [])
     try:
@@ -136,3 +142,73 @@ def _fault(sandbox: Sandbox) -> str:
 def _shortened(text: str) -> str:
     line = clean(text)
     return line if len(line) <= _MAX_REASON else line[: _MAX_REASON - 1] + "…"
+
+
+@dataclass(frozen=True, slots=True)
+class VisiblePaths:
+    """What a sandbox shows.
+
+    Attributes:
+        links: ``(link, target)`` of the system's own symbolic links, such as /lib to usr/lib.
+        folders_and_files: absolute, each without those below it.
+    """
+
+    links: tuple[tuple[str, str], ...]
+    folders_and_files: tuple[str, ...]
+
+    def shows(self, path: str) -> bool:
+        """Return whether the path is among them or below one of them."""
+        return any(Path(path).is_relative_to(shown) for shown in self.folders_and_files)
+
+
+def visible_paths(modules: Iterable[str], readable: Iterable[Path]) -> VisiblePaths:
+    """Return what a worker needs that imports ``modules`` and what is on ``sys.path``, and what the user lets it read."""
+    links = tuple((path, os.readlink(path)) for path in _SYSTEM if os.path.islink(path))
+    wanted = [*(path for path in _SYSTEM if not os.path.islink(path)), *_SYSTEM_FILES]
+    wanted += [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.executable, os.path.realpath(sys.executable)]
+    wanted += [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
+    for entry in sys.path:
+        wanted += _importable(Path(entry or os.curdir).absolute())
+    for module in ("megarl", *modules):  # an editable install has its packages beside sys.path
+        wanted += _locations(module)
+    wanted += map(str, readable)
+    # a path below a link is shown at the place that it stands for, too
+    absolute = {os.path.abspath(path) for path in wanted} | {os.path.realpath(path) for path in wanted}
+    below_links = {path for path in absolute if any(Path(path).is_relative_to(link) for link, _ in links)}
+    shown = _outermost(path for path in absolute - below_links if os.path.exists(path))
+    return VisiblePaths(links=links, folders_and_files=tuple(shown))
+
+
+def _importable(entry: Path) -> list[str]:
+    """Return what can be imported from an entry of ``sys.path``; all of it only where packages are installed.
+
+    A user's folder holds more than code: data, runs, keys.
+    """
+    if any(part in _INSTALLED for part in entry.parts) or not entry.is_dir():
+        return [str(entry)]
+    try:
+        children = list(entry.iterdir())
+    except OSError:
+        return []
+    return [str(child) for child in children if child.suffix in (".py", ".so") or (child / "__init__.py").is_file()]
+
+
+def _locations(module: str) -> list[str]:
+    """Return where the top-level package or module of that name is; it may have no ``__init__.py``."""
+    try:
+        spec = importlib.util.find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):
+        return []  # importing it tells why
+    if spec is None:
+        return []
+    if spec.submodule_search_locations:
+        return list(spec.submodule_search_locations)
+    return [spec.origin] if spec.origin else []
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    shown: list[str] = []
+    for path in sorted(paths, key=lambda path: Path(path).parts):
+        if not any(Path(path).is_relative_to(folder) for folder in shown):
+            shown.append(path)
+    return shown

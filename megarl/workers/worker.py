@@ -25,7 +25,7 @@ Answer = Callable[[Any], Any]
 
 
 def pack_request(token: str, value: object) -> bytes:
-    """The bytes of a request; the answer to it repeats ``token``."""
+    """Return the bytes of a request; the answer to it repeats ``token``."""
     return _frame(pickle.dumps((token, value)))
 
 

@@ -12,12 +12,10 @@ import references
 from megarl.algorithms.advantages import ADVANTAGES
 from megarl.algorithms.aggregation import AGGREGATIONS, token_weights
 from megarl.algorithms.algorithm import Algorithm
-from megarl.algorithms.entropy_control import masks_negative
 from megarl.algorithms.kl import ESTIMATORS, adapted_coefficient, kl_estimate
 from megarl.algorithms.off_policy import CORRECTIONS, sampler_weights
-from megarl.algorithms.ratios import RATIOS
-from megarl.algorithms.shaping import length_rewards, soft_overlong_penalties
-from megarl.algorithms.surrogates import SURROGATES
+from megarl.algorithms.shaping import length_rewards, masks_negative, soft_overlong_penalties
+from megarl.algorithms.surrogates import RATIOS, SURROGATES
 from megarl.algorithms.values import clipped_value_loss, explained_variance
 from megarl.config.schema import AlgorithmConfig
 from megarl.errors import ConfigError, TrainingError

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from megarl.algorithms.algorithm import Algorithm
-from megarl.algorithms.off_policy import sampler_weights
-from megarl.algorithms.staleness import staleness_metrics
+from megarl.algorithms.off_policy import sampler_weights, staleness_metrics
 from megarl.config.schema import AlgorithmConfig
 from megarl.types import PackedBatch, TokenOutputs
 from ragged import ragged

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megarl.cli.prompts import first_prompts
 from megarl.config.load import load_config
 from megarl.errors import CheckpointError, ConfigError, DataError, RankError
-from megarl.loop import relayout
+from megarl.loop import models
 from megarl.loop.launch import launch_evaluation, launch_training
 from runs import logged, megarl_here, write_config
 
@@ -129,14 +129,14 @@ def test_killed_while_models_change_layout_equals_uninterrupted(
     kept_until(staged, tmp_path / "run", ENDS[1] - 1)
     config = load_config(staged.parent / "config.yaml", [f"run_dir={tmp_path / 'run'}"])
 
-    class Killed(relayout.OptimizerTransfer):
+    class Killed(models.OptimizerTransfer):
         def move(self) -> None:
             if dist.get_rank() == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             super().move()
 
     with monkeypatch.context() as patch, pytest.raises(RankError, match=r"rank 2 of \d .* was killed by SIGKILL"):
-        patch.setattr(relayout, "OptimizerTransfer", Killed)
+        patch.setattr(models, "OptimizerTransfer", Killed)
         launch_training(config, num_ranks=RANKS, resume=True)
     assert logged(tmp_path / "run")[-1][0] == ENDS[1]
     launch_training(config, num_ranks=RANKS, resume=True)

@@ -8,8 +8,8 @@ from typing import Any
 import psutil
 import pytest
 
-from megarl.data import chat_rendering
-from megarl.data.chat_rendering import ChatRenderer, TemplateRefusal
+from megarl.data import chat_template
+from megarl.data.chat_template import ChatRenderer, TemplateRefusal
 from megarl.errors import DataError
 
 pytestmark = pytest.mark.timeout(60)
@@ -75,7 +75,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_refused_in_one_line(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_rendering, "_TIMEOUT", 2.0)
+    monkeypatch.setattr(chat_template, "_RENDER_TIMEOUT", 2.0)
     template = renderer(tokenizer)
     with pytest.raises(DataError) as error:
         template.render(ENDLESS[name], CHAT, TODAY)

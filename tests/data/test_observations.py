@@ -7,7 +7,7 @@ from tokenizers import pre_tokenizers
 from transformers import Qwen2Tokenizer
 
 from megarl.builtin.environments import CalculatorEnvironment
-from megarl.data.observations import ObservationTemplate
+from megarl.data.template import ObservationTemplate
 from megarl.errors import DataError
 
 CHATML = (

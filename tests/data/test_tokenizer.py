@@ -7,8 +7,7 @@ from tokenizers import Tokenizer
 
 from megarl.config.schema import Config
 from megarl.config.tokenizer_files import check_vocabulary
-from megarl.data.response_text import find_end_tokens, response_decoder
-from megarl.data.tokenizer import load_tokenizer
+from megarl.data.tokenizer import find_end_tokens, load_tokenizer, response_decoder
 from megarl.errors import DataError, MegaRLError
 from megarl.weights.export import copy_side_files
 from tokenizer_shapes import SHAPES, write_tokenizer

@@ -8,9 +8,8 @@ import pytest
 
 from megarl.config.schema import ModelConfig, ParallelConfig
 from megarl.reshard.plan.balance import Machines
-from megarl.reshard.plan.build import plan_transfer
 from megarl.reshard.plan.engine_layouts import EngineLayout
-from megarl.reshard.plan.plan import Plan
+from megarl.reshard.plan.plan import Plan, plan_transfer
 from megarl.reshard.plan.report import LinkSpeeds, PlanReport, report
 
 MODEL = Path(__file__).parent.parent.parent / "benchmarks" / "deepseek_v3"

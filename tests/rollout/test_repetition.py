@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megarl.config.schema import RepetitionStopConfig
-from megarl.engines.repetition import RepetitionStop
+from megarl.engines.token_sampler import RepetitionStop
 from tiny_rollout import repeats_first_at
 
 

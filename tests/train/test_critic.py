@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +13,14 @@ from megarl.algorithms.algorithm import Algorithm
 from megarl.cli.parity import CRITIC, ParityRun, parse_layout, synthetic_batch, with_layout
 from megarl.config.schema import Config
 from megarl.errors import WeightsError
-from megarl.loop.learning import build_models, learn
-from megarl.observe.timers import PhaseTimer
+from megarl.loop.models import build_models
+from megarl.loop.rl import train
 from megarl.parallel.launch import run_local_ranks
-from megarl.train.roles import Critic, Policy, RewardModel, compute_outputs, is_main_rank, share_results
+from megarl.train.learner import share_results
+from megarl.train.roles import Critic, Policy, RewardModel, compute_outputs, is_main_rank
 from megarl.types import PackedBatch, TokenOutputs
 from megarl.weights.export import write_hugging_face_folder
+from own_batches import OWN_LOGPROBS, parts_of
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
 PPO = {"preset": "ppo", "gae": {"discount": 0.95, "trace_decay": 0.9, "value_trace_decay": 0.7}}
@@ -241,20 +242,23 @@ def test_a_folder_that_is_no_critic_is_refused(tmp_path: Path, change: dict[str,
 def adapt_beta(config: Config, output: Path) -> None:
     """Four steps, in the first two of which the critic alone learns."""
     models = build_models(config)
-    packed = synthetic_batch(PROMPTS, config)
+    parts = parts_of(config, synthetic_batch(PROMPTS, config))
+    train(parts, models, config.observe)
     coefficients: list[float] = []
-    for step in range(4):
-        run = SimpleNamespace(timer=PhaseTimer(), step=step, weight_version=step)
-        learned = learn(run, models, SimpleNamespace(packed=packed, outlived_updates=False))  # type: ignore[arg-type]
-        assert bool(learned.results) == (step >= 2) and learned.critic_results
-        coefficients.append(models.algorithm.kl_coefficient)
-    torch.save(coefficients, output)
+    for step, metrics in parts.reporter.steps:
+        assert ("loss" in metrics) == (step > 2) and "critic_loss" in metrics
+        coefficients.append(metrics["kl_coefficient"])
+    torch.save([*coefficients[1:], models.algorithm.kl_coefficient], output)
 
 
 def test_beta_waits_while_the_critic_alone_learns(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, "llama")
     config = tiny_config(
-        tmp_path, steps=4, algorithm={"preset": "ppo", "kl": {"coefficient": 0.2, "target": 6.0}}, critic={"warmup_steps": 2}
+        tmp_path,
+        steps=4,
+        algorithm={"preset": "ppo", "kl": {"coefficient": 0.2, "target": 6.0}},
+        critic={"warmup_steps": 2},
+        observe=OWN_LOGPROBS,
     )
     run_local_ranks(adapt_beta, (config, tmp_path / "out.pt"), 1, 60)
     coefficients = torch.load(tmp_path / "out.pt")

@@ -1,5 +1,6 @@
 """Models that wait in host memory compute what they compute without, and their memory on the device is really given back."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.algorithms.objectives import ObjectiveFunction
 from megarl.cli.parity import synthetic_batch
 from megarl.config.schema import Config
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
-from megarl.train.roles import Critic, Learner, Policy, Reference, compute_outputs, is_main_rank, share_results
-from megarl.types import PackedBatch
+from megarl.train.learner import Learner, share_results
+from megarl.train.roles import Critic, Policy, Reference, compute_outputs, is_main_rank
+from megarl.types import PackedBatch, TrainBatch, UpdateResult
 from megarl.weights.checkpoint import CheckpointWriter, load_policy, whole_checkpoints
 from megarl.weights.manifest import RunState
 from tiny import PROMPTS, tiny_config, write_tiny_model
@@ -51,6 +54,12 @@ def assert_idle(config: Config, policy: Policy, reference: Reference, critic: Cr
     assert set(device_bytes(weights(reference.engine))) <= {0}
 
 
+def update_on_device(model: Learner, batches: Sequence[TrainBatch], objective: ObjectiveFunction) -> list[UpdateResult | None]:
+    """As the loop does it: what the model needs stays on the device from the first update to the last."""
+    with model.on_device():
+        return [model.update(batch, objective) for batch in batches]
+
+
 def train(config: Config, packed: PackedBatch, folder: Path, output: Path) -> None:
     """STEPS steps, in float32 with a checkpoint after the first; only the steps behind the checkpoint where there is one."""
     policy, reference, critic = Policy(config, total_updates=STEPS), Reference(config), Critic(config, total_updates=STEPS)
@@ -68,8 +77,8 @@ def train(config: Config, packed: PackedBatch, folder: Path, output: Path) -> No
         assert_idle(config, policy, reference, critic)
         scores = compute_outputs(policy, reference, critic, packed)
         prepared = algorithm.prepare(packed, scores, step)
-        results = share_results(policy, policy.update_each(prepared.batches, algorithm.objective))
-        critic_results = share_results(critic, critic.update_each(prepared.batches, algorithm.value_objective))
+        results = share_results(policy, update_on_device(policy, prepared.batches, algorithm.objective))
+        critic_results = share_results(critic, update_on_device(critic, prepared.batches, algorithm.value_objective))
         history.append((step, scores.old, scores.reference, scores.values, results, critic_results))
         if step == first == 0 and config.policy.offload == "all" and config.model.dtype == "float32":
             writer = CheckpointWriter(folder, policy.weight_map, keep=2, asynchronous=False)

@@ -12,9 +12,10 @@ from torch import Tensor
 from megarl.algorithms.algorithm import Algorithm
 from megarl.cli.parity import synthetic_batch
 from megarl.config.schema import Config
-from megarl.loop.relayout import move_learner
+from megarl.loop.models import move_learner
 from megarl.parallel.launch import run_local_ranks
-from megarl.train.roles import Critic, Learner, Policy, compute_outputs, share_results
+from megarl.train.learner import Learner, share_results
+from megarl.train.roles import Critic, Policy, compute_outputs
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
 RANKS = 4
@@ -56,7 +57,7 @@ def move_and_compare(first: Config, second: Config, output: Path) -> None:
         batches = algorithm.prepare(packed, scores, step=0).batches
         metrics = []
         for learner, objective in zip(learners, objectives, strict=True):
-            (result,) = share_results(learner, learner.update_each(batches, objective))
+            (result,) = share_results(learner, [learner.update(batch, objective) for batch in batches])
             metrics.append(dict(result.metrics) | {"norm": result.gradient_norm, "rate": result.learning_rate})
         return metrics
 

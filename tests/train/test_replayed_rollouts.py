@@ -14,7 +14,9 @@ from megarl.algorithms.objectives import supervised_objective
 from megarl.config.schema import Config
 from megarl.data.packing import no_routing
 from megarl.data.template import load_tokenizer
-from megarl.loop.rollout_manager import RolloutManager, read_prompts
+from megarl.loop.prompts import read_prompts
+from megarl.loop.rollout_manager import RolloutManager
+from megarl.observe.timers import PhaseTimer
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.types import NO_EXPERT
@@ -59,7 +61,7 @@ def sample_and_score(config: Config, output: Path) -> None:
     rollout = RolloutManager(config, tokenizer, policy, print, prompts, with_greedy=False)
     try:
         rollout.push_weights(0)
-        packed = rollout.collect(0).packed
+        packed = rollout.collect(0, PhaseTimer()).packed
     finally:
         rollout.close()
     own = replace(packed, routed_experts=no_routing(packed.token_ids.numel()))

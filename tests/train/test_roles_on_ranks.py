@@ -67,8 +67,8 @@ def work_one_after_the_other(config: Config, packed: PackedBatch) -> None:
     scores = compute_outputs(policy, None, critic, packed)
     batches = algorithm.prepare(packed, replace(scores, reference=scores.old), 0).batches
     works = {
-        "policy": (policy, lambda: policy.update_each(batches, algorithm.objective)),
-        "critic": (critic, lambda: critic.update_each(batches, algorithm.value_objective)),
+        "policy": (policy, lambda: [policy.update(batch, algorithm.objective) for batch in batches]),
+        "critic": (critic, lambda: [critic.update(batch, algorithm.value_objective) for batch in batches]),
     }
     for first in works:
         for name in sorted(works, key=lambda name: name != first):

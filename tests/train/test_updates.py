@@ -175,7 +175,7 @@ def watch_a_step(config: Config, output: Path) -> None:
     scores = TokenOutputs(old=old, entropies=entropies, reference=None, values=None)
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     batches = algorithm.prepare(packed, scores, 0).batches
-    results = policy.update_each(batches, algorithm.objective)
+    results = [policy.update(batch, algorithm.objective) for batch in batches]
     if is_main_rank():
         tokens = [int(batch.packed.loss_mask.sum()) for batch in batches]
         torch.save((step_metrics([one for one in results if one]), tokens, packed.loss_mask, logprobs, old, entropies), output)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megarl.weights.files import write_through
-from megarl.weights.files.write_through import WriteThroughFile
+from megarl.weights.files import partial_folder
+from megarl.weights.files.partial_folder import WriteThroughFile
 
 
 @pytest.fixture(autouse=True)
 def small_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write_through, "FLUSH_BYTES", 2**16)
+    monkeypatch.setattr(partial_folder, "FLUSH_BYTES", 2**16)
 
 
 def test_every_byte_arrives_in_order(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def keep_stores_to_their_address() -> None:
 
 
 def _store(original: Callable[..., Any], *, host_name: str, port: int, is_master: bool, **others: Any) -> Any:
-    """torch's store, as torch.distributed.rendezvous makes one."""
+    """Open torch's store, as torch.distributed.rendezvous makes one."""
     if is_master:
         family, _, _, _, place = socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(place[:2], family=family, backlog=1024)

@@ -25,7 +25,7 @@ LATENT_PARTNERS = {"q_a_proj": "kv_a_proj_with_mqa", "kv_a_proj_with_mqa": "q_a_
 
 
 def register() -> None:
-    """Called by SGLang at the start of every process."""
+    """Register what SGLang calls at the start of every process."""
     keep_stores_to_their_address()
     if KEY_VARIABLE in os.environ and parent_process() is None:  # the one that answers requests
         HookRegistry.register("sglang.srt.server_args.prepare_server_args", _with_key, HookType.AROUND)
@@ -47,14 +47,14 @@ class _Secret(str):
 
 
 def _with_key(original: Callable[..., Any], *arguments: Any) -> Any:
-    """SGLang's arguments with the run's key, which its own requests at start carry."""
+    """Return SGLang's arguments with the run's key, which its own requests at start carry."""
     server_args = original(*arguments)
     server_args.api_key = _Secret(os.environ[KEY_VARIABLE])
     return server_args
 
 
 def _guarded(original: Callable[..., None], *arguments: Any, **named: Any) -> None:
-    """Serve, to those who have the run's key."""
+    """Serve only those who have the run's key."""
     from sglang.srt.entrypoints.http_server import app
 
     app.add_middleware(RequireKey)
@@ -66,7 +66,7 @@ def _no_stop_tokens(model_config: Any) -> set[int]:
 
 
 def _with_rope(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
-    """What /server_info says of a worker, with the RoPE of its model and which log-probabilities it reports."""
+    """Return what /server_info says of a worker, with the RoPE of its model and which log-probabilities it reports."""
     from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB
 
     output = original(scheduler, request)
@@ -103,7 +103,7 @@ def _device(updater: Any) -> torch.device:
 
 
 def _receive(original: Callable[..., Any], updater: Any, *, group_name: str, **described: Any) -> list[tuple[str, Tensor]]:
-    """One message of the trainer, on the worker's device, or all of the worker's slices, written where they belong.
+    """Receive one message of the trainer, on the worker's device, or all of the worker's slices, written where they belong.
 
     SGLang reports what is raised as the failure of the update.
     """
@@ -124,7 +124,7 @@ def _receive(original: Callable[..., Any], updater: Any, *, group_name: str, **d
 
 
 def _with_partners(receiver: WeightReceiver, model: nn.Module, tensors: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """The tensors, less those held back until a later message brings their partner.
+    """Return the tensors, less those held back until a later message brings their partner.
 
     SGLang loads the two projections that it fuses only where one call of ``load_weights`` brings both, and drops one that comes
     alone (models/deepseek_common/deepseek_weight_loader.py, ``cached_a_proj``).
@@ -157,7 +157,7 @@ class _LiveParameters:
         return self._tensors[name].data
 
     def finish(self, name: str) -> None:
-        """Nothing to do: ``end_weight_update`` processes what has changed."""
+        """Do nothing: ``end_weight_update`` processes what has changed."""
 
 
 def _check_order_of_experts(name: str, layer: nn.Module) -> None:

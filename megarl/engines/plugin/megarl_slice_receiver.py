@@ -22,10 +22,10 @@ class Parameters(Protocol):
     """The engine's parameters, as slices are written into them."""
 
     def open(self, name: str) -> Tensor:
-        """The contiguous tensor to write a parameter into; called once in an update, before its first slice."""
+        """Return the contiguous tensor to write a parameter into; called once in an update, before its first slice."""
 
     def finish(self, name: str) -> None:
-        """All of the parameter is written."""
+        """Take note that all of the parameter is written."""
 
 
 class SliceReceiver:
@@ -78,7 +78,7 @@ class SliceReceiver:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """More threads do not copy and sum faster, and those of all workers waiting for one another took three times as long."""
+    """Use one thread: more do not copy and sum faster, and those of all workers took three times as long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

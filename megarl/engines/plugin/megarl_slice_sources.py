@@ -1,7 +1,7 @@
 """Where a worker gets its packed messages from: messages of a group, or memory that it shares with a trainer rank.
 
 Runs in the workers of an engine, in the engine's own environment: imports only the standard library and torch. The other ends are
-megarl/reshard/engine_transports.py, shared_buffer.py and transport_choice.py.
+megarl/reshard/engine_transports.py and transport_choice.py.
 """
 
 import json
@@ -27,20 +27,20 @@ class SliceSource(Protocol):
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Around an update."""
+        """Open the source around an update."""
 
     def arriving(self, number: int, bucket: list[PackedMessage]) -> Iterator[tuple[PackedMessage, Tensor]]:
-        """The packed messages of a bucket and their bytes, which are valid until the next one is asked for."""
+        """Yield the packed messages of a bucket and their bytes, which are valid until the next one is asked for."""
 
 
 def own_location(device: torch.device) -> dict[str, str | None]:
-    """Where this process is: the machine since it was started with the process namespace in it, and the UUID of the GPU."""
+    """Return where this process is: the machine since it was started with the process namespace in it, and the UUID of the GPU."""
     host = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     return {"host": host, "gpu": str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None}
 
 
 def described(packed: PackedMessage, number: int) -> str:
-    """A packed message of bucket ``number``, for messages."""
+    """Describe a packed message of bucket ``number``, for messages to people."""
     return f"bucket {number} ({packed['tensor']} …) from trainer rank {packed['sender']}"
 
 
@@ -56,11 +56,11 @@ class GroupSource:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Nothing to do: the buffer stays."""
+        """Do nothing: the buffer stays."""
         yield
 
     def arriving(self, number: int, bucket: list[PackedMessage]) -> Iterator[tuple[PackedMessage, Tensor]]:
-        """All are asked for at once."""
+        """Ask for all of a bucket's messages at once."""
         views = [(packed, self._buffer[packed["start"] : packed["start"] + packed["bytes"]]) for packed in bucket]
         works = []
         if self._in_one_batch and bucket:  # NCCL's must be started together, or they wait for each other
@@ -95,7 +95,7 @@ class SharedSource:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """All holders' buffers are open."""
+        """Open the buffers of all holders."""
         try:
             for holder, (packed, number) in sorted(self._first_uses.items()):
                 handle = torch.empty(HANDLE_BYTES, dtype=torch.uint8)
@@ -107,7 +107,7 @@ class SharedSource:
             self._buffers.clear()
 
     def arriving(self, number: int, bucket: list[PackedMessage]) -> Iterator[tuple[PackedMessage, Tensor]]:
-        """Those of one holder after those of another."""
+        """Yield the messages of one holder after those of another."""
         for holder, group in groupby(bucket, key=lambda packed: packed["holder"]):
             packed_messages, word = list(group), torch.zeros(1, dtype=torch.int64)
             with _naming(packed_messages[0], number, self._timeout):
@@ -121,7 +121,7 @@ class SharedSource:
 
 
 def open_handle(handle: dict[str, Any], device: torch.device) -> Tensor:
-    """[bytes], uint8: the memory of a trainer's ``SharedBuffer``, until the last tensor on it is gone."""
+    """Open the memory of a trainer's ``SharedBuffer``, [bytes], uint8, until the last tensor on it is gone."""
     if "path" in handle:
         with open(handle["path"], "r+b") as file:
             return torch.frombuffer(mmap.mmap(file.fileno(), handle["bytes"]), dtype=torch.uint8)

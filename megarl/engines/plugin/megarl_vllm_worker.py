@@ -30,7 +30,7 @@ class MegaRLWorkerExtension:
     _megarl_slices: SliceReceiver
 
     def megarl_place(self) -> str:
-        """This worker's rank among the server's workers, how the server divides the model, the model's RoPE, and which
+        """Return this worker's rank among the server's workers, how the server divides the model, the model's RoPE, and which
         log-probabilities it reports, as JSON."""
         parallel = self.vllm_config.parallel_config
         sizes = {name: getattr(parallel, f"{name}_parallel_size") for name in ("tensor", "pipeline", "data")}
@@ -108,7 +108,7 @@ class _Layers:
 
 
 def _computes_with_loaded_parameters(layer: nn.Module) -> bool:
-    """True for norms, and on GPUs for unquantized linear and embedding layers, which the CPU backend packs."""
+    """Return True for norms, and on GPUs for unquantized linear and embedding layers, which the CPU backend packs."""
     method = getattr(layer, "quant_method", None)
     on_gpu = next(layer.parameters()).device.type == "cuda"
     return method is None or (on_gpu and type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod))

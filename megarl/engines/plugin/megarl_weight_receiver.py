@@ -18,14 +18,14 @@ class WeightReceiver:
     """One worker of the sender's group."""
 
     def __init__(self, host: str, port: int, world_size: int, rank: int, timeout: float) -> None:
-        """Join; blocks until all have. ``timeout`` is in seconds, also for every message."""
+        """Join the group; block until all have. ``timeout`` is in seconds, also for every message."""
         limit = timedelta(seconds=timeout)
         store = TCPStore(host, port, world_size, is_master=False, timeout=limit)
         self._group: Any = ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, limit)
         self.held: dict[str, Tensor] = {}  # tensors that the engine can load only together with one of a later message
 
     def receive(self) -> list[tuple[str, Tensor]] | None:
-        """The next tensors, on CPU; None when the set is whole.
+        """Receive the next tensors, on CPU; None when the set is whole.
 
         Raises:
             RuntimeError: the sender gave up, or the bytes are not those that it sent.

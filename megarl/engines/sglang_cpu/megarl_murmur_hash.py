@@ -7,7 +7,7 @@ MASK = 0xFFFFFFFF
 
 
 def murmur_hash32(seed: Tensor, positions: Tensor, col_indices: Tensor) -> Tensor:
-    """MurmurHash3 (x86, 32 bits) of each (seed, position, column), as SGLang's Triton kernel of this name computes it.
+    """Return MurmurHash3 (x86, 32 bits) of each (seed, position, column), as SGLang's Triton kernel of this name computes it.
 
     Args:
         seed: uint64 [rows].
@@ -28,13 +28,13 @@ def murmur_hash32(seed: Tensor, positions: Tensor, col_indices: Tensor) -> Tenso
 
 
 def _mixed(state: Tensor, block: Tensor) -> Tensor:
-    """One block of four bytes mixed into the state."""
+    """Mix one block of four bytes into the state."""
     block = _times(_rotated_left(_times(block, 0xCC9E2D51), 15), 0x1B873593)
     return (_times(_rotated_left(state ^ block, 13), 5) + 0xE6546B64) & MASK
 
 
 def _times(value: Tensor, factor: int) -> Tensor:
-    """Product within 32 bits; in two halves, since int64 holds no product of two 32-bit numbers."""
+    """Return the product within 32 bits; in two halves, since int64 holds no product of two 32-bit numbers."""
     return (value * (factor & 0xFFFF) + (((value * (factor >> 16)) & 0xFFFF) << 16)) & MASK
 
 

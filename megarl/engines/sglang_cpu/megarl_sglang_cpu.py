@@ -16,7 +16,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 
 def register() -> None:
-    """Called by SGLang at the start of every process."""
+    """Register what SGLang calls at the start of every process."""
     add_deterministic_attention_backend_choices(["torch_native"])
     add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
     for target, replacement in (
@@ -28,7 +28,7 @@ def register() -> None:
 
 
 def _leave_torch_alone() -> None:
-    """Instead of installing SGLang's batch-invariant GPU kernels."""
+    """Install SGLang's batch-invariant sampling without its GPU kernels."""
 
 
 def _leave_memory_alone(buffer: Any, *arguments: Any) -> None:

@@ -21,7 +21,7 @@ class Machines:
     first_destination_gpu: int = 0
 
     def destination_gpu(self, ranks: NDArray[np.integer]) -> NDArray[np.integer]:
-        """GPUs of destination ranks."""
+        """Return the GPUs of destination ranks."""
         return ranks + self.first_destination_gpu
 
 
@@ -33,7 +33,7 @@ def choose_senders(
     machines: Machines,
     num_senders: int,
 ) -> NDArray[np.int32]:
-    """[copies], the rank that sends each copy.
+    """Choose the rank that sends each copy, [copies].
 
     Rank sets are served from the smallest to the largest. Each fills its ranks, which may have been given copies before, to one
     level, as water fills a vessel; where the sets are nested, as those of a layout are, no other choice has a lower highest
@@ -63,7 +63,7 @@ def choose_senders(
 
 
 def _fill(load: NDArray[np.float64], amount: float) -> NDArray[np.float64]:
-    """What each rank gets of ``amount`` so that all that get any reach the same level."""
+    """Return what each rank gets of ``amount`` so that all that get any reach the same level."""
     order = np.sort(load)
     level = (np.cumsum(order) + amount) / np.arange(1, len(order) + 1)
     # the first level that stays below the next rank's own load, else the last
@@ -78,7 +78,7 @@ def _within_quota(
     receiver_gpus: NDArray[np.integer],
     gpus_per_node: int,
 ) -> NDArray[np.int32]:
-    """[copies], a rank for each copy; no rank exceeds its quota by more than three copies."""
+    """Choose a rank for each copy, [copies]; no rank exceeds its quota by more than three copies."""
     chosen = np.full(len(copy_bytes), -1, dtype=np.int32)
     left = quota.copy()
     for level, destination in ((ranks, receiver_gpus), (ranks // gpus_per_node, receiver_gpus // gpus_per_node)):
@@ -105,14 +105,14 @@ def _within_quota(
 
 
 def _start_within(groups: NDArray[np.integer], amounts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For sorted groups, the sum of the amounts of the same group that come before each."""
+    """Return, for sorted groups, the sum of the amounts of the same group that come before each."""
     before = np.cumsum(amounts) - amounts
     first = np.searchsorted(groups, groups)
     return before - before[first] if len(groups) else before
 
 
 def least_worst_load(holders: RankSets, bytes_of_set: NDArray[np.int64], num_senders: int) -> float:
-    """A bound in bytes that no choice of senders can be below: what only the ranks of some set hold must be sent by them.
+    """Return a bound in bytes that no choice of senders can be below: what only the ranks of some set hold must be sent by them.
 
     The sets looked at are those given, those that overlap put together, and all ranks. Where sets that overlap are nested (all
     but the embedding's when it is tied), some choice of senders for fine copies reaches the bound.

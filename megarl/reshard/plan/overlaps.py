@@ -26,7 +26,7 @@ PAIRS_AT_ONCE = 1 << 21  # of boxes that are compared, to bound the memory
 
 
 def find_overlaps(source: ShardLayout, destination: ShardLayout, num_tensors: int) -> NDArray[np.void]:
-    """The overlaps (type PIECE) that make up every box of the destination, each once, in the order of the destination's tensors.
+    """Find the overlaps (type OVERLAP) that make up every box of the destination, each once, in the order of its tensors.
 
     Args:
         num_tensors: both sides number the same tensors.
@@ -45,7 +45,7 @@ def find_overlaps(source: ShardLayout, destination: ShardLayout, num_tensors: in
 def _pairs(
     first: NDArray[np.int64], count: NDArray[np.int64], tensors: NDArray[np.int32]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Indices of all pairs (box held, box needed) of the same tensor, some at a time."""
+    """Return the indices of all pairs (box held, box needed) of the same tensor, some at a time."""
     ends = np.cumsum(count[tensors])
     start = 0
     while start < len(tensors):
@@ -58,7 +58,7 @@ def _pairs(
 
 
 def _overlaps(held: NDArray[np.void], needed: NDArray[np.void]) -> NDArray[np.void]:
-    """The overlaps of boxes taken pairwise, empty ones left out."""
+    """Return the overlaps of boxes taken pairwise, empty ones left out."""
     row, column = np.maximum(held["row"], needed["row"]), np.maximum(held["column"], needed["column"])
     rows = np.minimum(held["row"] + held["rows"], needed["row"] + needed["rows"]) - row
     columns = np.minimum(held["column"] + held["columns"], needed["column"] + needed["columns"]) - column
@@ -74,12 +74,12 @@ def _overlaps(held: NDArray[np.void], needed: NDArray[np.void]) -> NDArray[np.vo
 
 
 def overlap_bytes(overlaps: NDArray[np.void], tensors: TensorTable) -> NDArray[np.int64]:
-    """[overlaps], bytes of each."""
+    """Return the bytes of each overlap, [overlaps]."""
     return overlaps["rows"].astype(np.int64) * overlaps["columns"] * tensors.element_sizes[overlaps["tensor"]]
 
 
 def split(overlaps: NDArray[np.void], tensors: TensorTable, limit: int) -> NDArray[np.void]:
-    """Pieces cut by rows, so that none is larger than ``limit`` bytes or one row."""
+    """Cut overlaps by rows, so that none is larger than ``limit`` bytes or one row."""
     row_bytes = overlaps["columns"] * tensors.element_sizes[overlaps["tensor"]]
     rows_each = np.maximum(limit // row_bytes, 1)
     parts = -(-overlaps["rows"] // rows_each)

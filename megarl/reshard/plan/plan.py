@@ -18,11 +18,17 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from megarl.config.schema import ModelConfig, ParallelConfig
 from megarl.errors import ConfigError
+from megarl.models.architecture import read_architecture
+from megarl.models.build import use_transformer_engine
+from megarl.models.transformer_config import DTYPES
+from megarl.parallel.axis_sizes import axis_sizes
 from megarl.reshard.plan.balance import Machines, choose_senders, least_worst_load
+from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
 from megarl.reshard.plan.overlaps import chunks, find_overlaps, overlap_bytes, split
-from megarl.reshard.plan.schedule import buckets, turns
-from megarl.reshard.plan.shard_layout import ShardLayout, TensorTable
+from megarl.reshard.plan.shard_layout import ShardLayout, TensorTable, megatron_shard_layout, optimizer_table, tensor_table
+from megarl.weights.mapping import build_weight_map
 
 FINENESS = 128  # overlaps are at most this part of a rank's mean share, so that shares can be made equal
 OVERLAPS_PER_BUCKET = 16  # and this part of a bucket, so that buckets can be filled; a message is smaller than two such overlaps
@@ -92,23 +98,23 @@ class Plan:
 
     @property
     def num_buckets(self) -> int:
-        """Buckets."""
+        """Number of buckets of all messages."""
         return int(self.bucket[-1]) + 1
 
     def messages(self) -> Iterator[Message]:
-        """All messages in order."""
+        """Yield all messages in order."""
         return self._messages(np.arange(len(self.bucket)))
 
     def for_sender(self, rank: int) -> Iterator[Message]:
-        """What source rank ``rank`` sends, in order."""
+        """Yield what source rank ``rank`` sends, in order."""
         return self._messages(np.flatnonzero(self.sender == rank))
 
     def for_receiver(self, rank: int) -> Iterator[Message]:
-        """What destination rank ``rank`` receives, in order."""
+        """Yield what destination rank ``rank`` receives, in order."""
         return self._messages(np.flatnonzero(self.receiver == rank))
 
     def first_copies(self, number: int) -> Iterator[tuple[Message, Copy]]:
-        """The first ``number`` copies and the messages they are in."""
+        """Yield the first ``number`` copies and the messages they are in."""
         return islice(((message, copy) for message in self.messages() for copy in message.copies), number)
 
     def _messages(self, numbers: NDArray[np.int64]) -> Iterator[Message]:
@@ -135,6 +141,44 @@ class Plan:
 def _region(overlap: np.void, side: str) -> tuple[slice, slice]:
     row, column = int(overlap[f"{side}_row"]), int(overlap[f"{side}_column"])
     return slice(row, row + int(overlap["rows"])), slice(column, column + int(overlap["columns"]))
+
+
+def turns(senders: NDArray[np.integer], receivers: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return the numbers, [messages], by which ranks take turns: of the messages of one turn, no rank sends or receives two."""
+    num_ranks = int(max(senders.max(), receivers.max())) + 1
+    return (receivers.astype(np.int64) - senders) % num_ranks
+
+
+def buckets(
+    senders: NDArray[np.integer], receivers: NDArray[np.integer], message_bytes: NDArray[np.int64], capacity: int
+) -> NDArray[np.int32]:
+    """Return the bucket of each message, [messages], so that in a bucket no rank sends or receives more than ``capacity`` bytes.
+
+    Turn by turn, each message goes into the first bucket that has room on both its ranks for the largest message.
+
+    Args:
+        message_bytes: [messages], each at most ``capacity``.
+    """
+    order = np.lexsort((senders, turns(senders, receivers)))
+    full = capacity - int(message_bytes.max())
+    num_ranks = int(max(senders.max(), receivers.max())) + 1
+    room_to_send, room_to_receive = [-1] * num_ranks, [-1] * num_ranks  # bit b: room in bucket b
+    sent: list[list[int]] = [[] for _ in range(num_ranks)]
+    received: list[list[int]] = [[] for _ in range(num_ranks)]
+    chosen = np.empty(len(order), dtype=np.int32)
+    rows = zip(order.tolist(), senders[order].tolist(), receivers[order].tolist(), message_bytes[order].tolist(), strict=True)
+    for message, sender, receiver, size in rows:
+        room = room_to_send[sender] & room_to_receive[receiver]
+        lowest = room & -room
+        bucket = lowest.bit_length() - 1
+        for amounts, rooms, rank in ((sent[sender], room_to_send, sender), (received[receiver], room_to_receive, receiver)):
+            if len(amounts) <= bucket:
+                amounts.extend([0] * (bucket + 1 - len(amounts)))
+            amounts[bucket] += size
+            if amounts[bucket] > full:
+                rooms[rank] ^= lowest
+        chosen[message] = bucket
+    return chosen
 
 
 def build_plan(source: ShardLayout, destination: ShardLayout, tensors: TensorTable, machines: Machines, bucket_bytes: int) -> Plan:
@@ -185,3 +229,34 @@ def build_plan(source: ShardLayout, destination: ShardLayout, tensors: TensorTab
         bucket_bytes=bucket_bytes,
         least_worst_load=least_worst_load(source.rank_sets, bytes_of_set, source.num_ranks),
     )
+
+
+def plan_transfer(
+    model: ModelConfig,
+    source: ParallelConfig,
+    world_size: int,
+    target: EngineLayout | ParallelConfig,
+    machines: Machines,
+    bucket_bytes: int,
+    *,
+    optimizer_state: bool = False,
+) -> Plan:
+    """Plan how a model gets from a Megatron layout to engines, or to another Megatron layout over the same ranks.
+
+    Only the model's config.json is read.
+
+    Args:
+        optimizer_state: float32 tensors of the shapes of the parameters (a moment of Adam) instead of the weights.
+
+    Raises:
+        ConfigError: a layout does not divide the model or the world.
+    """
+    architecture = read_architecture(model.path)
+    weight_map = build_weight_map(architecture, model.vocabulary_pad_multiple, use_transformer_engine(model.transformer_impl))
+    tensors = optimizer_table(weight_map) if optimizer_state else tensor_table(weight_map, DTYPES[model.dtype].itemsize)
+    held = megatron_shard_layout(weight_map, axis_sizes(source, world_size), tensors)
+    if isinstance(target, EngineLayout):
+        needed = engine_shard_layout(architecture, target, tensors)
+    else:
+        needed = megatron_shard_layout(weight_map, axis_sizes(target, world_size), tensors)
+    return build_plan(held, needed, tensors, machines, bucket_bytes)

@@ -90,7 +90,7 @@ def report(plan: Plan, speeds: LinkSpeeds) -> PlanReport:
 
 
 def links_of(plan: Plan) -> NDArray[np.int8]:
-    """[messages], the Link of each."""
+    """Return the Link of each message, [messages]."""
     receivers = plan.machines.destination_gpu(plan.receiver)
     node = plan.machines.gpus_per_node
     links = np.where(plan.sender // node == receivers // node, Link.NODE, Link.NETWORK)
@@ -107,7 +107,7 @@ def _by_link(
 def _by_bucket(
     plan: Plan, links: NDArray[np.int8], speeds: LinkSpeeds
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], int, int]:
-    """[buckets, ranks], seconds of sending and of receiving; and the most bytes of both."""
+    """Return the seconds of sending and of receiving, [buckets, ranks], and the most bytes of both."""
     seconds = plan.message_bytes * np.array([0, 1 / speeds.within_node, 1 / speeds.between_nodes])[links]
     starts = np.searchsorted(plan.bucket, np.arange(plan.num_buckets + 1))
     buffers, times = [0, 0], []

@@ -46,12 +46,12 @@ class TensorTable:
 
     @property
     def num_bytes(self) -> int:
-        """All tensors together."""
+        """Bytes of all tensors together."""
         return int((self.shapes.prod(axis=1) * self.element_sizes).sum())
 
 
 def tensor_table(weight_map: WeightMap, element_size: int) -> TensorTable:
-    """All weights of a model.
+    """Number all weights of a model.
 
     Args:
         element_size: bytes of an element of the model's type; buffers are float32.
@@ -61,7 +61,7 @@ def tensor_table(weight_map: WeightMap, element_size: int) -> TensorTable:
 
 
 def optimizer_table(weight_map: WeightMap) -> TensorTable:
-    """What has optimizer state: all but buffers, in float32. One plan serves both of Adam's moments and the main weights."""
+    """Number what has optimizer state: all but buffers, in float32. One plan serves both of Adam's moments and the main weights."""
     parameters = [parameter for parameter in weight_map.parameters.values() if not (parameter.is_copy or parameter.is_buffer)]
     return _table(parameters, [4] * len(parameters))
 
@@ -78,7 +78,7 @@ def _table(parameters: list[Parameter], element_sizes: list[int]) -> TensorTable
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a parameter seen as a matrix."""
+    """Return the rows and columns of a parameter seen as a matrix."""
     return (shape[0], 1) if len(shape) == 1 else (int(np.prod(shape[:-1])), shape[-1])
 
 
@@ -96,7 +96,7 @@ class RankSets:
 
     @classmethod
     def of(cls, sets: Iterable[NDArray[np.int32]]) -> "RankSets":
-        """From one array for each set."""
+        """Build the sets from one array for each."""
         arrays = [np.asarray(ranks, dtype=np.int32).ravel() for ranks in sets]
         return cls(np.concatenate(arrays), np.cumsum([0, *(array.size for array in arrays)], dtype=np.int64))
 
@@ -131,12 +131,12 @@ class ShardLayout:
     copy_names: dict[int, tuple[str, frozenset[int]]]
 
     def parameter_name(self, parameter: int, rank: int) -> str:
-        """The name under which ``rank`` has a parameter."""
+        """Return the name under which ``rank`` has a parameter."""
         name, ranks = self.copy_names.get(parameter, ("", frozenset()))
         return name if rank in ranks else self.parameters[parameter]
 
     def in_world(self, ranks: range, world_size: int) -> "ShardLayout":
-        """The same on some ranks of a world, of which the others have nothing."""
+        """Place the same layout on some ranks of a world, of which the others have nothing."""
         first = ranks.start
         copy_names = {number: (name, frozenset(first + rank for rank in own)) for number, (name, own) in self.copy_names.items()}
         rank_sets = RankSets(self.rank_sets.ranks + np.int32(first), self.rank_sets.starts)
@@ -158,7 +158,7 @@ class Template:
     def apply(
         self, tensors: NDArray[np.integer], parameters: NDArray[np.integer], first_rank_sets: NDArray[np.integer]
     ) -> NDArray[np.void]:
-        """The boxes of n parameters.
+        """Return the boxes of n parameters.
 
         Args:
             tensors: [n, tensors of a parameter], their numbers.
@@ -173,7 +173,7 @@ class Template:
 
 
 def megatron_shard_layout(weight_map: WeightMap, sizes: AxisSizes, tensors: TensorTable) -> ShardLayout:
-    """What every rank of a Megatron layout holds.
+    """Return what every rank of a Megatron layout holds.
 
     Raises:
         ConfigError: the layout does not divide the model.
@@ -245,7 +245,7 @@ class _MegatronShardLayout:
         return Template(boxes, self._map.shard_shape(parameter.megatron, 0, parts))
 
     def _check_division(self, parameter: Parameter, parts: int, boxes: NDArray[np.void]) -> None:
-        """All of every tensor is held, and as much by each part (but for the vocabulary, whose padding only the last ones have)."""
+        """Check that all of every tensor is held, and as much by each part, but for a vocabulary's padding, which comes last."""
         for index, shape in enumerate(parameter.shapes):
             own = boxes[boxes["tensor"] == index]
             shares = np.bincount(own["rank_set"], own["rows"].astype(np.int64) * own["columns"], minlength=parts)
@@ -270,7 +270,7 @@ class _MegatronShardLayout:
         return boxes
 
     def _first_rank_set(self, parameter: Parameter) -> int:
-        """The rank set of part 0; those of the other parts follow."""
+        """Return the rank set of part 0; those of the other parts follow."""
         sizes = self._sizes
         if parameter.hugging_face in self._copies:
             return self._tied_start

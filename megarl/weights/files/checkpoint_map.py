@@ -49,7 +49,7 @@ class Fragment:
     is_padded: bool
 
     def box(self, start: int, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Offsets and shape in the checkpoint's tensor of the fragment's rows ``start:stop``."""
+        """Return the offsets and shape in the checkpoint's tensor of the fragment's rows ``start:stop``."""
         in_front = len(self.whole_shape) - len(self.shape)
         offsets = (*self.offsets[:in_front], self.offsets[in_front] + start, *self.offsets[in_front + 1 :])
         return offsets, (*(1 for _ in range(in_front)), stop - start, *self.shape[1:])
@@ -83,7 +83,7 @@ class CheckpointMap:
         self.fragments = {(tensor.key, tensor.global_offset): _fragment(tensor, owners) for tensor in tensors}
 
     def hugging_face_rows(self, parameter: str) -> list[Rows]:
-        """The rows that make up a whole Megatron parameter, in order."""
+        """Return the rows that make up a whole Megatron parameter, in order."""
         shard = self.weight_map.shard(parameter, 0, 1)
         shapes = dict(
             zip(self.weight_map.parameters[parameter].hugging_face, self.weight_map.parameters[parameter].shapes, strict=True)

@@ -95,7 +95,7 @@ def compare(first: ModelFolder, second: ModelFolder, *, cast: bool, progress: Pr
 
 
 def _metadata_difference(name: str, a: TensorFolder, b: TensorFolder, cast: bool) -> str | None:
-    """Why the values of a tensor need not be looked at."""
+    """Return why the values of a tensor need not be looked at."""
     for one, other in ((a, b), (b, a)):
         if name not in other.shapes:
             return f"only in {one.folder}"
@@ -107,13 +107,13 @@ def _metadata_difference(name: str, a: TensorFolder, b: TensorFolder, cast: bool
 
 
 def _windows(name: str, a: TensorFolder, b: TensorFolder) -> Iterator[tuple[int, int]]:
-    """Row ranges in which a tensor is read from both sides: those of the side with more bytes."""
+    """Return the row ranges in which a tensor is read from both sides: those of the side with more bytes."""
     folder = max((side for side in (a, b) if name in side.shapes), key=lambda side: num_bytes(side, name))
     return windows(folder.shapes[name], folder.dtypes[name])
 
 
 def _pieces(folder: TensorFolder, names: list[str], a: TensorFolder, b: TensorFolder) -> Iterator[Tensor | None]:
-    """What one side has of each window of each tensor."""
+    """Yield what one side has of each window of each tensor."""
 
     def read(item: tuple[str, int, int], buffer: Buffer) -> Tensor | None:
         name, start, stop = item
@@ -129,7 +129,7 @@ def _pieces(folder: TensorFolder, names: list[str], a: TensorFolder, b: TensorFo
 
 
 def _ignored(first: ModelFolder, second: ModelFolder) -> list[str]:
-    """Names that only a Hugging Face side has and that the Megatron model on the other side rightly has not."""
+    """Return the names that only a Hugging Face side has and that the Megatron model on the other side rightly has not."""
     ignored: set[str] = set()
     for one, other in ((first, second), (second, first)):
         if other.weight_map is not None:
@@ -164,11 +164,11 @@ class _Gap:
             at += len(mine)
 
     def in_words(self) -> str:
-        """One line."""
+        """Say the difference in one line."""
         return f"{self.num_elements} elements differ, by up to {self.largest:.3g}; {self.first}"
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The same elements as integers, so that equal NaNs are equal and the zeros are not."""
+    """Return the same elements as integers, so that equal NaNs are equal and the zeros are not."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(integers[tensor.dtype.itemsize])

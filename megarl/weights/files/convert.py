@@ -92,7 +92,7 @@ def hugging_face_to_megatron(source: Path, output: Path, options: Options, progr
 def _checkpoint_dtypes(
     checkpoint_map: CheckpointMap, tensors: SafetensorsFolder, dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """The dtype of each of the checkpoint's tensors, which may hold the weights of many layers."""
+    """Return the dtype of each of the checkpoint's tensors, which may hold the weights of many layers."""
     found: dict[str, tuple[torch.dtype, str]] = {}
     for fragment in checkpoint_map.fragments.values():
         for name in checkpoint_map.weight_map.parameters[fragment.parameter].hugging_face:
@@ -107,7 +107,7 @@ def _checkpoint_dtypes(
 
 
 def target_dtype(weight_map: WeightMap, parameter: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    """What a Megatron parameter's tensor of dtype ``stored`` is cast to."""
+    """Return what a Megatron parameter's tensor of dtype ``stored`` is cast to."""
     if dtype is None or not stored.is_floating_point or weight_map.parameters[parameter].is_buffer:
         return stored
     return dtype
@@ -214,7 +214,7 @@ def write_file(
 
 
 def purpose(conversion: str, source: Path, config: Path, options: Options) -> dict[str, Any]:
-    """What must be the same for an unfinished conversion to be continued.
+    """Return what must be the same for an unfinished conversion to be continued.
 
     Args:
         conversion: what kind.

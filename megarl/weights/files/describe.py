@@ -114,7 +114,7 @@ def _run_facts(path: Path) -> dict[str, str]:
 
 
 def totals_by_dtype(lines: list[TensorLine]) -> list[tuple[str, int, int, int]]:
-    """For each dtype: its name, tensors, elements, bytes."""
+    """Return for each dtype its name, tensors, elements, bytes."""
     counts = Counter(line.dtype for line in lines)
     return [
         (

@@ -69,7 +69,7 @@ def open_model(path: Path, config: Path | None = None) -> ModelFolder:
 
 
 def folder_kind(path: Path) -> FolderKind:
-    """What a folder holds, by the files that are in it.
+    """Return what a folder holds, by the files that are in it.
 
     Raises:
         WeightsError: it is no folder of a model at all, or an unfinished one.
@@ -121,7 +121,7 @@ def open_megatron(path: Path, config: Path | None = None) -> ModelFolder:
 
 
 def readable_architecture(folder: Path) -> Architecture:
-    """The architecture of a config.json, after the checks that tell what is wrong with it in one line."""
+    """Return the architecture of a config.json, after the checks that tell what is wrong with it in one line."""
     facts = read_model_facts(folder)
     if facts.quantization is not None:
         raise ConfigError(

@@ -6,14 +6,62 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from megarl.errors import WeightsError
-from megarl.weights.files.write_through import WriteThroughFile
 
 JOURNAL = "unfinished.jsonl"  # first line: what is being made; then one line per finished file
+FLUSH_BYTES = 128 * 2**20  # what may wait to be brought to the disk while as much is on its way there
+
+
+class WriteThroughFile(io.FileIO):
+    """A new file whose bytes go to the disk while more are written, and do not stay in the page cache.
+
+    Closing it waits for the disk. So there is never more than twice ``FLUSH_BYTES`` to wait for, and the memory of pages that were
+    just written serves the next ones.
+
+    Raises:
+        OSError: the disk refuses, when writing or when closing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self._flusher = ThreadPoolExecutor(max_workers=1)
+        self._in_flight: Future[None] | None = None
+        self._written = 0
+        self._flushed = 0
+
+    def write(self, data: Any, /) -> int:
+        """Write bytes; waits while too many are not on the disk."""
+        count = super().write(data)
+        self._written += count
+        if self._written - self._flushed >= FLUSH_BYTES:
+            self._wait()
+            self._flushed = self._written
+            self._in_flight = self._flusher.submit(self._flush_to_disk)
+        return count
+
+    def close(self) -> None:
+        """Wait until everything is on the disk."""
+        if self.closed:
+            return
+        try:
+            self._wait()
+            self._flush_to_disk()
+        finally:
+            self._flusher.shutdown()
+            super().close()
+
+    def _wait(self) -> None:
+        if self._in_flight is not None:
+            self._in_flight.result()
+
+    def _flush_to_disk(self) -> None:
+        os.fsync(self.fileno())
+        os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class PartialFolder:
@@ -74,7 +122,7 @@ class PartialFolder:
                 self._finished[line["file"]] = line
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """What ``write`` was told of a file that is whole, with ``file`` and ``bytes``; None for one that is not."""
+        """Return what ``write`` was told of a file that is whole, with ``file`` and ``bytes``; None for one that is not."""
         return self._finished.get(name)
 
     def check_space(self, num_bytes: int) -> None:

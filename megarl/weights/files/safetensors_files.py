@@ -54,7 +54,7 @@ class SafetensorsFolder:
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Those of the files that transformers takes: model.safetensors, or those that the index names; others are left alone."""
+    """Return the tensors of the files that transformers takes: model.safetensors, or those that the index names."""
     index, single = folder / INDEX, folder / SINGLE_FILE
     if (folder / ADAPTER).exists():
         raise WeightsError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model and give the merged folder")
@@ -93,7 +93,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Tensor to file."""
+    """Read which file holds each tensor."""
     try:
         file_of = read_json_object(index)["weight_map"]
         if not isinstance(file_of, dict):
@@ -107,7 +107,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file.
+    """Read the tensors of one file.
 
     Raises:
         WeightsError: it is truncated or no safetensors file.

@@ -72,15 +72,15 @@ class ShardParameter:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """Rows and columns of the matrix."""
         return (math.prod(self.shape), 1) if len(self.shape) < 2 else (math.prod(self.shape[:-1]), self.shape[-1])
 
     def blocks_of(self, rank: int) -> list[Block]:
-        """Those that a rank holds, by row."""
+        """Return the blocks that a rank holds, by row."""
         return sorted((block for block in self.blocks if rank in block.ranks), key=lambda block: block.local_row)
 
     def filled(self, rank: int) -> Iterator[tuple[int, int]]:
-        """Row ranges without a block on a rank."""
+        """Return the row ranges without a block on a rank."""
         covered = [(block.local_row, block.local_row + block.rows) for block in self.blocks_of(rank)]
         for (_, start), (stop, _) in pairwise([(0, 0), *covered, (self.matrix[0], 0)]):
             if start < stop:
@@ -107,12 +107,12 @@ class ShardMap:
 
     @property
     def num_ranks(self) -> int:
-        """Of one engine."""
+        """Ranks of one engine."""
         return max(self.tp, self.ep)
 
     @property
     def layout(self) -> str:
-        """In words."""
+        """The layout in words."""
         return f"shards of {self.engine}, tp {self.tp}, ep {self.ep}"
 
     def write(self, folder: Path) -> None:
@@ -143,7 +143,7 @@ class ShardMap:
         return shard_map
 
     def _check(self) -> None:
-        """The blocks of a parameter follow one another, and the blocks of a tensor are all of it."""
+        """Check that the blocks of a parameter follow one another, and that the blocks of a tensor are all of it."""
         places: dict[str, set[tuple[int, int, int, int]]] = {name: set() for name in self.tensors}
         for name, parameter in self.parameters.items():
             rows, columns = parameter.matrix
@@ -216,7 +216,7 @@ class ShardFolder:
                 place.copy_(values)
 
     def inconsistencies(self) -> Iterator[tuple[str, str]]:
-        """Names and reasons where copies on several ranks differ, or rows of no tensor have another value than their own."""
+        """Name what differs between copies on several ranks, and rows of no tensor that do not have their own value, and why."""
         for tensor, places in self._places.items():
             for first, *others in places.values():
                 for other in others:
@@ -256,7 +256,7 @@ class ShardFolder:
 
 
 def _read_rank(folder: Path, rank: int, shard_map: ShardMap) -> dict[str, StoredTensor]:
-    """The parameters of one rank, from the headers of its files."""
+    """Read the parameters of one rank, from the headers of its files."""
     stored: dict[str, StoredTensor] = {}
     for file in sorted(folder.glob(rank_file(rank, "*"))):
         header = read_header(file)

@@ -26,7 +26,7 @@ class WeightSource(Protocol):
     """Anything that can give slices of Hugging Face tensors."""
 
     def read(self, piece: Slice) -> Tensor:
-        """The slice, on the CPU, in the source's dtype."""
+        """Read the slice onto the CPU, in the source's dtype."""
 
 
 class SafetensorsSource:

@@ -60,17 +60,17 @@ class TensorFolder(Protocol):
 
 
 def num_rows(shape: tuple[int, ...]) -> int:
-    """Length of dim 0."""
+    """Return the length of dim 0."""
     return shape[0] if shape else 1
 
 
 def num_bytes(folder: TensorFolder, name: str) -> int:
-    """Bytes of one tensor."""
+    """Return the bytes of one tensor."""
     return math.prod(folder.shapes[name]) * folder.dtypes[name].itemsize
 
 
 def windows(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    """Row ranges of about ``WINDOW_BYTES`` that cover a tensor; at least one, also of an empty tensor."""
+    """Return the row ranges of about ``WINDOW_BYTES`` that cover a tensor; at least one, also of an empty tensor."""
     rows = num_rows(shape)
     step = max(1, WINDOW_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
     for start in range(0, max(rows, 1), step):
@@ -134,7 +134,7 @@ def _fill(path: Path, descriptor: int, offset: int, target: Tensor) -> None:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not a copy of them."""
+    """Return the bytes of a contiguous CPU tensor, not a copy of them."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -158,7 +158,7 @@ class Buffer:
         self._bytes = bytearray(WINDOW_BYTES)
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An undefined tensor in the buffer, or elsewhere when it does not fit; its storage is no larger than itself."""
+        """Return an undefined tensor in the buffer, or elsewhere when it does not fit; its storage is no larger than itself."""
         count = math.prod(shape)
         if not 0 < count * dtype.itemsize <= WINDOW_BYTES:
             return torch.empty(shape, dtype=dtype)
@@ -166,7 +166,7 @@ class Buffer:
 
 
 def read_ahead(read: Callable[[Item, Buffer], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """``read`` applied to each item, in order, by a thread that is ``READ_AHEAD`` items ahead.
+    """Apply ``read`` to each item, in order, in a thread that is ``READ_AHEAD`` items ahead.
 
     Args:
         read: gets an item and a buffer for the result, which is used again when the result after this one is asked for.

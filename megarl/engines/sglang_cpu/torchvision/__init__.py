@@ -42,7 +42,7 @@ class _Submodules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return _Module(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> Any:
-        """Nothing to run."""
+        """Run nothing: the module is empty."""
 
 
 sys.meta_path.append(_Submodules())

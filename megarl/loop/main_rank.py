@@ -1,17 +1,20 @@
-"""Batches and small values from rank 0 to every rank."""
+"""Work that rank 0 alone does, and what it makes for every rank."""
 
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megarl.train.roles import is_main_rank
+
 Batch = TypeVar("Batch")
 Value = TypeVar("Value")
 
 
 def broadcast_batch(batch: Batch | None, kind: type[Batch]) -> Batch:
-    """Give every rank rank 0's batch.
+    """Give every rank rank 0's batch; collective.
 
     Args:
         batch: on rank 0 a dataclass whose fields are CPU tensors, or None; None elsewhere.
@@ -30,8 +33,18 @@ def broadcast_batch(batch: Batch | None, kind: type[Batch]) -> Batch:
     return kind(**tensors)
 
 
+def on_main_rank(make: Callable[[], Value]) -> Value | None:
+    """Return what ``make`` returns, which rank 0 alone calls; None elsewhere."""
+    return make() if is_main_rank() else None
+
+
+def from_main_rank(make: Callable[[], Value]) -> Value:
+    """Return on every rank what ``make`` returns, which rank 0 alone calls; collective."""
+    return broadcast_value(on_main_rank(make))
+
+
 def broadcast_value(value: Value | None) -> Value:
-    """Give every rank rank 0's value; None on the others."""
+    """Give every rank rank 0's value, which is not None; collective."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     assert box[0] is not None

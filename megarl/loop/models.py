@@ -1,17 +1,17 @@
-"""What every RL loop does with the rollouts of a step: the models, and one step of learning."""
+"""The method and the models of an RL run, and how models that learn go from one layout to another."""
 
+import gc
 from dataclasses import dataclass
 
+import torch
+
 from megarl.algorithms.algorithm import Algorithm
-from megarl.algorithms.staleness import staleness_metrics
 from megarl.config.models_of import has_reference
 from megarl.config.schema import Config
 from megarl.config.stages import PlannedUpdates, planned_updates
-from megarl.loop.relayout import free_memory, move_learner
-from megarl.loop.rollout_manager import Collected, add_model_rewards
-from megarl.loop.run import Run
-from megarl.train.roles import Critic, Learner, Policy, Reference, RewardModel, compute_outputs, share_results
-from megarl.types import TokenOutputs, UpdateResult
+from megarl.reshard.megatron import OptimizerTransfer, TransferSettings, WeightTransfer
+from megarl.train.learner import Learner
+from megarl.train.roles import Critic, Policy, Reference, RewardModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,19 +30,8 @@ class Models:
     critic_warmup: int
 
     def learners(self) -> dict[str, Learner]:
-        """Those that learn, by role."""
+        """Return those that learn, by role."""
         return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Learned:
-    """What a step learned from and how; ``critic_results`` is empty without a critic."""
-
-    collected: Collected
-    outputs: TokenOutputs
-    metrics: dict[str, float]
-    results: list[UpdateResult]
-    critic_results: list[UpdateResult]
 
 
 def build_models(config: Config, previous: dict[str, Learner] | None = None, planned: PlannedUpdates | None = None) -> Models:
@@ -82,25 +71,35 @@ def _take_over(learner: Learner, role: str, previous: dict[str, Learner], config
         free_memory()
 
 
-def learn(run: Run, models: Models, collected: Collected) -> Learned:
-    """Score the step's rollouts, make advantages and update; every rank calls it."""
-    algorithm, policy, critic = models.algorithm, models.policy, models.critic
-    if models.reward_model is not None:
-        with run.timer.phase("reward-model"):
-            collected = add_model_rewards(collected, models.reward_model)
-    with run.timer.phase("log-probs"):
-        outputs = compute_outputs(policy, models.reference, critic, collected.packed)
-    with run.timer.phase("pack"):
-        prepared = algorithm.prepare(collected.packed, outputs, run.step)
-    with run.timer.phase("update"):
-        learns = run.step >= models.critic_warmup
-        updates = policy.update_each(prepared.batches if learns else (), algorithm.objective)
-        critic_updates = critic.update_each(prepared.batches, algorithm.value_objective) if critic else []
-        results = share_results(policy, updates)
-        critic_results = share_results(critic, critic_updates) if critic else []
-    if any(not (result.skipped or result.empty) for result in results):
-        algorithm.finish_step(collected.packed, outputs)
-    metrics = prepared.metrics
-    if collected.outlived_updates:
-        metrics = metrics | staleness_metrics(prepared.batches, run.weight_version)
-    return Learned(collected=collected, outputs=outputs, metrics=metrics, results=results, critic_results=critic_results)
+def move_learner(source: Learner, destination: Learner, config: Config) -> None:
+    """Make ``destination``, built without weights, the model that ``source`` is; collective over the world.
+
+    Every parameter, moment and main parameter goes from a rank that holds it to those that need it, so the result is the same
+    bit for bit as a checkpoint that is saved in one layout and loaded in the other.
+
+    Args:
+        source: may be retired; must not be used afterwards.
+        destination: of the same model, in any layout over any ranks.
+        config: its rollout.weight_transfer.bucket_mib bounds the memory of the transfer.
+
+    Raises:
+        TransferError: it failed on some rank.
+    """
+    settings = TransferSettings(
+        bucket_bytes=config.rollout.weight_transfer.bucket_mib << 20,
+        gpus_per_node=torch.cuda.device_count() or torch.distributed.get_world_size(),
+        timeout_seconds=config.distributed_timeout,
+    )
+    with source.state_on_device(), destination.state_on_device():
+        models = [(learner.engine.chunks, learner.engine.layout) for learner in (source, destination)]
+        WeightTransfer(source.weight_map, models[0], models[1], settings).move()
+        states = [(*model, one.megatron_optimizer) for model, one in zip(models, (source, destination), strict=True)]
+        OptimizerTransfer(source.weight_map, states[0], states[1], settings).move()
+    destination.go_on_from(source)
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nothing names any more: megatron-core's hooks refer to them in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
