@@ -1,5 +1,6 @@
 """The schema and a resolved config, explained; ``python -m megarl.config.explain > docs/configuration.md`` writes the reference."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 
@@ -76,7 +77,8 @@ def _section_markdown(section: type[Section], paths: list[str]) -> str:
     """Title, sentence and table of one section, which stands at all of ``paths``."""
     title = ", ".join(f"`{path}`" for path in paths) if paths != [""] else "Top level"
     source = source_name(section)
-    lines = [f"## {title}{f' with `type: {source}`' if source else ''}", "", section.__doc__ or "", ""]
+    sentence = inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
+    lines = [f"## {title}{f' with `type: {source}`' if source else ''}", "", sentence, ""]
     lines += ["| key | type | default | unit | meaning |", "|---|---|---|---|---|"]
     for name, field in section.model_fields.items():
         default = "required" if source and name == "type" else _default(field)

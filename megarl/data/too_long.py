@@ -60,10 +60,9 @@ def _is_too_long(config: Config, sizes: numpy.ndarray, form: Form) -> numpy.ndar
 
 def pair_tokens(config: Config, lengths: numpy.ndarray) -> numpy.ndarray:
     """Count the tokens [n] of each pair of responses, int [n, 2] with their prompts, when computed, padding included."""
-    end = int(config.kind == "reward_model")  # which reads one token behind each response
     parallel = config.policy.parallel
     multiple = 2 * parallel.cp if parallel.cp > 1 else 1  # as Layout.sequence_multiple
-    return (-(-(lengths + end) // multiple) * multiple).sum(axis=1)
+    return (-(-(lengths + config.tokens_behind) // multiple) * multiple).sum(axis=1)
 
 
 def cut_in_the_middle(prompt: Prompt, max_tokens: int, tokenizer: "PreTrainedTokenizerBase") -> Prompt:

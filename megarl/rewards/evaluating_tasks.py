@@ -2,7 +2,6 @@
 
 from megarl.builtin.scorers import ReasoningGymScorer
 from megarl.builtin.scorers.reasoning_gym import READING_TASKS
-from megarl.config.models_of import samples_responses
 from megarl.config.schema import Config, ReasoningGymSource
 from megarl.config.tasks import placed_tasks, scorers_of
 from megarl.errors import ConfigError
@@ -15,7 +14,7 @@ def refuse_evaluating_tasks(config: Config) -> None:
     Raises:
         ConfigError: a task of its data does so, and the machine has no bubblewrap that works.
     """
-    if not samples_responses(config) or find_sandbox().program is not None:
+    if not config.samples_responses or find_sandbox().program is not None:
         return
     for path, task in placed_tasks(config):
         source = task.source

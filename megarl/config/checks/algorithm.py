@@ -66,7 +66,7 @@ CLASHES = (
 
 def check_algorithm(config: Config) -> Iterator[str]:
     """All checks of this file; lines start with the key."""
-    if config.kind != "rl":
+    if not config.learns_from_samples:
         return
     algorithm = config.algorithm
     yield from check_clashes(algorithm)
@@ -143,7 +143,7 @@ def check_ratio(algorithm: AlgorithmConfig) -> Iterator[str]:
 def check_critic(config: Config) -> Iterator[str]:
     """A critic is configured where one learns, and the policy learns too."""
     algorithm, critic = config.algorithm, config.critic
-    if algorithm.advantage != "gae":
+    if not algorithm.has_critic:
         if critic is not None:
             yield (
                 f"critic: is given and algorithm.advantage {algorithm.advantage} has no critic; remove it, or set "

@@ -6,7 +6,6 @@ Read from vLLM 0.32.0 (model_executor/models) and SGLang 0.5.23 (srt/models), in
 from collections.abc import Iterator
 
 from megarl.config.model_facts import LATENT_NORM_EPSILON, ModelFacts
-from megarl.config.models_of import samples_responses
 from megarl.config.schema import Config
 
 # engines whose models of a family have an output layer of their own, tied or not
@@ -18,7 +17,7 @@ def check_engine(config: Config, facts: ModelFacts) -> Iterator[str]:
     engine = config.rollout.engine
     if config.rollout.routing_replay and facts.experts is None:
         yield f"rollout.routing_replay: is true and {facts.path} has no experts to replay; set it to false"
-    if engine == "embedded" or not samples_responses(config):
+    if config.rollout.server is None or not config.samples_responses:
         return
     other = "sglang" if engine == "vllm" else "vllm"
     if (engine, facts.model_type) in NEVER_TIED and facts.has_tied_embeddings:

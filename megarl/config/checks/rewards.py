@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 from megarl.builtin.scorers import BaseScorer, DocumentQAScorer, ReasoningGymScorer
-from megarl.config.models_of import samples_responses
 from megarl.config.schema import Config, ReasoningGymSource
 from megarl.config.tasks import placed_scorers, placed_tasks, scorers_of
 
@@ -15,7 +14,7 @@ def check_rewards(config: Config) -> Iterator[str]:
     scored = [
         (path, task)
         for path, task in placed_tasks(config)
-        if samples_responses(config) and (config.kind == "rl" or path.startswith("evaluation"))
+        if config.samples_responses and (config.learns_from_samples or path.startswith("evaluation"))
     ]
     for path, task in scored:
         scorers = scorers_of(config, task)

@@ -10,7 +10,7 @@ from megarl.config.checks.data import check_mixture, check_order, check_repetiti
 from megarl.config.checks.environment import check_environment
 from megarl.config.checks.preference import check_preference
 from megarl.config.checks.rewards import check_judges, check_rewards
-from megarl.config.schema import Config, EngineServerConfig, JsonlSource, RowSource
+from megarl.config.schema import Config, JsonlSource, RowSource
 from megarl.config.tasks import placed_tasks
 
 
@@ -35,7 +35,7 @@ def check_optimizer(config: Config) -> Iterator[str]:
             f"optimizer.min_learning_rate: {optimizer.min_learning_rate:g} is above learning_rate {optimizer.learning_rate:g}; "
             "lower it or raise learning_rate"
         )
-    updates = config.algorithm.updates_per_step if config.kind == "rl" else 1
+    updates = config.updates_per_step
     total = config.steps * updates
     # steps: 0 only evaluates, and must not ask for another schedule.
     if optimizer.warmup_steps > total > 0:
@@ -45,7 +45,7 @@ def check_optimizer(config: Config) -> Iterator[str]:
 
 def check_batch(config: Config) -> Iterator[str]:
     """A step can be split into mini-batches of whole groups."""
-    if config.kind != "rl":
+    if not config.learns_from_samples:
         return
     rollout, algorithm = config.rollout, config.algorithm
     if rollout.prompts_per_step % algorithm.updates_per_step:
@@ -60,7 +60,7 @@ def check_sampling(config: Config) -> Iterator[str]:
     rollout = config.rollout
     truncated = [f"top_p {rollout.top_p:g}"] if rollout.top_p < 1 else []
     truncated += [f"top_k {rollout.top_k}"] if rollout.top_k > 0 else []
-    if config.kind == "rl" and rollout.engine == "vllm" and rollout.temperature != 1 and truncated:
+    if config.learns_from_samples and rollout.engine == "vllm" and rollout.temperature != 1 and truncated:
         yield (
             f"rollout.temperature: {rollout.temperature:g} with {' and '.join(truncated)} on engine vllm: vLLM then renormalises "
             "its log-probabilities over the truncated set, and the trainer's are over the whole vocabulary; "
@@ -71,9 +71,9 @@ def check_sampling(config: Config) -> Iterator[str]:
 def check_engine_server(config: Config) -> Iterator[str]:
     """The settings of the chosen engine's server agree."""
     engine = config.rollout.engine
-    if engine == "embedded":
+    section = config.rollout.server
+    if section is None:
         return
-    section: EngineServerConfig = getattr(config.rollout, engine)
     if section.url is not None:
         own_server = {"python": section.python, "port": section.port, "arguments": section.arguments}
         for name, value in own_server.items():
@@ -95,7 +95,7 @@ def check_weight_transfer(config: Config) -> Iterator[str]:
     if transfer.transport == "auto":
         return
     key = f"rollout.weight_transfer.transport: {transfer.transport} has no use with"
-    if config.rollout.engine == "embedded":
+    if config.rollout.server is None:
         yield f"{key} rollout.engine embedded, which takes the weights from rank 0's memory; leave it out"
     elif transfer.method == "broadcast":
         yield f"{key} method broadcast, which goes by gloo; leave it out, or set method to slices"

@@ -50,7 +50,7 @@ from megarl.config.schema.rollout import (
     RolloutConfig,
     WeightTransferConfig,
 )
-from megarl.config.schema.run import CheckpointConfig, Config, ObserveConfig
+from megarl.config.schema.run import CheckpointConfig, Config, ObserveConfig, PreferenceRun, RewardModelRun, RLRun, Rows, SFTRun
 from megarl.section import Section
 
 __all__ = [
@@ -83,17 +83,22 @@ __all__ = [
     "ParallelConfig",
     "PartialConfig",
     "PreferenceConfig",
+    "PreferenceRun",
     "PromotionConfig",
+    "RLRun",
     "ReasoningGymSource",
     "ReferenceConfig",
     "RepetitionStopConfig",
     "RewardModelConfig",
+    "RewardModelRun",
     "RewardShapingConfig",
     "RewardsConfig",
     "RoleConfig",
     "RolloutConfig",
     "RowSource",
+    "Rows",
     "SFTConfig",
+    "SFTRun",
     "SamplerCorrectionConfig",
     "SamplingConfig",
     "SandboxConfig",

@@ -170,6 +170,11 @@ class AlgorithmConfig(Section):
     max_surplus_age: int = key(1, "steps", "A group that waited longer than this is dropped; 0 keeps none for later steps.", ge=0)
     updates_per_step: int = key(1, "optimizer steps", "Mini-batches that the rollouts of one step are split into, in order.", ge=1)
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic learns."""
+        return self.advantage == "gae"
+
     @model_validator(mode="before")
     @classmethod
     def _over_preset(cls, section: Any) -> Any:

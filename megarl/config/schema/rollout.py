@@ -148,6 +148,35 @@ class RolloutConfig(Section):
     sglang: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: sglang.")
     vllm: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: vllm.")
 
+    @property
+    def server_engine(self) -> Literal["sglang", "vllm"] | None:
+        """The engine behind a server; None for the embedded one."""
+        return None if self.engine == "embedded" else self.engine
+
+    @property
+    def server(self) -> EngineServerConfig | None:
+        """The settings of the chosen engine's server; None for the embedded one, which has none."""
+        servers = {"sglang": self.sglang, "vllm": self.vllm}
+        return servers.get(self.engine)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its longest response."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
+    @property
+    def longest_words(self) -> str:
+        """The same, as a message says it."""
+        return (
+            f"rollout.max_prompt_tokens {self.max_prompt_tokens} + rollout.max_new_tokens {self.max_new_tokens} = "
+            f"{self.longest} tokens"
+        )
+
+    @property
+    def outlives_updates(self) -> bool:
+        """Whether a response may go on after an update of the weights."""
+        return self.asynchronous is not None or self.partial is not None
+
     def time_limit(self, num_prompt_tokens: int) -> float:
-        """Seconds that a prompt of so many tokens has to be answered and scored."""
+        """Return the seconds that a prompt of so many tokens has to be answered and scored."""
         return self.request_timeout + self.request_timeout_per_kilotoken * (num_prompt_tokens + self.max_new_tokens) / 1000
