@@ -26,7 +26,7 @@ from megarl.config.models import models_of
 from megarl.config.schema import Config, CriticConfig, ParallelConfig, ReferenceConfig, RewardModelConfig, RoleConfig, Rows
 from megarl.data.packing import no_routing, with_scored_ends
 from megarl.errors import ConfigError, cut, quoted
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
 from megarl.train.learner import Learner

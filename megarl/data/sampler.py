@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy
 
-from megarl.config.schema import Config, TaskConfig
+from megarl.config.schema import Config, Rows, TaskConfig
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, TaskChooser
-from megarl.data.row_sizes import Form, RowSizes, named
+from megarl.data.row_sizes import RowSizes, named
 from megarl.data.sources import Row, number_at, read_rows
 from megarl.data.template import PreferencePair, SFTExample, prompt_template
 from megarl.data.too_long import cut_in_the_middle, pair_tokens, rows_in_limits
@@ -273,7 +273,7 @@ def training_rows(
     return rows, numpy.array(kept), numpy.array(difficulties)
 
 
-def _checked_training_rows(config: Config, encode: Callable[[Row], object], sizes: RowSizes, form: Form) -> dict[str, TaskRows]:
+def _checked_training_rows(config: Config, encode: Callable[[Row], object], sizes: RowSizes, form: Rows) -> dict[str, TaskRows]:
     """Return the rows of ``data.train`` by task that ``data.exclude`` does not name, each of which ``encode`` accepts."""
     tasks, excluded = {}, excluded_texts(config)
     for number, task in enumerate(tasks_of(config.data.train, TRAIN)):

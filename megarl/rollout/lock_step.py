@@ -7,14 +7,14 @@ EpisodeKey = tuple[int, int]  # seed of the prompt's request, sample index
 
 
 class LockStep:
-    """The episodes of one wave of prompts, of which ``num_places`` are in flight at a time.
+    """The episodes of one wave of prompts, of which ``num_slots`` are in flight at a time.
 
     A turn begins when every episode in flight waits for it and no other prompt could be in flight: which requests an engine gets
     together, and in which order, then follows from the prompts alone.
     """
 
-    def __init__(self, num_places: int) -> None:
-        self._num_places = num_places
+    def __init__(self, num_slots: int) -> None:
+        self._num_slots = num_slots
         self._num_queued = 0
         self._playing: set[EpisodeKey] = set()
         self._waiting: dict[EpisodeKey, asyncio.Future[None]] = {}
@@ -55,7 +55,7 @@ class LockStep:
 
     def _advance(self) -> None:
         # a prompt whose episodes are over is about to make room for the next one
-        is_full = self._num_queued == 0 or len({seed for seed, _ in self._playing}) >= self._num_places
+        is_full = self._num_queued == 0 or len({seed for seed, _ in self._playing}) >= self._num_slots
         if is_full and self._waiting and self._waiting.keys() >= self._playing:
             # not here: the last to come would go on at once, before those that wait
             asyncio.get_running_loop().call_soon(self._begin, list(self._waiting.items()))
