@@ -38,8 +38,8 @@ class Objective:
 
     Attributes:
         loss: scalar; losses of all micro-batches and ranks add up to the batch's loss.
-        metrics: name in metrics.METRICS to scalar: an extreme over the tokens, their sum for a token mean, and for a sequence mean
-            what adds up over micro-batches and ranks to the batch's mean.
+        metrics: name in ``metrics.UPDATE_METRICS`` to scalar: an extreme over the tokens, their sum for a token mean, and for a
+            mean over responses what adds up over micro-batches and ranks to the batch's mean.
     """
 
     loss: Tensor
@@ -50,7 +50,14 @@ ObjectiveFunction = Callable[..., Objective]  # called with the outputs of the e
 
 
 def select_tokens(batch: TrainBatch, index: Tensor, device: torch.device, sequences: SequenceTokens) -> TokenData:
-    """The data of tokens ``index`` (int64 [tokens], into the packed batch), moved to ``device``; ``sequences`` is there already."""
+    """Select the data of some tokens.
+
+    Args:
+        batch: from which they are.
+        index: int64 [tokens], into the packed batch.
+        device: to which the data goes.
+        sequences: of these tokens, on that device already.
+    """
 
     def rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[index].to(device)
@@ -68,7 +75,7 @@ def select_tokens(batch: TrainBatch, index: Tensor, device: torch.device, sequen
 
 
 def supervised_objective(logprobs: Tensor, entropies: Tensor, data: TokenData) -> Objective:
-    """Cross-entropy: the weighted sum of -log p."""
+    """Sum up the cross-entropy, -log p of each token times its weight."""
     loss = -(logprobs * data.weights).sum()
     return Objective(loss, {"loss": loss.detach(), "entropy": entropies.detach().sum()})
 
@@ -82,7 +89,7 @@ def policy_objective(
     surrogate: SurrogateFunction,
     kl_coefficient: float,
 ) -> Objective:
-    """The surrogate, plus KL penalty and entropy bonus as configured.
+    """Sum up the surrogate, with KL penalty and entropy bonus as configured.
 
     Args:
         logprobs, entropies: float [tokens], differentiable.
@@ -120,7 +127,7 @@ def policy_objective(
 
 
 def value_objective(values: Tensor, data: TokenData, *, clip_range: float) -> Objective:
-    """The critic's clipped value loss.
+    """Sum up the critic's clipped value loss.
 
     Args:
         values: float [tokens], differentiable.

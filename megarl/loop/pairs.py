@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.batches import build_preference_batch
-from megarl.algorithms.metrics import Part, batch_metrics, combined
+from megarl.algorithms.metrics import BatchMetrics, batch_metrics, combined
 from megarl.algorithms.objectives import ObjectiveFunction, select_tokens
 from megarl.algorithms.preferences import build_pair_objective
 from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
@@ -50,7 +50,7 @@ class HeldOutPairs:
 
         As many pairs are in memory at a time as in a training step.
         """
-        parts: list[Part] = []
+        parts: list[BatchMetrics] = []
         size = self._config.preference.pairs_per_step
         for first in range(0, self._num_pairs, size):
             pairs = self._pairs[first : first + size]
@@ -66,7 +66,7 @@ class HeldOutPairs:
 
 def pair_metrics(
     packed: PackedBatch, outputs: Sequence[Tensor], reference_logprobs: Tensor | None, objective: ObjectiveFunction
-) -> Part:
+) -> BatchMetrics:
     """What an objective reports of a whole batch of pairs; ``outputs`` are the model's, each float32 [num_tokens]."""
     trained = packed.loss_mask.nonzero()[:, 0]
     sequences = SequenceTokens(
@@ -77,4 +77,4 @@ def pair_metrics(
     data = select_tokens(build_preference_batch(packed, reference_logprobs), trained, torch.device("cpu"), sequences)
     totals = objective(*(output[trained] for output in outputs), data).metrics
     metrics = batch_metrics({name: float(value) for name, value in totals.items()}, trained.numel())
-    return Part(metrics=metrics, num_tokens=trained.numel(), num_sequences=packed.num_sequences)
+    return BatchMetrics(metrics=metrics, num_tokens=trained.numel(), num_sequences=packed.num_sequences)
