@@ -8,9 +8,10 @@ import pytest
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megarl.cli import parity
 from megarl.config.load import load_config
 from megarl.config.schema import Config
-from megarl.loop import launch, parity
+from megarl.loop import launch
 from megarl.loop.launch import launch_evaluation, launch_training
 from megarl.weights.checkpoint import whole_checkpoints
 from megarl.weights.files.convert import Options, hugging_face_to_megatron

@@ -206,7 +206,7 @@ def update_while_one_dies(folder: Path, case: Transfer, locations: list[Location
     keep_error(folder, crew.update)
 
 
-@pytest.mark.parametrize("places", ["aaaaaa", "aabbab"])
+@pytest.mark.parametrize("locations", ["aaaaaa", "aabbab"])
 def test_the_neighbours_of_a_killed_rank_name_tensor_and_bucket(
     tmp_path: Path, locations: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
