@@ -30,7 +30,7 @@ ALLOWED = {
 }
 MEGATRON = {"parallel", "models", "weights", "reshard", "train"}
 WRITTEN_ELSEWHERE = {"engine_layouts.py", "engine_shards.py"}
-PLAIN_DOCSTRINGS = {"parallel", "data", "workers", "reshard", "engines", "cli", "algorithms"}
+PLAIN_DOCSTRINGS = {"parallel", "data", "workers", "reshard", "engines", "cli", "algorithms", "loop", "train", "rollout", "observe"}
 NO_VERBS = {"Of", "What", "The", "A", "An", "For", "How", "Where", "Which", "Whether", "Why", "In", "On", "At", "As", "All", "Each"}
 
 

@@ -116,11 +116,11 @@ class MainRankRollouts:
         )
 
     def pause(self) -> None:
-        """As RolloutManager's."""
+        """Let no request be at the engine; see RolloutManager."""
         self.runner.run(self._collector.pause())
 
     def resume(self, version: int) -> None:
-        """As RolloutManager's."""
+        """Let generation go on; see RolloutManager."""
         assert self._prompts is not None
         self.runner.run(self._collector.resume(self._prompts.take, version))
 
@@ -136,13 +136,13 @@ class MainRankRollouts:
         return metrics, tuple(groups)
 
     def data_state(self) -> DataState:
-        """As RolloutManager's; a run that only evaluates has no position."""
+        """Return the position in the prompts, of which a run that only evaluates has none."""
         if self._prompts is None:
             return DataState(position={}, pending=None)
         return self.runner.run(self._data_state(self._prompts))
 
     def restore_data(self, state: DataState) -> None:
-        """As RolloutManager's."""
+        """Go on from a position in the prompts; see RolloutManager."""
         if self._prompts is None:
             return
         if state.pending is None:
@@ -162,13 +162,13 @@ class MainRankRollouts:
         self.runner.close()
 
     async def _collect(self, prompts: PromptSource, step: int) -> CollectResult:
-        """On the loop that takes prompts, which may be another thread's."""
+        """Collect and count on the loop that takes prompts, which may be another thread's."""
         result = await self._collector.collect(prompts.take, step)
         prompts.record(result.sampled, self._config.evaluation.pass_threshold)
         return result
 
     async def _data_state(self, prompts: PromptSource) -> DataState:
-        """Both at the same moment, in which nothing is begun: without a wait in it, the event loop does nothing else meanwhile."""
+        """Take both at a moment in which nothing is begun: without a wait in it, the event loop does nothing else."""
         return DataState(position=prompts.state(), pending=self._collector.state())
 
     def _pass_rates(self, result: CollectResult) -> dict[str, float]:

@@ -22,7 +22,7 @@ from megarl.types import PackedBatch
 
 
 def pack_for(config: Config, pairs: Sequence[PreferencePair]) -> PackedBatch:
-    """The pairs one after the other; for a reward model all that counts of a response is the score at its last token."""
+    """Pack the pairs one after the other; for a reward model all that counts of a response is the score at its last token."""
     packed = pack_pairs(pairs)
     return with_scored_ends(packed) if config.kind == "reward_model" else packed
 
@@ -46,7 +46,7 @@ class HeldOutPairs:
         self._reference_logprobs: dict[int, Tensor | None] = {}
 
     def evaluate(self) -> dict[str, float]:
-        """Means over all pairs of what training reports of its own, with ``held_out/`` in front; equal on all ranks.
+        """Return means over all pairs of what training reports of its own, as ``held_out/...``; equal on all ranks.
 
         As many pairs are in memory at a time as in a training step.
         """
@@ -67,7 +67,7 @@ class HeldOutPairs:
 def pair_metrics(
     packed: PackedBatch, outputs: Sequence[Tensor], reference_logprobs: Tensor | None, objective: ObjectiveFunction
 ) -> BatchMetrics:
-    """What an objective reports of a whole batch of pairs; ``outputs`` are the model's, each float32 [num_tokens]."""
+    """Compute what an objective reports of a whole batch of pairs; ``outputs`` are the model's, each float32 [num_tokens]."""
     trained = packed.loss_mask.nonzero()[:, 0]
     sequences = SequenceTokens(
         numbers=sequence_numbers(packed.cu_seqlens)[trained],

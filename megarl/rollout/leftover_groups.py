@@ -18,14 +18,14 @@ class LeftoverGroup:
 
 
 def groups_per_task(config: Config) -> int | None:
-    """How many groups of each task a step has when tasks are balanced; None when they are not."""
+    """Return how many groups of each task a step has when tasks are balanced; None when they are not."""
     if config.data.sampling.mixture != "balanced":
         return None
     return config.rollout.prompts_per_step // len(tasks_of(config.data.train, TRAIN))
 
 
 def fill_step(waiting: Sequence[LeftoverGroup], num_groups: int, per_task: int | None) -> list[LeftoverGroup]:
-    """The groups that a step trains on, the oldest first; fewer than ``num_groups`` while some are missing.
+    """Choose the groups that a step trains on, the oldest first; fewer than ``num_groups`` while some are missing.
 
     Args:
         waiting: oldest first.

@@ -54,7 +54,7 @@ class PendingGroups:
         self._dropped: list[tuple[int, str]] = []
 
     def begin(self, prompt: Prompt, version: int, num_samples: int) -> PendingGroup:
-        """A new group of ``num_samples`` responses."""
+        """Begin a group of ``num_samples`` responses."""
         group = PendingGroup(
             ticket=self.num_begun, prompt=prompt, begun_version=version, samples=[NOTHING_YET for _ in range(num_samples)]
         )
@@ -80,7 +80,7 @@ class PendingGroups:
         self._dropped.append(group.name)
 
     def state(self) -> Saved:
-        """All of it as JSON values, for a checkpoint. Groups dropped since the last ``take`` are named by the next."""
+        """Return all of it as JSON values, for a checkpoint. Groups dropped since the last ``take`` are named by the next."""
         return {"num_begun": self.num_begun, "dropped": list(self._dropped), "groups": [_save(group) for group in self.groups]}
 
     def restore(self, state: Saved, prompt_of: PromptOf) -> None:
@@ -111,7 +111,7 @@ def _load(saved: Saved, prompt_of: PromptOf) -> PendingGroup:
 
 
 def joined(first: Generation, more: Generation, max_new_tokens: int) -> Generation:
-    """A response and what it went on with; it is whole when it ended, or has ``max_new_tokens``."""
+    """Join a response and what it went on with; it is whole when it ended, or has ``max_new_tokens``."""
     token_ids = first.token_ids + more.token_ids
     is_cut = more.finish_reason is FinishReason.LENGTH and len(token_ids) < max_new_tokens
     return replace(
@@ -124,7 +124,7 @@ def joined(first: Generation, more: Generation, max_new_tokens: int) -> Generati
 
 
 def next_batch(groups: Sequence[PendingGroup], version: int, max_staleness: int, size: int) -> list[PendingGroup] | None:
-    """The groups to train on next, or None while those that must not wait longer are not whole.
+    """Choose the groups to train on next; None while those that must not wait longer are not whole.
 
     The oldest whole groups are taken, but only when every group can still be trained on within ``max_staleness`` updates of its
     begin, ``size`` groups at each. There always is such a batch once all are whole, while no more than (v + max_staleness + 1)

@@ -87,7 +87,7 @@ class TrainingEngine:
         return wrapped
 
     def forward_only(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """What the head gives for every trained token, without gradients; collective over the world.
+        """Compute what the head gives for every trained token, without gradients; collective over the world.
 
         Returns:
             For each of the head's outputs a float32 CPU tensor [num_tokens], 0 where ``loss_mask`` is False; equal on all ranks.
@@ -95,7 +95,7 @@ class TrainingEngine:
         return self.share_outputs(self.compute_outputs(batch))
 
     def share_outputs(self, outputs: Tensor) -> tuple[Tensor, ...]:
-        """Outputs from the role's ranks to all ranks of the world, as ``forward_only`` returns them."""
+        """Give the outputs of the role's ranks to all ranks of the world, as ``forward_only`` returns them."""
         if not self.layout.is_whole_world:
             dist.broadcast(outputs, src=self.layout.ranks.start)
         return tuple(outputs)

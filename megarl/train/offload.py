@@ -77,7 +77,7 @@ class Offloaded:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:
-    """The storages behind some tensors, each once, by its identity."""
+    """Return the storages behind some tensors, each once, by its identity."""
     return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
