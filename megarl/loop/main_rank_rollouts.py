@@ -1,8 +1,11 @@
 """Engine, collector, prompts, scorers and environments of a run, which rank 0 alone has."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from threading import Thread
+from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config.schema import Config
@@ -15,7 +18,6 @@ from megarl.data.tokenizer import find_end_tokens, response_decoder
 from megarl.engines.build import build_engine
 from megarl.environments.run import Environments, open_environments
 from megarl.errors import CheckpointError
-from megarl.loop.background import BackgroundLoop
 from megarl.loop.collected import Collected
 from megarl.loop.prompts import Prompts, accuracy_name
 from megarl.observe.metrics import accuracy_metrics, pass_at_k, pass_rates, rollout_metrics
@@ -30,6 +32,10 @@ from megarl.rollout.partial_collector import PartialCollector
 from megarl.types import RolloutGroup
 from megarl.weights.checkpoint import DataState
 from megarl.workers.sandbox import find_sandbox
+
+T = TypeVar("T")
+
+BACKGROUND_THREAD = "rollout"  # its name
 
 
 class MainRankRollouts:
@@ -189,3 +195,43 @@ def _collector_class(config: Config) -> type[Collector]:
     if config.rollout.asynchronous is not None:
         return AsynchronousCollector
     return PartialCollector if config.rollout.partial is not None else Collector
+
+
+class BackgroundLoop:
+    """An event loop in a thread of its own. It takes coroutines as asyncio.Runner does, and goes on between them."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = Thread(target=self._serve, daemon=True, name=BACKGROUND_THREAD)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run it to its end while the calling thread waits; its exception is raised here."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # when it was the wait that was interrupted
+            raise
+
+    def close(self) -> None:
+        """Cancel what still runs and end the thread."""
+        self.run(_cancel_others())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _serve(self) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # every thread begins with device 0
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()

@@ -12,8 +12,8 @@ from megarl.engines.protocol import Generation, RolloutEngine, SamplingParams
 from megarl.errors import CheckpointError, RolloutError
 from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.episodes import EpisodePlayer
-from megarl.rollout.leftover_groups import LeftoverGroup, fill_step, groups_per_task
 from megarl.rollout.lock_step import EpisodeKey
+from megarl.rollout.pending_groups import LeftoverGroup, fill_step, groups_per_task
 from megarl.rollout.requests import LIMIT_KEYS, Request, RequestFailed, RequestMaker, run_together
 from megarl.rollout.saved_groups import PromptOf, Saved, load_group, refuse_damage, save_group
 from megarl.rollout.wave import Wave

@@ -22,10 +22,9 @@ from megarl.models.flops import sequence_flops
 from megarl.parallel.layout import Layout
 from megarl.parallel.logprobs import sum_over_group
 from megarl.parallel.megatron_fixes import PipelineCommunicator
-from megarl.train.activation_offload import ActivationOffload
 from megarl.train.heads import Head
 from megarl.train.micro_batch import MicroBatch, build_micro_batch
-from megarl.train.offload import Offloaded
+from megarl.train.offload import ActivationOffload, Offloaded
 from megarl.types import PackedBatch, TrainBatch
 
 LossParts = tuple[Tensor, Tensor, Any]  # loss, tokens that megatron-core would divide by, and what is kept of a micro-batch

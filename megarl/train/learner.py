@@ -85,7 +85,7 @@ class Learner:
         self._gradients.empty()
 
     def update(self, batch: TrainBatch, objective: ObjectiveFunction) -> UpdateResult | None:
-        """Make one optimizer step on one batch; None on a rank outside the role, which does not wait for it; see ``share_results``."""
+        """Make one optimizer step; None on a rank outside the role, which does not wait for it (see ``share_results``)."""
         if not self.engine.layout.is_member:
             return None
         num_tokens = int(batch.packed.loss_mask.sum())
