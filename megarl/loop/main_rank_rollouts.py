@@ -25,7 +25,7 @@ from megarl.rewards.combine import RewardScorer
 from megarl.rewards.correctness import correctness
 from megarl.rewards.episodes import EpisodeScorer
 from megarl.rollout.asynchronous_collector import AsynchronousCollector
-from megarl.rollout.collect_result import CollectResult
+from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.collector import Collector, Score
 from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.partial_collector import PartialCollector
@@ -116,7 +116,7 @@ class MainRankRollouts:
             | result.stats.metrics()
             | self._prompts.metrics()
             | self._worker_metrics(),
-            score_seconds=max(0.0, result.stats.wall_seconds - result.stats.generating_seconds),
+            score_seconds=self._score_seconds(result.stats),
             tickets=result.tickets,
             reward_mean=sum(rewards) / max(1, len(rewards)),
         )
@@ -176,6 +176,10 @@ class MainRankRollouts:
     async def _data_state(self, prompts: PromptSource) -> DataState:
         """Take both at a moment in which nothing is begun: without a wait in it, the event loop does nothing else."""
         return DataState(position=prompts.state(), pending=self._collector.state())
+
+    def _score_seconds(self, stats: CollectStats) -> float:
+        """Return the wall time in which nothing was generated; 0 where generation beside training makes that meaningless."""
+        return 0.0 if isinstance(self.runner, BackgroundLoop) else max(0.0, stats.wall_seconds - stats.generating_seconds)
 
     def _pass_rates(self, result: CollectResult) -> dict[str, float]:
         """``rollout/pass@k`` of all groups that a step sampled, those that dynamic sampling dropped among them."""
