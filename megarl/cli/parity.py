@@ -182,7 +182,7 @@ def compute_gradients(
         algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
         (batch,), objective = algorithm.prepare(packed, outputs, step=0).batches, algorithm.objective
     loss, gradients = _loss_and_gradients(policy, batch, objective)
-    sizes = batch.token_weights if batch.advantages is None else batch.token_weights * batch.advantages.abs()
+    sizes = batch.token_weights if batch.sampled is None else batch.token_weights * batch.sampled.advantages.abs()
     scale = float(sizes.sum())
     if critic is not None:
         critic_loss, critic_gradients = _loss_and_gradients(critic, batch, algorithm.value_objective)
