@@ -57,15 +57,15 @@ class _Row:
 
 
 class _Limits(StoppingCriteria):
-    """Ends each row at its own limit, and all rows when a cut is asked for."""
+    """Ends each row at its own limit, and all rows when an abort is asked for."""
 
     def __init__(self, limits: Tensor, width: int, abort: Event) -> None:
         """Take ``limits``, int64 [batch], the response tokens of each row, and ``width``, of the prompts."""
-        self._limits, self._width, self._cut = limits, width, abort
+        self._limits, self._width, self._aborting = limits, width, abort
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Return bool [batch], whether the row ends with its last token."""
-        return (input_ids.shape[1] - self._width >= self._limits) | self._cut.is_set()
+        return (input_ids.shape[1] - self._width >= self._limits) | self._aborting.is_set()
 
 
 class EmbeddedEngine:
@@ -103,7 +103,7 @@ class EmbeddedEngine:
         self._queue: deque[_Row] = deque()
         self._decoding: asyncio.Task[None] | None = None
         self._model_lock = asyncio.Lock()
-        self._cut = Event()  # read by the worker thread between tokens
+        self._aborting = Event()  # read by the worker thread between tokens
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedded-engine")
 
     async def start(self) -> None:
@@ -147,12 +147,12 @@ class EmbeddedEngine:
 
     async def abort(self) -> None:
         """End the requests in flight at the next token; returns when all have answered."""
-        self._cut.set()
+        self._aborting.set()
         try:
             while self._decoding is not None and not self._decoding.done():
                 await asyncio.wait({self._decoding})
         finally:
-            self._cut.clear()
+            self._aborting.clear()
 
     async def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Copy a whole new set of weights in place, after the batch being decoded.
@@ -173,7 +173,7 @@ class EmbeddedEngine:
 
     async def close(self) -> None:
         """Drop the queue and the model; a batch being decoded ends at its next token."""
-        self._cut.set()
+        self._aborting.set()
         if self._decoding is not None:
             self._decoding.cancel()
         for row in self._queue:
@@ -188,7 +188,7 @@ class EmbeddedEngine:
             try:
                 async with self._model_lock:
                     await self.health()
-                    if self._cut.is_set():
+                    if self._aborting.is_set():
                         generations = [_generation([], [], (), row.request.sampling.max_new_tokens, None, 0) for row in rows]
                     else:
                         generations = await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, rows)
@@ -239,7 +239,7 @@ class EmbeddedEngine:
             eos_token_id=list(sampling.stop_token_ids) or None,
             pad_token_id=0,
         )
-        limit = _Limits(torch.tensor(limits, device=self._device), width, self._cut)
+        limit = _Limits(torch.tensor(limits, device=self._device), width, self._aborting)
         repetition = RepetitionStop(sampling.repetition_stop, len(rows), width) if sampling.repetition_stop is not None else None
         threads_before = torch.get_num_threads()
         torch.set_num_threads(self._config.threads or torch.multiprocessing.cpu_count())

@@ -40,7 +40,7 @@ def resumed(sampling: SamplingParams, sample_index: int, num_tokens: int) -> Sam
     """Ask for sample ``sample_index`` of a request behind its first ``num_tokens`` tokens, as a request of its own.
 
     Its prompt is the first request's and those tokens. Its seed depends on the first request's, the index and ``num_tokens`` only:
-    the same cut goes on with the same random numbers, and never with some that were used before.
+    the same abort goes on with the same random numbers, and never with some that were used before.
     """
     digest = hashlib.blake2b(f"{sampling.seed}/{sample_index}/{num_tokens}".encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") >> 2

@@ -15,11 +15,11 @@ ABSENCE_SECONDS = 60.0  # when a connection has broken, how long the ranks that 
 
 
 class AbsentRankError(TransferError):
-    """A rank did not come to a meeting."""
+    """A rank did not come to a barrier."""
 
 
 class Barrier:
-    """The meetings of one transfer."""
+    """The points of one transfer at which all its ranks wait for each other."""
 
     def __init__(self, name: str, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float) -> None:
         """Take a ``name`` that all ranks and no other transfer use, and a ``device`` that the group's backend reduces on."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from megarl.errors import ConfigError, TransferError, listed
+from megarl.families.base.engine_rules import EngineLayout
 from megarl.models.build import CausalLM
 from megarl.parallel.axis_sizes import axis_sizes
 from megarl.parallel.layout import Layout
@@ -21,7 +22,7 @@ from megarl.reshard.engine_transports import Crew, GroupTransport, SharedTranspo
 from megarl.reshard.megatron import TransferSettings
 from megarl.reshard.packed_messages import FlatPart, PackedMessage, digest, flat_parts
 from megarl.reshard.plan.balance import Machines
-from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.reshard.plan.engine_layouts import engine_shard_layout
 from megarl.reshard.plan.plan import Plan, build_plan
 from megarl.reshard.plan.shard_layout import megatron_shard_layout, tensor_table
 from megarl.reshard.receive_plan import element_size, receive_plan
@@ -98,7 +99,7 @@ class EngineTransfer:
             ConfigError: on every rank, the transport that was asked for cannot join them.
         """
         with self._on_device():
-            locations = self._meet()
+            locations = self._gather_locations()
             try:
                 transport = choose_transport(
                     self._settings.transport, locations[: self.first_worker], locations[self.first_worker :]
@@ -153,7 +154,7 @@ class EngineTransfer:
         """Choose the device in a thread, which begins on GPU 0 whatever the process has chosen."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
-    def _meet(self) -> list[Location]:
+    def _gather_locations(self) -> list[Location]:
         """Collect the locations of all ranks and workers, in order. Rank 0 asks for them and tells the others."""
         self._store.set(f"location/{self._rank}", json.dumps(asdict(own_location(self._device))))
         keys = [f"location/{rank}" for rank in range(self.world_size)]
@@ -164,9 +165,9 @@ class EngineTransfer:
                     found = [json.loads(location) for location in self._store.multi_get(keys)]
                 except RuntimeError:
                     found = [self._name(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
-                self._store.set("places", json.dumps(found))
-            self._store.wait(["places"], 2 * self._timeout)
-            found = json.loads(self._store.get("places"))
+                self._store.set("locations", json.dumps(found))
+            self._store.wait(["locations"], 2 * self._timeout)
+            found = json.loads(self._store.get("locations"))
         except RuntimeError as error:
             raise TransferError(f"rank {self._rank} did not hear from rank 0 who has joined: {first_line(error)}") from error
         if isinstance(found[0], str):

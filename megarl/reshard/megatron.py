@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from megarl.families.base.weight_rules import Kind
 from megarl.models.build import CausalLM
 from megarl.parallel.axis_sizes import axis_sizes
 from megarl.parallel.layout import Layout
@@ -28,7 +29,6 @@ from megarl.reshard.plan.plan import build_plan
 from megarl.reshard.plan.shard_layout import ShardLayout, TensorTable, megatron_shard_layout, optimizer_table, tensor_table
 from megarl.reshard.point_to_point import PointToPoint
 from megarl.weights.mapping import WeightMap
-from megarl.weights.rules import Kind
 from megarl.weights.transfer import global_parameters
 
 
@@ -68,8 +68,8 @@ class WeightTransfer:
         """
         self._weight_map, self._source, self._destination = weight_map, source, destination
         tensors = _actual_sizes(tensor_table(weight_map, 0), weight_map, global_parameters(source[0], weight_map, source[1]))
-        sides = [_shard_layout(weight_map, layout, tensors) for _, layout in (source, destination)]
-        self._transport = _transport(sides, tensors, settings, (source[1], destination[1]))
+        shard_layouts = [_shard_layout(weight_map, layout, tensors) for _, layout in (source, destination)]
+        self._transport = _transport(shard_layouts, tensors, settings, (source[1], destination[1]))
 
     @property
     def bytes_received(self) -> int:
@@ -102,7 +102,7 @@ class WeightTransfer:
 class OptimizerTransfer:
     """Moves the state of Adam of one model into that of another: moments, float32 main parameters and the count of steps.
 
-    Collective over the world. Either side may or may not use the distributed optimizer; its shards go from owner to owner. Both
+    Collective over the world. Either end may or may not use the distributed optimizer; its shards go from owner to owner. Both
     must have their state already, if only zeros. The learning-rate schedule is not moved.
     """
 
@@ -113,7 +113,7 @@ class OptimizerTransfer:
         destination: tuple[list[CausalLM], Layout, ChainedOptimizer | None],
         settings: TransferSettings,
     ) -> None:
-        """Plan the transfer. A rank outside a side has no optimizer there.
+        """Plan the transfer. A rank outside an end of the transfer has no optimizer there.
 
         Raises:
             WeightsError: a model and the weight map differ.
@@ -122,11 +122,11 @@ class OptimizerTransfer:
         tensors = optimizer_table(weight_map)
         self._weight_map, self._source, self._destination = weight_map, source, destination
         held, needed = self._states()
-        sides = [
+        shard_layouts = [
             _state_layout(_shard_layout(weight_map, source[1], tensors), source[1], held, with_copies=False),
             _state_layout(_shard_layout(weight_map, destination[1], tensors), destination[1], needed, with_copies=True),
         ]
-        self._transport = _transport(sides, tensors, settings, (source[1], destination[1]))
+        self._transport = _transport(shard_layouts, tensors, settings, (source[1], destination[1]))
         has_main_copies = torch.tensor(any(chunk.config.params_dtype != torch.float32 for chunk in source[0]), dtype=torch.int32)
         dist.all_reduce(has_main_copies, dist.ReduceOp.MAX)
         self._keys = (*MOMENTS, MAIN) if has_main_copies else MOMENTS
@@ -167,18 +167,18 @@ def _shard_layout(weight_map: WeightMap, layout: Layout, tensors: TensorTable) -
     return megatron_shard_layout(weight_map, axis_sizes(layout.config, len(layout.ranks)), tensors)
 
 
-def _state_layout(side: ShardLayout, layout: Layout, states: dict[str, ParameterState], *, with_copies: bool) -> ShardLayout:
-    ranges = [ranges_of(side, {})] * dist.get_world_size()
-    dist.all_gather_object(ranges, ranges_of(side, states))
-    return held_ranges(side, [ranges[rank] for rank in layout.ranks], with_copies=with_copies)
+def _state_layout(shards: ShardLayout, layout: Layout, states: dict[str, ParameterState], *, with_copies: bool) -> ShardLayout:
+    ranges = [ranges_of(shards, {})] * dist.get_world_size()
+    dist.all_gather_object(ranges, ranges_of(shards, states))
+    return held_ranges(shards, [ranges[rank] for rank in layout.ranks], with_copies=with_copies)
 
 
 def _transport(
-    sides: Sequence[ShardLayout], tensors: TensorTable, settings: TransferSettings, layouts: tuple[Layout, Layout]
+    shard_layouts: Sequence[ShardLayout], tensors: TensorTable, settings: TransferSettings, layouts: tuple[Layout, Layout]
 ) -> PointToPoint:
     source, destination = layouts
     shift = destination.ranks.start - source.ranks.start
     machines = Machines(gpus_per_node=settings.gpus_per_node, first_destination_gpu=shift)
-    plan = build_plan(sides[0], sides[1], tensors, machines, settings.bucket_bytes)
+    plan = build_plan(shard_layouts[0], shard_layouts[1], tensors, machines, settings.bucket_bytes)
     device = torch.device(torch.cuda.current_device())
     return PointToPoint(plan, source.ranks, destination.ranks, device=device, timeout_seconds=settings.timeout_seconds)

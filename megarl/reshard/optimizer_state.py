@@ -107,29 +107,29 @@ def _parts(optimizer: ChainedOptimizer) -> list[Any]:
     return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
 
-def ranges_of(side: ShardLayout, states: Mapping[str, ParameterState]) -> NDArray[np.void]:
+def ranges_of(shards: ShardLayout, states: Mapping[str, ParameterState]) -> NDArray[np.void]:
     """Return which elements of which parameter of ``layout`` this rank holds, of type RANGE."""
-    numbers = {name: number for number, name in enumerate(side.parameters)}
-    numbers |= {name: number for number, (name, _) in side.copy_names.items()}
+    numbers = {name: number for number, name in enumerate(shards.parameters)}
+    numbers |= {name: number for number, (name, _) in shards.copy_names.items()}
     return np.array([(numbers[name], state.start, state.stop) for name, state in states.items()], dtype=RANGE)
 
 
-def held_ranges(side: ShardLayout, ranges: Sequence[NDArray[np.void]], *, with_copies: bool) -> ShardLayout:
+def held_ranges(shards: ShardLayout, ranges: Sequence[NDArray[np.void]], *, with_copies: bool) -> ShardLayout:
     """Return the layout in which each rank holds only a range of each of its parameters.
 
     Args:
-        side: what each rank would hold if it held its parameters whole.
+        shards: what each rank would hold if it held its parameters whole.
         ranges: for each rank, of type RANGE.
         with_copies: also the parts of ranks that have a parameter under another name (the last stage's embedding when it is tied).
             A source must not have them: it would hold elements twice, in ranges that are cut elsewhere.
     """
-    columns = np.array([as_matrix(shape)[1] for shape in side.shapes], dtype=np.int64)
-    ranks, set_of_rank = side.rank_sets.ranks, np.repeat(np.arange(len(side.rank_sets.sizes)), side.rank_sets.sizes)
+    columns = np.array([as_matrix(shape)[1] for shape in shards.shapes], dtype=np.int64)
+    ranks, set_of_rank = shards.rank_sets.ranks, np.repeat(np.arange(len(shards.rank_sets.sizes)), shards.rank_sets.sizes)
     boxes = []
     for rank, held in enumerate(ranges):
-        mine = side.boxes[np.isin(side.boxes["rank_set"], set_of_rank[ranks == rank])]
+        mine = shards.boxes[np.isin(shards.boxes["rank_set"], set_of_rank[ranks == rank])]
         if not with_copies:
-            copied = [number for number, (_, copies) in side.copy_names.items() if rank in copies]
+            copied = [number for number, (_, copies) in shards.copy_names.items() if rank in copies]
             mine = mine[~np.isin(mine["parameter"], copied)]
         start, stop = np.zeros((2, len(columns)), dtype=np.int64)
         start[held["parameter"]], stop[held["parameter"]] = held["start"], held["stop"]
@@ -137,7 +137,7 @@ def held_ranges(side: ShardLayout, ranges: Sequence[NDArray[np.void]], *, with_c
         boxes.append(_within(mine, start[parameter], stop[parameter], columns[parameter]))
         boxes[-1]["rank_set"] = rank
     together, rank_sets = _merge(np.concatenate(boxes))
-    return ShardLayout(side.parameters, side.shapes, together, rank_sets, side.num_ranks, side.copy_names)
+    return ShardLayout(shards.parameters, shards.shapes, together, rank_sets, shards.num_ranks, shards.copy_names)
 
 
 def _within(

@@ -134,7 +134,7 @@ def next_batch(groups: Sequence[PendingGroup], version: int, max_staleness: int,
     ``size`` groups are begun before update v + 1 (AReaL's bound, arXiv 2505.24298, section 5.1).
 
     Args:
-        groups: all that are outstanding, in the order in which they were begun.
+        groups: all that are pending, in the order in which they were begun.
         version: of the weights that are trained.
         max_staleness: updates.
         size: groups of a step.

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megarl.engines.environment import default_python
-from megarl.models.architecture import read_architecture
-from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.families.base.engine_rules import EngineLayout
+from megarl.families.registry import read_architecture
+from megarl.reshard.plan.engine_layouts import engine_shard_layout
 from megarl.reshard.plan.shard_layout import ShardLayout, tensor_table
 from megarl.weights.mapping import build_weight_map
 from tiny import CLASSES
@@ -44,22 +45,22 @@ def check_loaded(folder: Path, layout: EngineLayout) -> None:
     """``rank_*.safetensors``, which an engine's ranks saved, are what a plan for this layout writes."""
     architecture = read_architecture(folder)
     table = tensor_table(build_weight_map(architecture, 1, with_transformer_engine=False), 4)
-    side = engine_shard_layout(architecture, layout, table)
+    shards = engine_shard_layout(architecture, layout, table)
     tensors = hugging_face_tensors(architecture)
     for rank in range(layout.ranks_per_engine):
         loaded = load_file(folder / f"rank_{rank}.safetensors")
-        written = write_boxes(side, [tensors[name].float() for name in table.numbers], rank)
+        written = write_boxes(shards, [tensors[name].float() for name in table.numbers], rank)
         assert {name: tensor.shape for name, tensor in loaded.items()} == {name: tensor.shape for name, tensor in written.items()}
         for name, tensor in loaded.items():
             assert torch.equal(tensor, written[name]), (folder, rank, name)
 
 
-def write_boxes(side: ShardLayout, tensors: list[Tensor], rank: int) -> dict[str, Tensor]:
+def write_boxes(shards: ShardLayout, tensors: list[Tensor], rank: int) -> dict[str, Tensor]:
     """What a rank holds when all boxes are copied, one after the other, into zeros."""
-    held = {name: torch.zeros(shape) for name, shape in zip(side.parameters, side.shapes, strict=True)}
-    for tensor, row, column, rows, columns, parameter, local_row, local_column, rank_set in side.boxes.tolist():
-        if rank in side.rank_sets[rank_set]:
-            source, target = tensors[tensor], held[side.parameters[parameter]]
+    held = {name: torch.zeros(shape) for name, shape in zip(shards.parameters, shards.shapes, strict=True)}
+    for tensor, row, column, rows, columns, parameter, local_row, local_column, rank_set in shards.boxes.tolist():
+        if rank in shards.rank_sets[rank_set]:
+            source, target = tensors[tensor], held[shards.parameters[parameter]]
             source = source.reshape(-1, source.shape[-1] if source.dim() > 1 else 1)
             target = target.view(-1, target.shape[-1] if target.dim() > 1 else 1)
             part = source[row : row + rows, column : column + columns]

@@ -1,10 +1,10 @@
 """Runs in SGLang's environment: loads checkpoints into SGLang's own model classes and saves one rank's live tensors.
 
-    python sglang_parameters.py RANK MEETINGS TP,EP,DEVICE,FOLDER ...
+    python sglang_parameters.py RANK RENDEZVOUS TP,EP,DEVICE,FOLDER ...
 
 Writes ``rank_RANK.safetensors`` into every folder: all parameters and persistent buffers as they are in an open weight update,
 after ``restore_weights_before_loading`` and before ``process_weights_after_loading``. All layouts have equally many ranks, which
-find each other through a file in the folder MEETINGS. DEVICE is ``cpu`` or ``gpu``: on CPU, SGLang pads sizes that do not divide
+find each other through a file in the folder RENDEZVOUS. DEVICE is ``cpu`` or ``gpu``: on CPU, SGLang pads sizes that do not divide
 (configs/update_config.py), on GPUs it does not.
 """
 

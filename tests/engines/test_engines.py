@@ -234,7 +234,7 @@ def test_a_response_cut_at_an_update_goes_on_with_the_new_weights(served: Served
         for attempt in range(10):
             requests = [asyncio.ensure_future(engine.generate(prompt, params)) for prompt in prompts]
             await asyncio.wait(requests, timeout=0.04 * 1.5**attempt)  # until this falls between the first token and the last
-            late = asyncio.ensure_future(engine.generate((9, 9), params))  # on its way when the others are cut
+            late = asyncio.ensure_future(engine.generate((9, 9), params))  # on its way when the others are aborted
             await asyncio.sleep(0)
             await engine.abort()
             assert all(request.done() for request in (*requests, late))

@@ -37,7 +37,7 @@ class Sent:
 
 @dataclass
 class Engine:
-    """Keeps every request until it is answered; a cut answers them with two tokens each."""
+    """Keeps every request until it is answered; an abort answers them with two tokens each."""
 
     version: int = 0
     dead: str = ""
@@ -176,7 +176,7 @@ def test_prompts_of_one_document_are_sent_one_after_the_other() -> None:
         await trainer.collect(0)
         await trainer.collector.pause()
         trainer.documents |= {4: (5, 5), 5: (2, 2)}
-        await trainer.resume(1)  # the groups that were cut, and then the new ones
+        await trainer.resume(1)  # the groups that were aborted, and then the new ones
         assert [request.prompt[:2] for request in trainer.engine.sent] == [(3, 1)] * 2 + [(7, 7)] * 2 + [(2, 2), (5, 5)]
         await trainer.collector.pause()
         await trainer.resume(2)
@@ -271,7 +271,7 @@ def test_sampling_that_can_never_fill_a_step_ends_the_run() -> None:
     run(use, rewards=lambda rollout: 1.0, dynamic=True)
 
 
-@pytest.mark.parametrize("call", ["collect", "hold"])
+@pytest.mark.parametrize("call", ["collect", "pause"])
 def test_a_dead_engine_ends_the_run_at_the_next_call(call: str) -> None:
     async def use(trainer: Trainer) -> None:
         await trainer.resume(0)

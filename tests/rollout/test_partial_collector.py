@@ -19,7 +19,7 @@ BUDGET, MAX_NEW_TOKENS = 4, 12
 
 
 class Engine:
-    """A response to prompt ``(n, 1, 2)`` has ``lengths[n]`` tokens, 100, 101 ...; its last is a stop token unless it is cut."""
+    """A response to prompt ``(n, 1, 2)`` has ``lengths[n]`` tokens, 100, 101 ...; its last is a stop token if it is whole."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -153,7 +153,7 @@ def test_when_all_responses_are_long_steps_still_fill_and_the_store_is_bounded()
 
 
 def interrupted(greedy: bool) -> tuple[PartialCollector, Engine, dict[str, Any]]:
-    """A collector after two steps, with responses under way, and its store as a checkpoint has it."""
+    """A collector after two steps, with responses in flight, and its store as a checkpoint has it."""
     collector, engine = make([12, 2, 3, 4, 6, 1, 2, 2, 3, 1, 9, 9, 9, 9], greedy=greedy)
     run_steps(collector, engine, range(2))
     return collector, engine, json.loads(json.dumps(collector.state()))

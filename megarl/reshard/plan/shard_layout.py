@@ -1,7 +1,8 @@
-"""One side of a transfer: which rank holds which part of which Hugging Face tensor, and where in its own parameters.
+"""Shard layouts: which rank holds which part of which Hugging Face tensor, and where in its own parameters.
 
-Both sides, Megatron or engine, speak of Hugging Face tensors, so that neither needs to know the other. Everything is a matrix: a
-vector is one column, and a parameter of three dimensions (fused experts) is seen as [product of the leading ones, last one].
+Source and destination of a transfer, Megatron or engine, speak of Hugging Face tensors, so that neither needs to know the other.
+Everything is a matrix: a vector is one column, and a parameter of three dimensions (fused experts) is seen as [product of
+the leading ones, last one].
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megarl.errors import ConfigError
+from megarl.families.base.weight_rules import Kind, Layers
 from megarl.parallel.axis_sizes import AxisSizes
 from megarl.weights.mapping import WeightMap
-from megarl.weights.rules import Kind, Layers, Parameter
+from megarl.weights.shards import Parameter
 
 BOX = np.dtype(
     [
@@ -111,14 +113,14 @@ class RankSets:
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """One side of a transfer.
+    """Which rank holds which part of which tensor, at one end of a transfer.
 
     Attributes:
         parameters: names by number. Megatron's are global: layers and experts are counted over the whole model.
         shapes: of a rank's own part by number, the same on every rank that has the parameter.
         boxes: of type BOX, for each rank set what every one of its ranks holds. Boxes of one tensor do not overlap.
         rank_sets: numbered by the boxes.
-        num_ranks: of this side.
+        num_ranks: that it is over.
         copy_names: for parameters that some ranks have under another name: number to (that name, those ranks). With tied
             embeddings the last pipeline stage has the embedding as its output layer.
     """

@@ -1,4 +1,4 @@
-"""The embedded engine cut in the middle of its responses, and what becomes of them under other weights."""
+"""The embedded engine aborted in the middle of its responses, and what becomes of them under other weights."""
 
 import asyncio
 import threading
@@ -35,8 +35,8 @@ def with_engine(folder: Path, use: Callable[[EmbeddedEngine], Any], batch_size: 
     return asyncio.run(run())
 
 
-def cut_after(monkeypatch: pytest.MonkeyPatch, engine: EmbeddedEngine, num_tokens: int) -> asyncio.Event:
-    """An event at the given token of the first batch, at which decoding then waits to be cut."""
+def abort_after(monkeypatch: pytest.MonkeyPatch, engine: EmbeddedEngine, num_tokens: int) -> asyncio.Event:
+    """An event at the given token of the first batch, at which decoding then waits for the abort."""
     loop, reached, sample = asyncio.get_running_loop(), asyncio.Event(), GumbelSampler.__call__
     is_first = threading.Event()
 
@@ -45,15 +45,15 @@ def cut_after(monkeypatch: pytest.MonkeyPatch, engine: EmbeddedEngine, num_token
         if len(sampler.logprobs) == num_tokens and not is_first.is_set():
             is_first.set()
             loop.call_soon_threadsafe(reached.set)
-            assert engine._cut.wait(TIMEOUT)
+            assert engine._aborting.wait(TIMEOUT)
         return choice
 
     monkeypatch.setattr(GumbelSampler, "__call__", sample_and_wait)
     return reached
 
 
-async def cut_and_go_on(engine: EmbeddedEngine, reached: asyncio.Event) -> tuple[list[list[Generation]], list[list[Generation]]]:
-    """What had come when all requests were cut, and the whole responses with the weights of seed 1 for the rest, as version 4."""
+async def abort_and_resume(engine: EmbeddedEngine, reached: asyncio.Event) -> tuple[list[list[Generation]], list[list[Generation]]]:
+    """What had come when all requests were aborted, and the whole responses, the rest by the weights of seed 1 as version 4."""
     running = asyncio.ensure_future(generate_all(engine, PROMPTS, sampling()))
     await asyncio.wait_for(reached.wait(), TIMEOUT)
     await engine.abort()
@@ -77,13 +77,13 @@ def test_each_token_has_the_version_and_log_probability_of_the_weights_that_samp
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def use(engine: EmbeddedEngine) -> Any:
-        uncut = await generate_all(engine, PROMPTS, sampling())
-        return uncut, *await cut_and_go_on(engine, cut_after(monkeypatch, engine, 5))
+        undisturbed = await generate_all(engine, PROMPTS, sampling())
+        return undisturbed, *await abort_and_resume(engine, abort_after(monkeypatch, engine, 5))
 
-    uncut, parts, whole = with_engine(model_folder, use)
+    undisturbed, parts, whole = with_engine(model_folder, use)
     before, after = make_tiny_model(0), make_tiny_model(1)
-    for prompt, uncut_group, part_group, group in zip(PROMPTS, uncut, parts, whole, strict=True):
-        for reference, part, response in zip(uncut_group, part_group, group, strict=True):
+    for prompt, undisturbed_group, part_group, group in zip(PROMPTS, undisturbed, parts, whole, strict=True):
+        for reference, part, response in zip(undisturbed_group, part_group, group, strict=True):
             assert part.token_ids == reference.token_ids[:5] and part.finish_reason is FinishReason.ABORT
             assert response.weight_versions == (3,) * 5 + (4,) * 7 and response.finish_reason is FinishReason.LENGTH
             expected = torch.cat(
@@ -97,18 +97,18 @@ def test_each_token_has_the_version_and_log_probability_of_the_weights_that_samp
 
 
 @pytest.mark.timeout(60)
-def test_the_same_cut_goes_on_the_same_way(model_folder: Path) -> None:
+def test_the_same_abort_goes_on_the_same_way(model_folder: Path) -> None:
     def once() -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            return with_engine(model_folder, lambda engine: cut_and_go_on(engine, cut_after(patch, engine, 4)))
+            return with_engine(model_folder, lambda engine: abort_and_resume(engine, abort_after(patch, engine, 4)))
 
     assert once() == once()
 
 
 @pytest.mark.timeout(60)
-def test_requests_that_wait_are_cut_before_their_first_token(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_wait_are_aborted_before_their_first_token(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(engine: EmbeddedEngine) -> Any:
-        parts, _ = await cut_and_go_on(engine, cut_after(monkeypatch, engine, 2))
+        parts, _ = await abort_and_resume(engine, abort_after(monkeypatch, engine, 2))
         await engine.abort()  # nothing is in flight
         return parts
 

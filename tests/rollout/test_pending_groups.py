@@ -1,4 +1,4 @@
-"""The store of outstanding groups, and which of them are trained on next."""
+"""The store of pending groups, and which of them are trained on next."""
 
 import itertools
 import json
@@ -88,8 +88,8 @@ def test_a_response_is_whole_when_it_ends_or_has_all_tokens() -> None:
 
 
 def test_no_two_continuations_share_their_random_numbers() -> None:
-    cuts = [resumed(sampling(seed=seed), index, length) for seed, index, length in itertools.product((1, 2), (0, 1), (0, 3, 4))]
-    assert len({abort.seed for abort in cuts}) == len(cuts)
-    assert all(0 <= abort.seed < 2**62 for abort in cuts)
-    assert {abort.max_new_tokens for abort in cuts} == {12, 9, 8} and {abort.num_samples for abort in cuts} == {1}
-    assert cuts == [resumed(sampling(seed=seed), i, n) for seed, i, n in itertools.product((1, 2), (0, 1), (0, 3, 4))]
+    aborts = [resumed(sampling(seed=seed), index, length) for seed, index, length in itertools.product((1, 2), (0, 1), (0, 3, 4))]
+    assert len({abort.seed for abort in aborts}) == len(aborts)
+    assert all(0 <= abort.seed < 2**62 for abort in aborts)
+    assert {abort.max_new_tokens for abort in aborts} == {12, 9, 8} and {abort.num_samples for abort in aborts} == {1}
+    assert aborts == [resumed(sampling(seed=seed), i, n) for seed, i, n in itertools.product((1, 2), (0, 1), (0, 3, 4))]
