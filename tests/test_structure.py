@@ -15,7 +15,7 @@ ALLOWED = {
     "families": {"errors", "json_text"},
     "builtin": {"section", "user_functions", "errors"},
     "config": {"families", "builtin", "section", "user_functions", "errors", "json_text"},
-    "algorithms": {"types", "config", "user_functions", "errors"},
+    "algorithms": {"types", "config", "user_functions", "errors", "metrics"},
     "parallel": {"types", "config", "errors", "crash", "death_signal", "sockets"},
     "models": {"families", "parallel", "config", "errors", "json_text"},
     "weights": {"models", "families", "parallel", "config", "errors", "death_signal", "json_text"},
@@ -31,8 +31,8 @@ ALLOWED = {
     "observe": {"types", "config", "errors"},
 }
 MEGATRON = {"parallel", "models", "weights", "reshard", "train"}
-WRITTEN_ELSEWHERE = {"engine_layouts.py", "engine_shards.py", "metrics.py", "objectives.py"}
-PLAIN_DOCSTRINGS = {"parallel", "data", "workers", "reshard", "engines", "cli", "algorithms"}
+WRITTEN_ELSEWHERE = {"engine_layouts.py", "engine_shards.py"}
+PLAIN_DOCSTRINGS = {"parallel", "data", "workers", "reshard", "engines", "cli", "algorithms", "loop", "train", "rollout", "observe"}
 NO_VERBS = {"Of", "What", "The", "A", "An", "For", "How", "Where", "Which", "Whether", "Why", "In", "On", "At", "As", "All", "Each"}
 
 

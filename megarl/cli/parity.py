@@ -206,7 +206,7 @@ def compute_gradients(
     trained = PREPARE[config.rows](config, packed, outputs)
     batch = trained.batch
     loss, gradients = _loss_and_gradients(policy, batch, trained.objective)
-    sizes = batch.token_weights if batch.advantages is None else batch.token_weights * batch.advantages.abs()
+    sizes = batch.token_weights if batch.sampled is None else batch.token_weights * batch.sampled.advantages.abs()
     scale = float(sizes.sum())
     if critic is not None:
         assert trained.value_objective is not None

@@ -21,7 +21,7 @@ from megarl.errors import ConfigError
 
 if TYPE_CHECKING:
     from megarl.memory.advice import Change
-    from megarl.memory.statement import Part, RankMemory
+    from megarl.memory.statement import MemoryPart, RankMemory
 
 GIB = 2**30
 LARGEST_PARTS = 3  # named when the limit is passed
@@ -199,7 +199,7 @@ def _show_advice(period: Period, limit: float) -> None:
         print("no combination of these is under the limit; use a smaller model or GPUs with more memory")
 
 
-def _largest(worst: "RankMemory") -> list["Part"]:
+def _largest(worst: "RankMemory") -> list["MemoryPart"]:
     return sorted((*worst.held, *worst.added), key=lambda part: -part.num_bytes)[:LARGEST_PARTS]
 
 
@@ -215,7 +215,7 @@ def _as_json(periods: list[Period], worst: Period, where: tuple[int, str], limit
 
 
 def _period_as_json(period: Period) -> dict[str, Any]:
-    def parts(of: tuple["Part", ...]) -> list[dict[str, Any]]:
+    def parts(of: tuple["MemoryPart", ...]) -> list[dict[str, Any]]:
         return [{"owner": part.owner, "name": part.name, "bytes": part.num_bytes, "tensors": dict(part.tensors)} for part in of]
 
     together = period.together

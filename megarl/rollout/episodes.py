@@ -33,7 +33,7 @@ class _Trajectory:
     seconds: float = 0.0
 
     def add_turn(self, generation: Generation, text: str) -> None:
-        """A turn of the policy."""
+        """Add a turn of the policy."""
         self.token_ids += generation.token_ids
         self.from_policy += [True] * len(generation.token_ids)
         self.logprobs += generation.logprobs
@@ -42,7 +42,7 @@ class _Trajectory:
         self.turns.append(Turn(speaker="policy", text=text))
 
     def add_observation(self, token_ids: Sequence[int]) -> None:
-        """The tokens of the environment's message."""
+        """Add the tokens of the environment's message."""
         version = self.weight_versions[-1] if self.weight_versions else NO_VERSION
         self.token_ids += token_ids
         self.from_policy += [False] * len(token_ids)
@@ -79,7 +79,7 @@ class EpisodePlayer:
         self._prefill = prefill
 
     async def play(self, prompt: Prompt, sample_index: int, sampling: SamplingParams, generate: Generate) -> Rollout:
-        """One episode.
+        """Play one episode.
 
         It ends when the environment says so, after the last turn, when a turn ran into ``sampling.max_new_tokens`` (which the
         environment then does not see), and when the next message would leave no token to answer it; the latter two count as
@@ -166,6 +166,6 @@ async def _timed(call: Awaitable[T], trajectory: _Trajectory) -> T:
 
 
 def derived_seed(seed: int, purpose: str) -> int:
-    """62 bits, stable across runs, machines and Python versions."""
+    """Derive 62 bits, stable across runs, machines and Python versions."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2

@@ -66,7 +66,7 @@ class RequestMaker:
         return self._config.rollout.samples_per_prompt + self._with_greedy
 
     def training(self, prompt: Prompt, purpose: str, step: int, position: int) -> Request:
-        """A group to train on. Its seed depends on the run's and on ``purpose``, ``step`` and ``position``."""
+        """Ask for a group to train on. Its seed depends on the run's and on ``purpose``, ``step`` and ``position``."""
         seed, rollout = self._seed_of(purpose, step, position), self._config.rollout
         return Request(
             prompt=prompt,
@@ -75,7 +75,7 @@ class RequestMaker:
         )
 
     def evaluation(self, prompt: Prompt, position: int) -> Request:
-        """The responses of an evaluation; its seed does not depend on the step, so that evaluations compare."""
+        """Ask for the responses of an evaluation; its seed does not depend on the step, so that evaluations compare."""
         seed, settings = self._seed_of("evaluate", 0, position), self._config.evaluation
         samples = self._sampling(settings.samples_per_prompt, settings.temperature, seed)
         return Request(prompt=prompt, samples=samples, greedy=None)
@@ -94,7 +94,7 @@ class RequestMaker:
         )
 
     def _seed_of(self, purpose: str, step: int, position: int) -> int:
-        """62 bits, stable across runs, machines and Python versions; engines may add a sample index within 63."""
+        """Derive 62 bits, stable across runs, machines and Python versions; engines may add a sample index within 63."""
         digest = hashlib.blake2b(f"{self._config.seed}/{purpose}/{step}/{position}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 2
 
