@@ -8,8 +8,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megarl import __version__
 from megarl.cli import plan_memory  # noqa: F401  (adds plan memory)
 from megarl.cli.command_line import finite
+from megarl.cli.convert import convert_app
 from megarl.cli.plan_sync import plan_app
 from megarl.config.checks import check
 from megarl.config.explain import explain
@@ -19,11 +21,10 @@ from megarl.config.schema import Config
 from megarl.config.stages import configs_of
 from megarl.config.unused_settings import unused_settings
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Reinforcement learning for large language models on Megatron-Core."
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 app.add_typer(plan_app, name="plan")
+app.add_typer(convert_app, name="convert")
 
 MOST_LOCAL_RANKS = 1024
 
@@ -33,6 +34,21 @@ NumRanks = Annotated[
     int,
     typer.Option("--nproc", min=1, max=MOST_LOCAL_RANKS, help="Ranks to start on this machine; ignored under torchrun and srun."),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"megarl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Reinforcement learning for large language models on Megatron-Core."""
 
 
 def _load(path: Path, overrides: list[str], run_dir: Path | None = None) -> Config:
