@@ -1,6 +1,6 @@
 """The stages of data. A new fact about a sample is a new stage, never an optional key.
 
-    Prompt -> Rollout -> ScoredRollout -> RolloutGroup -> PackedBatch (+ TokenScores) -> TrainBatch -> UpdateResult
+    Prompt -> Rollout -> ScoredRollout -> RolloutGroup -> PackedBatch (+ TokenOutputs) -> TrainBatch -> UpdateResult
 
 Token-level tensors of a PackedBatch are aligned with the *predicted* token: entry ``t`` of ``loss_mask``, ``sampler_logprobs``,
 ``advantages`` ... belongs to ``token_ids[t]``, whose log-probability comes from the model's output at position ``t - 1`` of
