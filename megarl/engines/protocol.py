@@ -1,4 +1,4 @@
-"""What a rollout engine is: token ids in; token ids, log-probabilities, finish reason and weight version out."""
+"""What a rollout engine is: token ids in; token ids, log-probs, finish reason and weight version out."""
 
 import hashlib
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ class Generation:
 
     Attributes:
         token_ids: response tokens, the stop token included.
-        logprobs: log-probability of each (nats) under softmax(logits / temperature) over the whole vocabulary, before top-k and
+        logprobs: log-prob of each (nats) under softmax(logits / temperature) over the whole vocabulary, before top-k and
             top-p; at temperature 0 (greedy) under softmax(logits).
         weight_versions: version of the weights that sampled each.
         finish_reason: why it ended.
