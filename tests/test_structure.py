@@ -12,20 +12,21 @@ PACKAGE = ROOT / "megarl"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 HISTORY = {"CHANGELOG.md"}  # names files as they were
 ALLOWED = {
-    "config": {"errors", "json_text"},
+    "families": {"errors", "json_text"},
+    "config": {"families", "errors", "json_text"},
     "algorithms": {"types", "config", "errors"},
     "parallel": {"types", "config", "errors", "crash", "death_signal", "sockets"},
-    "models": {"parallel", "config", "errors", "json_text"},
-    "weights": {"models", "parallel", "config", "errors", "death_signal", "json_text"},
-    "reshard": {"weights", "models", "parallel", "config", "errors", "sockets"},
-    "memory": {"weights", "models", "parallel", "config", "errors"},
-    "data": {"workers", "types", "config", "errors"},
+    "models": {"families", "parallel", "config", "errors", "json_text"},
+    "weights": {"models", "families", "parallel", "config", "errors", "death_signal", "json_text"},
+    "reshard": {"weights", "models", "families", "parallel", "config", "errors", "sockets"},
+    "memory": {"weights", "models", "families", "parallel", "config", "errors"},
+    "data": {"workers", "families", "types", "config", "errors"},
     "workers": {"config", "errors"},
     "environments": {"workers", "types", "config", "errors"},
     "rewards": {"workers", "types", "config", "errors", "json_text", "server_answers"},
-    "engines": {"types", "config", "errors", "sockets", "json_text", "server_answers"},
+    "engines": {"families", "types", "config", "errors", "sockets", "json_text", "server_answers"},
     "rollout": {"engines", "environments", "types", "config", "errors"},
-    "train": {"weights", "models", "parallel", "algorithms", "data", "types", "config", "errors"},
+    "train": {"weights", "models", "families", "parallel", "algorithms", "data", "types", "config", "errors"},
     "observe": {"types", "config", "errors"},
 }
 MEGATRON = {"parallel", "models", "weights", "reshard", "train"}
@@ -65,8 +66,9 @@ def test_engines_are_imported_only_in_their_own_environment() -> None:
             assert not [name for name in imports(path) if name.split(".")[0] in ("vllm", "sglang")], path
 
 
-def test_config_imports_no_torch() -> None:
-    for path in sorted((PACKAGE / "config").rglob("*.py")):
+@pytest.mark.parametrize("package", ["config", "families"])
+def test_configs_and_families_import_no_torch(package: str) -> None:
+    for path in sorted((PACKAGE / package).rglob("*.py")):
         assert not [name for name in imports(path) if name.split(".")[0] in ("torch", "transformers")], path
 
 

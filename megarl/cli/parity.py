@@ -26,7 +26,7 @@ from megarl.config.models_of import has_reference, models_of, trains_on_pairs
 from megarl.config.schema import Config, CriticConfig, ParallelConfig, ReferenceConfig, RewardModelConfig, RoleConfig
 from megarl.data.packing import no_routing, with_scored_ends
 from megarl.errors import ConfigError, cut, quoted
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
 from megarl.train.learner import Learner

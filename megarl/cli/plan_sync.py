@@ -52,8 +52,8 @@ def sync(
 ) -> None:
     """Print how the weights of CONFIG's policy (with a curriculum in its last stage) get to engines or to another Megatron layout,
     or why they cannot."""
+    from megarl.families.base.engine_rules import EngineLayout
     from megarl.reshard.plan.balance import Machines
-    from megarl.reshard.plan.engine_layouts import EngineLayout
     from megarl.reshard.plan.plan import plan_transfer
     from megarl.reshard.plan.report import LinkSpeeds, report
 

@@ -15,10 +15,10 @@ from megarl.config.schema import Config
 from megarl.engines.protocol import RolloutEngine
 from megarl.engines.server_engine import EngineSizes, ServerEngine
 from megarl.errors import ConfigError, MegaRLError, TransferError
+from megarl.families.base.engine_rules import EngineLayout
 from megarl.models.transformer_config import DTYPES
 from megarl.reshard.barrier import AbsentRankError, Barrier
 from megarl.reshard.engine_transfer import EngineTransfer, EngineTransferSettings, plan_engine_transfer
-from megarl.reshard.plan.engine_layouts import EngineLayout
 from megarl.train.learner import Learner
 
 

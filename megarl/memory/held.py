@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from megarl.config.schema import Config, ParallelConfig
 from megarl.errors import ConfigError
+from megarl.families.base.architecture import Architecture
+from megarl.families.base.weight_rules import Kind, Layers
 from megarl.memory.activations import FLOAT, INT
-from megarl.models.architecture import Architecture
 from megarl.parallel.axis_sizes import AxisSizes
 from megarl.weights.mapping import WeightMap
-from megarl.weights.rules import Kind, Layers, Parameter
+from megarl.weights.shards import Parameter
 
 PARAMETER_ALIGNMENT = 64  # elements, of where a parameter begins in the distributed optimizer's buffers (megatron-core)
 

@@ -14,9 +14,10 @@ from typing import Literal
 
 from megarl.config.models_of import models_of, trains_on_pairs
 from megarl.config.schema import Config, CriticConfig, RoleConfig
+from megarl.families.base.architecture import Architecture, padded_vocabulary_size
+from megarl.families.registry import read_architecture
 from megarl.memory import activations, heads, held
 from megarl.memory.activations import FLOAT, LayerShape
-from megarl.models.architecture import Architecture, padded_vocabulary_size, read_architecture
 from megarl.parallel.axis_sizes import AxisSizes, axis_sizes
 from megarl.weights.mapping import WeightMap, build_weight_map
 from megarl.weights.value_head import with_value_head

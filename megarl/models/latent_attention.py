@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-from megarl.config.model_facts import LATENT_NORM_EPSILON
+from megarl.families.deepseek_v3 import LATENT_NORM_EPSILON
 
 
 class ReplicatedLinear(torch.nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megarl.config.schema import Config, CriticConfig, RewardModelConfig, RoleConfig
 from megarl.data.packing import with_scored_ends
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.models.build import ValueModel, build_model_chunks, use_transformer_engine
 from megarl.models.routing_replay import replay_routing
 from megarl.models.transformer_config import DTYPES

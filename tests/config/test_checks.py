@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megarl.config.checks import check
-from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import Config
 from megarl.errors import ConfigError
+from megarl.families.registry import read_architecture
 from small_model import MODEL
 
 RL: dict[str, Any] = {
@@ -688,7 +688,7 @@ def test_uneven_pipeline_stages(model: Path, parallel: dict[str, Any], expected:
 
 
 def test_old_llama_has_as_many_key_value_heads_as_heads(tmp_path: Path) -> None:
-    assert read_model_facts(write_model(tmp_path / "model", model_type="llama", num_key_value_heads=None)).num_key_value_heads == 8
+    assert read_architecture(write_model(tmp_path / "model", model_type="llama", num_key_value_heads=None)).num_kv_heads == 8
 
 
 def test_model_folder(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from tools import SMALL_FILES, assert_same, make_model, refusal, tensors_of, tool
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "reshard"))

@@ -10,8 +10,8 @@ import torch
 
 from engine_parameters import check_loaded, free_port, run_in_engine, write_numbered_model
 from megarl.engines import sglang, vllm
+from megarl.families.base.engine_rules import EngineLayout
 from megarl.reshard.engine_shards import write_engine_shards
-from megarl.reshard.plan.engine_layouts import EngineLayout
 from megarl.weights.files.convert import Options
 from real_engines import ARGUMENTS, all_gone, make_engine, server_processes
 from tiny import write_tiny_model

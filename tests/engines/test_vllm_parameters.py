@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine_parameters import check_loaded, free_port, run_in_engine, write_numbered_model
-from megarl.reshard.plan.engine_layouts import EngineLayout
+from megarl.families.base.engine_rules import EngineLayout
 from tiny import CLASSES
 
 SPECIAL: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megarl.models.architecture import Architecture
+from megarl.families.base.architecture import Architecture
 
 Tensors = dict[str, Tensor]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megarl.algorithms.algorithm import Algorithm
 from megarl.cli.parity import parse_layout, synthetic_batch, with_layout
 from megarl.config.schema import Config
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.models.build import CausalLM, build_model_chunks
 from megarl.parallel.launch import run_local_ranks
 from megarl.parallel.layout import Layout, build_layout

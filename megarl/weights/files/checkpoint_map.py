@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megarl.config.schema import ModelConfig, RoleConfig
 from megarl.errors import CheckpointError, WeightsError, listed
-from megarl.models.architecture import Architecture
+from megarl.families.base.architecture import Architecture
 from megarl.models.build import build_model_on_meta
 from megarl.parallel.layout import build_layout
 from megarl.weights.distributed_checkpoint import DistributedCheckpoint

@@ -57,8 +57,6 @@ def with_scaling(raw: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str
     scaled["rope_parameters"] = parameters
     if parameters["rope_type"] != "default":
         scaled["rope_scaling"] = dict(parameters)  # transformers 4 reads this one, and rope_theta beside it
-    if raw.get("model_type") == "mixtral" and raw.get("head_dim") is None:  # transformers' yarn multiplies it as it is
-        scaled["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
     if theta is not None:
         scaled["rope_parameters"] = parameters | {"rope_theta": theta}
         scaled["rope_theta"] = theta

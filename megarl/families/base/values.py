@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megarl.config.rope_scaling import ORIGINAL
 from megarl.errors import ConfigError, shortened
+from megarl.families.base.rope_scaling import ORIGINAL
 
 LARGEST_SIZE = 1 << 24  # of one dimension of a tensor, a vocabulary or a number of experts
 MOST_LAYERS = 10_000
@@ -136,8 +136,9 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
     for name in UNKNOWN_ATTENTION:
         if raw.get(name) not in (None, False, {}, []):
             yield f"{name} is {_text(raw[name])}, which changes what layers compute and is not supported; give a model without"
-    if raw.get("partial_rotary_factor") not in (None, 1):
-        yield f"partial_rotary_factor is {_text(raw['partial_rotary_factor'])}, and only heads that rotate whole are supported"
+    for values in (raw, raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}):
+        if (part := values.get("partial_rotary_factor")) not in (None, 1):
+            yield f"partial_rotary_factor is {_text(part)}, and only heads that rotate whole are supported"
 
 
 def _wrong(values: Mapping[str, Any], table: Mapping[str, tuple[Callable[[Any], bool], str]], prefix: str) -> Iterator[str]:
@@ -153,15 +154,6 @@ def _mismatches(raw: Mapping[str, Any]) -> Iterator[str]:
         yield f"layer_types has {len(types)} entries and num_hidden_layers is {layers}"
     if others := [name for name in types or () if name not in ("full_attention", "sliding_attention")]:
         yield f"layer_types has {_text(others[0])}, and only full_attention and sliding_attention are supported"
-    heads, groups, hidden = (raw.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
-    if raw.get("model_type") == "deepseek_v3" or heads is None or hidden is None:
-        return
-    if raw.get("head_dim") is None and hidden % heads:
-        yield f"hidden_size {hidden} does not divide by num_attention_heads {heads}, and there is no head_dim"
-    elif (width := raw.get("head_dim") or hidden // heads) % 2:
-        yield f"heads are {width} wide (head_dim, or hidden_size / num_attention_heads {heads}), and RoPE needs an even number"
-    if groups and heads % groups:
-        yield f"num_attention_heads {heads} does not divide by num_key_value_heads {groups}"
 
 
 def _text(value: Any) -> str:
