@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from megarl.config.checks import check
+from megarl.config.load import describe
 from megarl.config.schema import Config
 from megarl.errors import ConfigError
 from megarl.families.registry import read_architecture
@@ -58,6 +60,15 @@ def failures(config: Config, world_size: int = 1) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         check(config, world_size)
     return str(caught.value).split("\n")
+
+
+def mistakes(model: Path, *settings: str, **top: Any) -> list[str]:
+    """What is wrong with a config, found when it is read or, where nothing is, when it is checked."""
+    try:
+        config = build(model, *settings, **top)
+    except ValidationError as error:
+        return [describe(detail, "run.yaml").removeprefix("run.yaml: ") for detail in error.errors()]
+    return failures(config)
 
 
 @pytest.fixture
@@ -294,6 +305,23 @@ RUN = [
         "0.7 with top_p 0.9 and top_k 5",
     ),
     (
+        [
+            'rollout.engine="vllm"',
+            "rollout.min_p=0.1",
+            'evaluation={"data": {"type": "reasoning_gym", "task": "a"}, "temperature": 0.6}',
+        ],
+        "evaluation.temperature: 0.6 with min_p 0.1 on engine vllm",
+    ),
+    (
+        ['rollout.engine="sglang"', "rollout.min_p=0.1", "rollout.repetition_penalty=1.1"],
+        "rollout.repetition_penalty: is 1.1, and SGLang's log-probabilities are of the logits after it",
+        "rollout.min_p: is 0.1, which SGLang cannot do with seeds",
+    ),
+    (
+        ["rollout.presence_penalty=0.5", 'rollout.partial={"step_token_budget": 64}'],
+        "rollout.presence_penalty: is 0.5 and counts the tokens of one request, but responses go on in another",
+    ),
+    (
         ['rollout.engine="vllm"', 'rollout.vllm={"url": "http://a", "python": "/p", "port": 80, "arguments": {"x": 1}}'],
         "rollout.vllm.python: is /p but rollout.vllm.url http://a",
         "rollout.vllm.port: is 80",
@@ -407,8 +435,8 @@ def test_run(model: Path, case: tuple[Any, ...]) -> None:
     ],
 )
 def test_scorer_fields(model: Path, scorer: dict[str, Any], expected: str) -> None:
-    config = build(model, "rewards.scorers=" + json.dumps([{"type": "exact", "name": "first"}, scorer]))
-    assert_lines(failures(config), [f"rewards.scorers.1.{expected}"])
+    lines = mistakes(model, "rewards.scorers=" + json.dumps([{"type": "exact", "name": "first"}, scorer]))
+    assert_lines(lines, [f"rewards.scorers.1.{expected}"])
 
 
 ENVIRONMENT = {"type": "calculator"}
@@ -458,11 +486,11 @@ ENVIRONMENTS: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
 
 @pytest.mark.parametrize(("environment", "top", "expected"), ENVIRONMENTS)
 def test_environments(model: Path, environment: dict[str, Any], top: dict[str, Any], expected: str | None) -> None:
-    config = build(model, "rollout.environment=" + json.dumps(ENVIRONMENT | environment), **top)
+    setting = "rollout.environment=" + json.dumps(ENVIRONMENT | environment)
     if expected is None:
-        check(config, 1)
+        check(build(model, setting, **top), 1)
     else:
-        assert failures(config) == [expected]
+        assert mistakes(model, setting, **top) == [expected]
 
 
 def test_scorers_together(model: Path, tmp_path: Path) -> None:

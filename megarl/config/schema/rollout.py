@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from megarl.config.schema.sandbox import SandboxConfig
-from megarl.config.schema.section import Section, key
+from megarl.builtin.environments import EnvironmentConfig
+from megarl.section import Section, key
 
 
 class EmbeddedEngineConfig(Section):
@@ -69,30 +69,6 @@ class RepetitionStopConfig(Section):
     min_count: int = key(..., "-", "The response ends when the pattern stands there this many times in a row.", ge=2)
 
 
-class EnvironmentConfig(Section):
-    """An environment that answers the policy's turns (docs/environments.md)."""
-
-    type: Literal["python", "calculator", "tower_of_hanoi"] = key(
-        ..., "-", "A class of your own, a calculator as a tool, or reasoning-gym's tower_of_hanoi played move by move."
-    )
-    function: str | None = key(None, "module:Class", "For python: a class with reset and step, sync or async.")
-    options: dict[str, Any] = key(dict, "-", "Keyword arguments of the class.")
-    max_turns: int = key(8, "turns", "The episode ends after so many turns of the policy.", ge=1)
-    timeout: float = key(10.0, "seconds", "Time one reset or step may take.", gt=0)
-    in_process: bool = key(
-        False,
-        "-",
-        "Run it on the trainer's event loop, for async environments that cannot be pickled; else in worker processes, where a "
-        "time-out kills what never returns.",
-    )
-    sandbox: SandboxConfig = key(SandboxConfig, "-", "What its worker processes may do; in_process has no use for it.")
-    weight: float = key(1.0, "-", "Factor of the episode's summed rewards in the reward of a response.")
-    role: Literal["user", "tool"] = key("user", "-", "Role of its messages in the tokenizer's chat template.")
-    observation_template: str | None = key(
-        None, "-", "A text with {observation} in it that follows a turn; the tokenizer's chat template when not given."
-    )
-
-
 class AsynchronousConfig(Section):
     """Generation runs beside training, ahead of it by a bounded number of weight versions (AReaL, arXiv 2505.24298)."""
 
@@ -133,6 +109,33 @@ class RolloutConfig(Section):
     temperature: float = key(1.0, "-", "Softmax temperature of sampling; the trainer's log-probabilities use it too.", gt=0)
     top_p: float = key(1.0, "-", "Nucleus sampling mass; 1 means off.", gt=0, le=1)
     top_k: int = key(0, "tokens", "Sample among the k most probable tokens; 0 means off.", ge=0)
+    min_p: float = key(
+        0.0,
+        "-",
+        "Sample among tokens at least this times as probable as the most probable one; 0 means off. As with top_p and top_k, "
+        "log-probabilities are of the distribution before it, so sampler_correction does not correct for it.",
+        ge=0,
+        le=1,
+    )
+    presence_penalty: float = key(
+        0.0,
+        "-",
+        "Subtracted from the logits of tokens that the turn has so far; 0 means off. Log-probabilities are of the logits before "
+        "it, so sampler_correction does not correct for it.",
+        ge=-2,
+        le=2,
+    )
+    frequency_penalty: float = key(
+        0.0, "-", "As presence_penalty, for every time that the turn has the token; 0 means off.", ge=-2, le=2
+    )
+    repetition_penalty: float = key(
+        1.0,
+        "-",
+        "As presence_penalty, for tokens that the prompt or the turn has: their positive logits are divided by it, negative ones "
+        "multiplied; 1 means off.",
+        gt=0,
+        le=2,
+    )
     stop_token_ids: list[int] = key(
         list,
         "token ids",
@@ -172,6 +175,40 @@ class RolloutConfig(Section):
     sglang: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: sglang.")
     vllm: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: vllm.")
 
+    @property
+    def server_engine(self) -> Literal["sglang", "vllm"] | None:
+        """The engine behind a server; None for the embedded one."""
+        return None if self.engine == "embedded" else self.engine
+
+    @property
+    def server(self) -> EngineServerConfig | None:
+        """The settings of the chosen engine's server; None for the embedded one, which has none."""
+        servers = {"sglang": self.sglang, "vllm": self.vllm}
+        return servers.get(self.engine)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its longest response."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
+    @property
+    def longest_words(self) -> str:
+        """The same, as a message says it."""
+        return (
+            f"rollout.max_prompt_tokens {self.max_prompt_tokens} + rollout.max_new_tokens {self.max_new_tokens} = "
+            f"{self.longest} tokens"
+        )
+
+    @property
+    def outlives_updates(self) -> bool:
+        """Whether a response may go on after an update of the weights."""
+        return self.asynchronous is not None or self.partial is not None
+
+    def reshaping(self) -> dict[str, float]:
+        """Return the options in use that make the sampler's distribution another than softmax(logits / temperature)."""
+        off = {"top_p": 1, "top_k": 0, "min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
+        return {name: getattr(self, name) for name, value in off.items() if getattr(self, name) != value}
+
     def time_limit(self, num_prompt_tokens: int) -> float:
-        """Seconds that a prompt of so many tokens has to be answered and scored."""
+        """Return the seconds that a prompt of so many tokens has to be answered and scored."""
         return self.request_timeout + self.request_timeout_per_kilotoken * (num_prompt_tokens + self.max_new_tokens) / 1000
