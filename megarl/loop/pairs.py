@@ -16,6 +16,7 @@ from megarl.data.sampler import build_evaluation_pairs
 from megarl.data.template import PreferencePair
 from megarl.data.tokenizer import run_tokenizer
 from megarl.loop.main_rank import broadcast_batch, from_main_rank, on_main_rank
+from megarl.metrics import HELD_OUT
 from megarl.train.learner import Learner
 from megarl.train.roles import Reference
 from megarl.types import PackedBatch
@@ -61,7 +62,7 @@ class HeldOutPairs:
                 )
             outputs = self._learner.engine.forward_only(packed)
             parts.append(pair_metrics(packed, outputs, self._reference_logprobs[first], self._objective))
-        return {f"held_out/{name}": value for name, value in combined(parts).items()}
+        return {f"{HELD_OUT}{name}": value for name, value in combined(parts).items()}
 
 
 def pair_metrics(
