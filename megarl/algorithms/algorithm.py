@@ -1,7 +1,5 @@
 """A policy-gradient method at work: its choices resolved to functions, and what it carries from step to step."""
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,6 +21,7 @@ from megarl.config.checks.algorithm import check_greedy_shaping
 from megarl.config.schema import AlgorithmConfig
 from megarl.errors import ConfigError, TrainingError
 from megarl.types import CriticTokens, PackedBatch, SampledTokens, TokenOutputs, TrainBatch
+from megarl.user_functions import import_function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,24 +263,3 @@ def _surrogate_function(name: str) -> SurrogateFunction:
 
 def _described(values: Tensor) -> str:
     return f"a tensor of shape {list(values.shape)} with {int(values.isfinite().sum())} finite numbers"
-
-
-def import_function(name: str, key: str) -> Callable[..., Any]:
-    """Import the function ``module:function``.
-
-    Args:
-        name: as the config gives it.
-        key: where, for the error.
-
-    Raises:
-        ConfigError: it cannot be imported or called.
-    """
-    module, _, function_name = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), function_name)
-    except Exception as error:  # importing runs the user's code, which may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"{key}: cannot import {name}: {reason}; its folder must be on PYTHONPATH") from error
-    if not callable(function):
-        raise ConfigError(f"{key}: {name} is a {type(function).__name__}, not a function")
-    return function

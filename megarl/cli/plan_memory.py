@@ -14,6 +14,7 @@ from megarl.cli.plan_sync import fewest_ranks, plan_app
 from megarl.config.checks import check
 from megarl.config.layout_text import MOST_RANKS
 from megarl.config.load import load_config
+from megarl.config.models import models_of
 from megarl.config.schema import Config
 from megarl.config.stages import Stage, configs_of, stages_of
 from megarl.errors import ConfigError
@@ -128,11 +129,9 @@ def _in_stage(change: "Change", stage: Stage | None) -> "Change":
 
 
 def _only_rank(config: Config) -> int:
-    from megarl.memory.statement import settings_of_roles
-
     for stage in configs_of(config):
-        for name, role in settings_of_roles(stage).items():
-            if (fewest := role.first_rank + (role.num_ranks or fewest_ranks(role.parallel))) > 1:
+        for name, model in models_of(stage).items():
+            if (fewest := model.role.first_rank + (model.role.num_ranks or fewest_ranks(model.role.parallel))) > 1:
                 raise ConfigError(
                     f"plan memory: --world-size is not given, and {name}.parallel needs a multiple of {fewest} ranks; give the "
                     f"ranks of the run, for example --world-size {fewest}: data parallel ranks share out optimizer state"

@@ -9,8 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megarl.config.checks import check
-from megarl.config.models_of import trains_on_pairs
-from megarl.config.schema import Config
+from megarl.config.schema import Config, Rows
 from megarl.config.stages import configs_of
 from megarl.config.unused_settings import unused_settings
 from megarl.errors import ConfigError, RunStopped
@@ -26,6 +25,8 @@ from megarl.parallel.launch import launched_rank, run_ranks
 from megarl.rewards.evaluating_tasks import refuse_evaluating_tasks
 
 logger = logging.getLogger(__name__)
+
+LOOPS: Mapping[Rows, Callable[[Config, bool], None]] = {"prompts": run_rl, "examples": run_sft, "pairs": run_preference}
 
 
 def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
@@ -69,13 +70,7 @@ def _warn_of_lost_work(config: Config, environment: Mapping[str, str] = os.envir
 
 
 def _loop_of(config: Config) -> Callable[[Config, bool], None]:
-    if config.curriculum is not None:
-        return run_curriculum
-    if config.kind == "sft":
-        return run_sft
-    if trains_on_pairs(config):
-        return run_preference
-    return run_rl
+    return LOOPS[config.rows] if config.curriculum is None else run_curriculum
 
 
 def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[str, float]:

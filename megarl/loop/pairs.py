@@ -25,7 +25,7 @@ from megarl.types import PackedBatch
 def pack_for(config: Config, pairs: Sequence[PreferencePair]) -> PackedBatch:
     """Pack the pairs one after the other; for a reward model all that counts of a response is the score at its last token."""
     packed = pack_pairs(pairs)
-    return with_scored_ends(packed) if config.kind == "reward_model" else packed
+    return with_scored_ends(packed) if config.trains_reward_model else packed
 
 
 class HeldOutPairs:

@@ -30,7 +30,7 @@ class Prompts:
 
 def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     """Read the prompts of a run without stages; raises DataError as ``build_prompt_source`` and ``check_references``."""
-    training = build_prompt_source(config, tokenizer, row_sizes(config, tokenizer)) if config.kind == "rl" else None
+    training = build_prompt_source(config, tokenizer, row_sizes(config, tokenizer)) if config.learns_from_samples else None
     held_out = build_evaluation_prompts(config, tokenizer)
     check_references(config, training.rows() if training else ())
     return Prompts(training=training, held_out=held_out)

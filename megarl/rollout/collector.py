@@ -220,7 +220,7 @@ class Collector:
     async def _play(self, player: EpisodePlayer, request: Request, wave: Wave) -> list[Rollout]:
         """Play the responses as episodes, each with requests of its own."""
         # The embedded engine decodes what it is asked for together; where servers batch, waiting for the slowest only costs.
-        takes_turns_together = self._rollout.engine == "embedded"
+        takes_turns_together = self._rollout.server is None
 
         async def play(episode: EpisodeKey, index: int, settings: SamplingParams) -> Rollout:
             async def generate(token_ids: tuple[int, ...], sampling: SamplingParams) -> Generation:

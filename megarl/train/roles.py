@@ -1,14 +1,14 @@
 """The models of a run: policy and critic, which learn, and reference and reward model, which do not."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch import Tensor
 
-from megarl.config.schema import Config, CriticConfig, ModelConfig, RewardModelConfig, RoleConfig
+from megarl.config.models import ModelOfRun, critic_of, policy_of, reference_of, reward_model_of
+from megarl.config.schema import Config, RewardModelConfig
 from megarl.data.packing import with_scored_ends
 from megarl.families.registry import read_architecture
 from megarl.models.build import ValueModel, build_model_chunks, use_transformer_engine
@@ -27,93 +27,65 @@ from megarl.weights.transfer import load_weights
 from megarl.weights.value_head import value_head_source, with_value_head
 
 
-def _build_language_model(
-    model: ModelConfig,
-    role: RoleConfig,
-    path: Path,
-    *,
-    seed: int,
-    temperature: float,
-    trainable: bool,
-    with_weights: bool = True,
-    replays_routing: bool = False,
+def _build_engine(
+    config: Config, model: ModelOfRun, *, with_weights: bool = True, replays_routing: bool = False
 ) -> tuple[TrainingEngine, WeightMap]:
-    """Build a policy or its reference.
-
-    Args:
-        model: dtype, kernels, and whether the weights of its own path are drawn.
-        role: layout and sizes.
-        path: folder of the weights.
-        seed: of drawn weights.
-        temperature: of the log-probs.
-        trainable: whether it learns.
-        with_weights: read or draw them; without, something else must write all of them.
-        replays_routing: its routers take the experts that the engine's took.
-    """
+    """Build a policy or its reference; without ``with_weights`` something else must write all of its parameters."""
+    role, path = model.role, model.path
     architecture = read_architecture(path)
-    weight_map = build_weight_map(architecture, model.vocabulary_pad_multiple, use_transformer_engine(model.transformer_impl))
+    weight_map = build_weight_map(
+        architecture, config.model.vocabulary_pad_multiple, use_transformer_engine(config.model.transformer_impl)
+    )
     layout = build_layout(role.parallel, role.ranks(dist.get_world_size()))
     source: WeightSource | None = None  # made before the model: sizes that the weights do not have may not fit into memory
-    if with_weights and model.init == "random" and path == model.path:
-        source = RandomSource(weight_map, seed)
+    if with_weights and model.is_random:
+        source = RandomSource(weight_map, config.seed)
     elif with_weights and not is_distributed_checkpoint(path):
         source = SafetensorsSource(path, weight_map)
-    chunks = build_model_chunks(architecture, model, role, layout, seed)
+    chunks = build_model_chunks(architecture, config.model, role, layout, config.seed)
     if source is not None:
         load_weights(chunks, source, weight_map, layout)
     elif with_weights:
         load_megatron_weights(chunks, path, layout)
     if replays_routing:
         replay_routing(chunks, architecture)
-    head = LogProbHead(role=role, layout=layout, vocabulary_size=architecture.vocabulary_size, temperature=temperature)
-    return TrainingEngine(chunks, role, layout, head=head, trainable=trainable), weight_map
+    head = LogProbHead(
+        role=role, layout=layout, vocabulary_size=architecture.vocabulary_size, temperature=config.trained_temperature
+    )
+    return TrainingEngine(chunks, role, layout, head=head, trainable=model.learns), weight_map
 
 
-def _build_value_model(
-    model: ModelConfig, role: RoleConfig, path: Path | None, *, seed: int, trainable: bool, with_weights: bool = True
-) -> tuple[TrainingEngine, WeightMap]:
+def _build_value_model(config: Config, model: ModelOfRun, *, with_weights: bool = True) -> tuple[TrainingEngine, WeightMap]:
     """Build a critic or reward model. One that learns may start without a head; one that does not is complete.
 
     Args:
-        model: dtype, kernels, and whether the policy's starting weights are drawn.
-        role: layout and sizes.
-        path: folder of its weights; the policy's starting weights when None.
-        seed: of drawn weights.
-        trainable: whether it learns.
+        config: the run.
+        model: that is built.
         with_weights: read or draw them; without, something else must write all of them.
     """
-    folder = path or model.path
-    architecture = replace(read_architecture(folder), tied_embeddings=False)  # it has no output layer that could be tied
-    with_transformer_engine = use_transformer_engine(model.transformer_impl)
-    weight_map = with_value_head(build_weight_map(architecture, model.vocabulary_pad_multiple, with_transformer_engine))
+    role = model.role
+    architecture = replace(read_architecture(model.path), tied_embeddings=False)  # it has no output layer that could be tied
+    with_transformer_engine = use_transformer_engine(config.model.transformer_impl)
+    weight_map = with_value_head(build_weight_map(architecture, config.model.vocabulary_pad_multiple, with_transformer_engine))
     layout = build_layout(role.parallel, role.ranks(dist.get_world_size()))
     source: WeightSource
-    if model.init == "random" and path is None:
-        source = RandomSource(weight_map, seed)
-    elif trainable:
-        source = value_head_source(folder, weight_map, seed)
+    if model.is_random:
+        source = RandomSource(weight_map, config.seed)
+    elif model.learns:
+        source = value_head_source(model.path, weight_map, config.seed)
     else:
-        source = SafetensorsSource(folder, weight_map)
-    chunks = build_model_chunks(architecture, model, role, layout, seed, ValueModel)
+        source = SafetensorsSource(model.path, weight_map)
+    chunks = build_model_chunks(architecture, config.model, role, layout, config.seed, ValueModel)
     if with_weights:
         load_weights(chunks, source, weight_map, layout)
-    return TrainingEngine(chunks, role, layout, head=ValueHead(role=role, layout=layout), trainable=trainable), weight_map
-
-
-def _temperature(config: Config) -> float:
-    """Return the softmax temperature at which log-probs are computed: that of sampling, where responses are sampled."""
-    return config.rollout.temperature if config.kind == "rl" else 1.0
+    return TrainingEngine(chunks, role, layout, head=ValueHead(role=role, layout=layout), trainable=model.learns), weight_map
 
 
 class Reference:
     """The frozen model that the policy is compared with. Every rank must build it."""
 
     def __init__(self, config: Config) -> None:
-        role = config.reference or config.policy
-        path = (config.reference.path if config.reference else None) or config.model.path
-        self.engine, _ = _build_language_model(
-            config.model, role, path, seed=config.seed, temperature=_temperature(config), trainable=False
-        )
+        self.engine, _ = _build_engine(config, reference_of(config))
         self.engine.weights.release()
 
 
@@ -122,7 +94,7 @@ class RewardModel:
 
     def __init__(self, config: Config, role: RewardModelConfig) -> None:
         self.weight = role.weight
-        self.engine, _ = _build_value_model(config.model, role, role.path, seed=config.seed, trainable=False)
+        self.engine, _ = _build_value_model(config, reward_model_of(config, role))
         self.engine.weights.release()
 
     def rewards(self, packed: PackedBatch) -> Tensor:
@@ -142,15 +114,8 @@ class Policy(Learner):
     """
 
     def __init__(self, config: Config, total_updates: int, *, with_weights: bool = True) -> None:
-        engine, weight_map = _build_language_model(
-            config.model,
-            config.policy,
-            config.model.path,
-            seed=config.seed,
-            temperature=_temperature(config),
-            trainable=True,
-            with_weights=with_weights,
-            replays_routing=config.rollout.routing_replay,
+        engine, weight_map = _build_engine(
+            config, policy_of(config), with_weights=with_weights, replays_routing=config.rollout.routing_replay
         )
         super().__init__(engine, weight_map, DTYPES[config.model.dtype], config.optimizer, total_updates)
 
@@ -167,11 +132,10 @@ class Critic(Learner):
     has_value_head = True
 
     def __init__(self, config: Config, total_updates: int, *, with_weights: bool = True) -> None:
-        role = config.critic or CriticConfig.model_validate(config.policy.model_dump())
-        engine, weight_map = _build_value_model(
-            config.model, role, role.path, seed=config.seed, trainable=True, with_weights=with_weights
-        )
-        super().__init__(engine, weight_map, DTYPES[config.model.dtype], role.optimizer or config.optimizer, total_updates)
+        critic = critic_of(config)
+        engine, weight_map = _build_value_model(config, critic, with_weights=with_weights)
+        assert critic.optimizer is not None
+        super().__init__(engine, weight_map, DTYPES[config.model.dtype], critic.optimizer, total_updates)
 
     def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
         """Return the state as a policy's, with keys of its own, so that one checkpoint holds both."""
@@ -191,13 +155,13 @@ class LearningRewardModel(Learner):
     has_value_head = True
 
     def __init__(self, config: Config, total_updates: int) -> None:
-        engine, weight_map = _build_value_model(config.model, config.policy, None, seed=config.seed, trainable=True)
+        engine, weight_map = _build_value_model(config, policy_of(config))
         super().__init__(engine, weight_map, DTYPES[config.model.dtype], config.optimizer, total_updates)
 
 
 def build_learner(config: Config, total_updates: int) -> Learner:
     """Build the model that a run without a critic trains; every rank must."""
-    return LearningRewardModel(config, total_updates) if config.kind == "reward_model" else Policy(config, total_updates)
+    return LearningRewardModel(config, total_updates) if config.trains_reward_model else Policy(config, total_updates)
 
 
 def compute_outputs(policy: Learner, reference: Reference | None, critic: Critic | None, packed: PackedBatch) -> TokenOutputs:

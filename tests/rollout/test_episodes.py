@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.builtin.environments.protocol import Step
 from megarl.config.schema import AlgorithmConfig, Config, EmbeddedEngineConfig
 from megarl.data.packing import pack_groups
 from megarl.engines.embedded import EmbeddedEngine
 from megarl.engines.protocol import Generation, SamplingParams
-from megarl.environments.protocol import Step
 from megarl.environments.run import EnvironmentFailure
 from megarl.errors import RewardError, RolloutError
 from megarl.observe.metrics import rollout_metrics
