@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.batches import build_preference_batch
-from megarl.algorithms.metrics import BatchMetrics, batch_metrics, combined
 from megarl.algorithms.objectives import ObjectiveFunction, select_tokens
 from megarl.algorithms.preferences import build_pair_objective
 from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
+from megarl.algorithms.step_metrics import BatchMetrics, batch_metrics, combined
 from megarl.config.schema import Config
 from megarl.data.packing import pack_pairs, with_scored_ends
 from megarl.data.sampler import build_evaluation_pairs

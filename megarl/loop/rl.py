@@ -6,8 +6,8 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from megarl.algorithms.metrics import step_metrics
 from megarl.algorithms.off_policy import staleness_metrics
+from megarl.algorithms.step_metrics import step_metrics
 from megarl.config.schema import Config, ObserveConfig
 from megarl.data.tokenizer import run_tokenizer
 from megarl.loop.collected import add_model_rewards

@@ -12,9 +12,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megarl.algorithms.metrics import EXTREMES, batch_metrics
 from megarl.algorithms.objectives import Objective, ObjectiveFunction, select_tokens
 from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
+from megarl.algorithms.step_metrics import EXTREMES, batch_metrics
 from megarl.config.schema import RoleConfig
 from megarl.data.packing import plan_group_micro_batches, plan_micro_batches
 from megarl.models.build import CausalLM
