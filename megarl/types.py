@@ -1,9 +1,9 @@
 """The stages of data. A new fact about a sample is a new stage, never an optional key.
 
-    Prompt -> Rollout -> ScoredRollout -> RolloutGroup -> PackedBatch (+ TokenScores) -> TrainBatch -> UpdateResult
+    Prompt -> Rollout -> ScoredRollout -> RolloutGroup -> PackedBatch (+ TokenOutputs) -> TrainBatch -> UpdateResult
 
 Token-level tensors of a PackedBatch are aligned with the *predicted* token: entry ``t`` of ``loss_mask``, ``sampler_logprobs``,
-``advantages`` ... belongs to ``token_ids[t]``, whose log-probability comes from the model's output at position ``t - 1`` of
+``advantages`` ... belongs to ``token_ids[t]``, whose log-prob comes from the model's output at position ``t - 1`` of
 the same sequence. The first token of a sequence is never predicted, so its ``loss_mask`` is False.
 """
 
@@ -92,7 +92,7 @@ class Rollout:
         token_ids: all tokens after the prompt, exactly as the engine sampled or read them: stop tokens included, and what an
             environment answered in between.
         from_policy: whether the policy sampled the token; False for an environment's.
-        logprobs: the sampler's log-probability of each token (nats), under softmax(logits / temperature) over the whole
+        logprobs: the sampler's log-prob of each token (nats), under softmax(logits / temperature) over the whole
             vocabulary; of the greedy response under softmax(logits); 0 for an environment's token.
         weight_versions: version of the policy weights that sampled each token; for an environment's that of the token
             before, NO_VERSION before the first.
@@ -246,9 +246,9 @@ class TokenOutputs:
     """What the models say of the tokens of a PackedBatch before the step's updates (nats); 0 where its loss_mask is False.
 
     Attributes:
-        old: float32 [num_tokens], log-probabilities under the policy, by the trainer.
+        old: float32 [num_tokens], log-probs under the policy, by the trainer.
         entropies: float32 [num_tokens], of the same policy at each token.
-        reference: float32 [num_tokens], log-probabilities under the reference model; None without one.
+        reference: float32 [num_tokens], log-probs under the reference model; None without one.
         values: float32 [num_tokens], reward that the critic expects from the token on; None when the algorithm has no critic.
     """
 

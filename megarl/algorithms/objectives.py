@@ -1,4 +1,4 @@
-"""What a training step minimises, as a function of the chosen tokens' log-probabilities and entropies."""
+"""What a training step minimises, as a function of the chosen tokens' log-probs and entropies."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Correct for responses sampled by another policy than the trainer computes, and count how old they are.
 
-The engine's log-probabilities differ from the trainer's for the same weights (other kernels, other precision, older weights). The
+The engine's log-probs differ from the trainer's for the same weights (other kernels, other precision, older weights). The
 policy loss of each token is weighted by the ratio π_trainer / π_sampler, truncated (TIS) or masked (MIS) at a cap. A loss of a
 whole response has one weight, the ratio of the response: weights that differ within it would make it another loss. This is the
 sampler correction axis.
@@ -62,7 +62,7 @@ def sampler_weights(
     """Return the weight of each token's policy loss.
 
     Args:
-        trainer, sampler: float [num_tokens], log-probabilities of the tokens.
+        trainer, sampler: float [num_tokens], log-probs of the tokens.
         cu_seqlens: int64 [num_sequences + 1].
         loss_mask: bool [num_tokens].
         method: a key of CORRECTIONS.

@@ -2,14 +2,13 @@
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from megarl.cli.command_line import finite
+from megarl.cli.command_line import ConfigPath, Overrides, finite
 from megarl.cli.plan_sync import fewest_ranks, plan_app
 from megarl.config.checks import check
 from megarl.config.layout_text import MOST_RANKS
@@ -51,8 +50,8 @@ class Period:
 
 @plan_app.command()
 def memory(
-    config_path: Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
-    overrides: Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")] = [],  # noqa: B006
+    config_path: ConfigPath,
+    overrides: Overrides = [],  # noqa: B006
     world_size: Annotated[
         int | None, typer.Option(min=1, max=MOST_RANKS, help="Ranks of the run; needed unless every layout fits on one.")
     ] = None,

@@ -1,4 +1,4 @@
-"""What a rollout engine is: token ids in; token ids, log-probabilities, finish reason and weight version out."""
+"""What a rollout engine is: token ids in; token ids, log-probs, finish reason and weight version out."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from megarl.types import FinishReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How responses to one prompt are sampled.
+    """How responses to one prompt are sampled. Greedy sampling knows the penalties and not top_p, top_k and min_p.
 
     Attributes:
         num_samples: responses per prompt.
@@ -21,6 +21,10 @@ class SamplingParams:
         temperature: softmax temperature; 0 means greedy.
         top_p: nucleus mass, 1 means off.
         top_k: 0 means off.
+        min_p: least probability of a token as a share of the most probable one's, 0 means off.
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens of the response, once and for every time; 0 means
+            off.
+        repetition_penalty: divides positive logits of tokens of prompt and response and multiplies negative ones; 1 means off.
         stop_token_ids: sampling stops after one of these.
         repetition_stop: when a response ends because it repeats itself, if nothing else has ended it; None: never.
         seed: sample ``i`` of the prompt depends only on the weights, the prompt and ``(seed, i)``.
@@ -34,6 +38,16 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...]
     repetition_stop: RepetitionStopConfig | None
     seed: int
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+def derived_seed(seed: int, *purpose: int | str) -> int:
+    """Return 62 bits that depend on the arguments alone, on every machine; engines may add a sample index within 63 bits."""
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 2
 
 
 def resumed(sampling: SamplingParams, sample_index: int, num_tokens: int) -> SamplingParams:
@@ -42,8 +56,7 @@ def resumed(sampling: SamplingParams, sample_index: int, num_tokens: int) -> Sam
     Its prompt is the first request's and those tokens. Its seed depends on the first request's, the index and ``num_tokens`` only:
     the same abort goes on with the same random numbers, and never with some that were used before.
     """
-    digest = hashlib.blake2b(f"{sampling.seed}/{sample_index}/{num_tokens}".encode(), digest_size=8).digest()
-    seed = int.from_bytes(digest, "little") >> 2
+    seed = derived_seed(sampling.seed, sample_index, num_tokens)
     return replace(sampling, num_samples=1, max_new_tokens=sampling.max_new_tokens - num_tokens, seed=seed)
 
 
@@ -53,8 +66,8 @@ class Generation:
 
     Attributes:
         token_ids: response tokens, the stop token included.
-        logprobs: log-probability of each (nats) under softmax(logits / temperature) over the whole vocabulary, before top-k and
-            top-p; at temperature 0 (greedy) under softmax(logits).
+        logprobs: log-prob of each (nats) under softmax(logits / temperature) over the whole vocabulary, before penalties,
+            top-k, top-p and min-p; at temperature 0 (greedy) under softmax(logits).
         weight_versions: version of the weights that sampled each.
         finish_reason: why it ended.
         routed_experts: int16 [prompt and response tokens - 1, num_moe_layers, top_k], the experts that each token was sent to when

@@ -34,7 +34,7 @@ class HeldOutPairs:
     Args:
         config: the run.
         learner: that is evaluated.
-        reference: that the loss compares with, if any. It does not change, so it scores each pair once.
+        reference: that the loss compares with, if any. It does not change, so each pair is computed once.
     """
 
     def __init__(self, config: Config, learner: Learner, reference: Reference | None) -> None:

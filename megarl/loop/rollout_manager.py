@@ -55,7 +55,7 @@ class RolloutManager:
         self._weight_sync.push(version)
 
     def pause(self) -> None:
-        """Let no request be at the engine before weights change: generation beside training waits for them or cuts them."""
+        """Let no request be at the engine before weights change: generation beside training waits for them or aborts them."""
         if self._main is not None:
             self._main.pause()
 

@@ -93,9 +93,9 @@ def whole_distribution(settings: dict[str, Any], new: tuple[float, ...], referen
         greedy_rewards=torch.zeros(20),
         greedy_lengths=torch.zeros(20, dtype=torch.int64),
     )
-    scores = TokenOutputs(old=logprobs(OLD), entropies=torch.zeros(40), reference=logprobs(reference), values=None)
+    outputs = TokenOutputs(old=logprobs(OLD), entropies=torch.zeros(40), reference=logprobs(reference), values=None)
     algorithm = Algorithm(AlgorithmConfig.model_validate(settings), LONGEST)
-    prepared = algorithm.prepare(packed, scores, 0)
+    prepared = algorithm.prepare(packed, outputs, 0)
     objective = objective_of(algorithm, prepared.batches[0], logprobs(new), torch.zeros(40), list(range(20)))
     return prepared.metrics | {"kl_old": float(objective.metrics["kl_old"]) / 20}
 
