@@ -28,6 +28,7 @@ VALUES = {  # that a key of the config has
         "leave_one_out",
         "process_rewards",
         "reward_to_go",
+        "reward_to_go_batch_mean",
     },
 }
 NEWEST_FAMILIES = ("phi3", "olmo2", "deepseek_v3")  # the first that is there is the newest
