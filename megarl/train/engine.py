@@ -210,7 +210,7 @@ class TrainingEngine:
             dist.broadcast(values, src=self.layout.last_stage_rank, group=groups.pp)
 
     def _reduce_metrics(self, results: list[Objective], num_tokens: int) -> dict[str, float]:
-        names: list[Any] = [sorted(results[0].metrics) if results else None]
+        names = [sorted(results[0].metrics) if results else []]
         if self.layout.groups.pp.size() > 1:
             dist.broadcast_object_list(names, src=self.layout.last_stage_rank, group=self.layout.groups.pp)
         sum_names = [name for name in names[0] if name not in EXTREMES]
