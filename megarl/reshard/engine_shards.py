@@ -21,7 +21,6 @@ from megarl.reshard.plan.shard_layout import tensor_table
 from megarl.weights.export import copy_side_files
 from megarl.weights.files.convert import (
     Options,
-    Progress,
     Written,
     purpose,
     read_cast,
@@ -34,7 +33,7 @@ from megarl.weights.files.model_folder import PAD_MULTIPLE, ModelFolder, open_mo
 from megarl.weights.files.partial_folder import PartialFolder
 from megarl.weights.files.shard_folder import Block, ShardMap, ShardParameter, rank_file
 from megarl.weights.files.sources import check_tensors
-from megarl.weights.files.stored_tensors import Buffer, TensorFolder, read_ahead, windows
+from megarl.weights.files.stored_tensors import Buffer, ReportBytes, TensorFolder, read_ahead, windows
 from megarl.weights.mapping import WeightMap, build_weight_map
 
 # vLLM's modules that hold another's module, the path of which sorts first (layers/mla.py, layers/fused_moe/runner/)
@@ -102,7 +101,7 @@ def _state_dict_name(name: str, architecture: Architecture, layout: EngineLayout
 
 
 def write_engine_shards(
-    source: Path, output: Path, layout: EngineLayout, config: Path | None, options: Options, progress: Progress
+    source: Path, output: Path, layout: EngineLayout, config: Path | None, options: Options, progress: ReportBytes
 ) -> Written:
     """Write the shards of every rank with the config and tokenizer files.
 
