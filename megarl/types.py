@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 GREEDY_INDEX = -1  # sample_index of a prompt's greedy response
@@ -258,31 +259,66 @@ class TokenOutputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CriticTokens:
+    """What a critic learns from, each float32 [num_tokens].
+
+    Attributes:
+        old_values: the critic's before the step's updates.
+        returns: what its values are to become.
+    """
+
+    old_values: Tensor
+    returns: Tensor
+
+    def at(self, index: Tensor | slice, device: torch.device | None = None) -> "CriticTokens":
+        """Select tokens, and move them to a device if one is given."""
+        return CriticTokens(old_values=self.old_values[index].to(device), returns=self.returns[index].to(device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledTokens:
+    """What is learned from tokens that a policy sampled, each float32 [num_tokens].
+
+    Attributes:
+        old_logprobs: under the policy before the step's updates, by the trainer.
+        advantages: of the method.
+        sampler_weights: importance weights of the policy loss for sampling by another policy than the trainer's; None without such
+            a correction.
+        critic: None without a critic.
+    """
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    sampler_weights: Tensor | None
+    critic: CriticTokens | None
+
+    def at(self, index: Tensor | slice, device: torch.device | None = None) -> "SampledTokens":
+        """Select tokens, and move them to a device if one is given."""
+        return SampledTokens(
+            old_logprobs=self.old_logprobs[index].to(device),
+            advantages=self.advantages[index].to(device),
+            sampler_weights=None if self.sampler_weights is None else self.sampler_weights[index].to(device),
+            critic=None if self.critic is None else self.critic.at(index, device),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
     """What one optimizer step of the policy learns from.
 
     Attributes:
         packed: the sequences.
-        old_logprobs: float32 [num_tokens], before the step's updates; None for training on given responses.
-        reference_logprobs: float32 [num_tokens], under the reference model; None without one.
-        old_values: float32 [num_tokens], the critic's before the step's updates; None without a critic.
-        advantages: float32 [num_tokens]; None for training on given responses.
         token_weights: float32 [num_tokens], weight of each token's loss term with the global normaliser already in it: the
             loss is a plain sum over tokens, micro-batches and ranks of ``token_weights * term``.
-        sampler_weights: float32 [num_tokens], importance weights of the policy loss for sampling by another policy than the
-            trainer's; None without such a correction.
-        returns: float32 [num_tokens], what the critic's values are to become; None without a critic.
+        reference_logprobs: float32 [num_tokens], under the reference model; None without one.
+        sampled: of the same tokens; None for training on given responses.
         keeps_groups: the objective needs adjacent sequences of the same group in the same micro-batch.
     """
 
     packed: PackedBatch
-    old_logprobs: Tensor | None
-    reference_logprobs: Tensor | None
-    old_values: Tensor | None
-    advantages: Tensor | None
     token_weights: Tensor
-    sampler_weights: Tensor | None
-    returns: Tensor | None
+    reference_logprobs: Tensor | None
+    sampled: SampledTokens | None
     keeps_groups: bool
 
 

@@ -117,9 +117,10 @@ def staleness_metrics(batches: Sequence[TrainBatch], version: int) -> dict[str, 
 
 def _gaps(batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Return of the trained tokens the float64 gap before and behind the correction, and bool whether their weight is above 0."""
-    assert batch.old_logprobs is not None
+    assert batch.sampled is not None
+    sampled = batch.sampled
     mask = batch.packed.loss_mask
-    log_ratio = (batch.old_logprobs.double() - batch.packed.sampler_logprobs.double())[mask]
-    weights = torch.ones_like(log_ratio) if batch.sampler_weights is None else batch.sampler_weights[mask].double()
+    log_ratio = (sampled.old_logprobs.double() - batch.packed.sampler_logprobs.double())[mask]
+    weights = torch.ones_like(log_ratio) if sampled.sampler_weights is None else sampled.sampler_weights[mask].double()
     is_used = weights > 0
     return log_ratio.abs(), torch.where(is_used, log_ratio - weights.clamp(min=1e-300).log(), 0.0).abs(), is_used

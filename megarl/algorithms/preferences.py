@@ -81,7 +81,7 @@ PREFERENCE_LOSSES = {
 
 def build_pair_objective(config: Config) -> ObjectiveFunction:
     """Return what a run on pairs minimises: of kind preference a policy's loss, of kind reward_model a reward model's."""
-    return partial(reward_objective if config.kind == "reward_model" else preference_objective, config=config.preference)
+    return partial(reward_objective if config.trains_reward_model else preference_objective, config=config.preference)
 
 
 def preference_objective(logprobs: Tensor, entropies: Tensor, data: TokenData, *, config: PreferenceConfig) -> Objective:

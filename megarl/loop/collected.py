@@ -15,7 +15,8 @@ class Collected:
         packed: the batch, on every rank.
         groups: the same as people read it, on rank 0; empty elsewhere.
         metrics: what was seen while sampling and scoring, on rank 0.
-        score_seconds: wall time in which nothing was generated, only scored or waited for environments, on rank 0; 0 elsewhere.
+        score_seconds: of ``collect``, in which nothing was generated, only scored or waited for environments; on rank 0, and 0
+            where generation runs beside training.
         tickets: which groups the step used up, on rank 0; None where responses do not outlive a step.
         reward_mean: over all responses that the step sampled, those of dropped groups included, on every rank.
     """

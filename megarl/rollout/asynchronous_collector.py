@@ -23,7 +23,7 @@ class AsynchronousCollector(ResumableCollector):
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        """As Collector's."""
+        """Take what Collector takes."""
         super().__init__(*arguments, **settings)
         assert self._rollout.asynchronous is not None
         self._settings = self._rollout.asynchronous

@@ -32,7 +32,7 @@ class _Trajectory:
     seconds: float = 0.0
 
     def add_turn(self, generation: Generation, text: str) -> None:
-        """A turn of the policy."""
+        """Add a turn of the policy."""
         self.token_ids += generation.token_ids
         self.from_policy += [True] * len(generation.token_ids)
         self.logprobs += generation.logprobs
@@ -41,7 +41,7 @@ class _Trajectory:
         self.turns.append(Turn(speaker="policy", text=text))
 
     def add_observation(self, token_ids: Sequence[int]) -> None:
-        """The tokens of the environment's message."""
+        """Add the tokens of the environment's message."""
         version = self.weight_versions[-1] if self.weight_versions else NO_VERSION
         self.token_ids += token_ids
         self.from_policy += [False] * len(token_ids)
@@ -78,7 +78,7 @@ class EpisodePlayer:
         self._prefill = prefill
 
     async def play(self, prompt: Prompt, sample_index: int, sampling: SamplingParams, generate: Generate) -> Rollout:
-        """One episode.
+        """Play one episode.
 
         It ends when the environment says so, after the last turn, when a turn ran into ``sampling.max_new_tokens`` (which the
         environment then does not see), and when the next message would leave no token to answer it; the latter two count as

@@ -65,7 +65,7 @@ class RequestMaker:
         return self._config.rollout.samples_per_prompt + self._with_greedy
 
     def training(self, prompt: Prompt, purpose: str, step: int, position: int) -> Request:
-        """A group to train on. Its seed depends on the run's and on ``purpose``, ``step`` and ``position``."""
+        """Ask for a group to train on. Its seed depends on the run's and on ``purpose``, ``step`` and ``position``."""
         seed, rollout = derived_seed(self._config.seed, purpose, step, position), self._config.rollout
         return Request(
             prompt=prompt,
@@ -74,7 +74,7 @@ class RequestMaker:
         )
 
     def evaluation(self, prompt: Prompt, position: int) -> Request:
-        """The responses of an evaluation; its seed does not depend on the step, so that evaluations compare."""
+        """Ask for the responses of an evaluation; its seed does not depend on the step, so that evaluations compare."""
         seed, settings = derived_seed(self._config.seed, "evaluate", 0, position), self._config.evaluation
         samples = self._sampling(settings.samples_per_prompt, settings.temperature, seed)
         return Request(prompt=prompt, samples=samples, greedy=None)

@@ -27,14 +27,14 @@ class ResumableCollector(Collector):
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        """As Collector's."""
+        """Take what Collector takes."""
         super().__init__(*arguments, **settings)
         self.pending = PendingGroups()
         self._is_cutting = False
         self._filtered: list[RolloutGroup] = []  # since the last step
 
     def state(self) -> Saved:
-        """Those groups as JSON values, for a checkpoint; on the event loop, where nothing else happens meanwhile."""
+        """Return those groups as JSON values, for a checkpoint; on the event loop, where nothing else happens meanwhile."""
         return super().state() | {"outstanding": self.pending.state()}
 
     def restore(self, state: Saved, prompt_of: PromptOf) -> None:
@@ -97,10 +97,10 @@ class ResumableCollector(Collector):
         raise RolloutError(f"{failure}, after {retries} retries ({LIMIT_KEYS}, rollout.max_retries)") from cause
 
     async def _until_requests_may_be_sent(self, prompt: Prompt) -> None:
-        """Return at once: no weights change while groups are in flight."""
+        """Wait for nothing, where no weights change while groups are in flight."""
 
     def _parts(self, group: PendingGroup, budget: int) -> list[tuple[list[int], SamplingParams]]:
-        """The requests for a group's unfinished responses, and which responses each is for.
+        """Return the requests for a group's unfinished responses, and which responses each is for.
 
         All samples of a new group are one request, so that the engine reads their prompt once.
         """

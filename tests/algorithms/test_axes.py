@@ -19,6 +19,7 @@ from megarl.algorithms.surrogates import RATIOS, SURROGATES
 from megarl.algorithms.values import clipped_value_loss, explained_variance
 from megarl.config.schema import AlgorithmConfig
 from megarl.errors import ConfigError, TrainingError
+from megarl.types import TrainBatch
 from methods import objective_of
 from ragged import GREEDY_LENGTHS, GROUPS, LONGEST, SEQUENCES, ragged
 
@@ -129,6 +130,11 @@ def test_value_loss_and_explained_variance() -> None:
     assert float(explained_variance(values, torch.ones(40))) == 0.0
 
 
+def advantages_of(batch: TrainBatch) -> torch.Tensor:
+    assert batch.sampled is not None
+    return batch.sampled.advantages
+
+
 def algorithm_of(**settings: Any) -> Algorithm:
     return Algorithm(AlgorithmConfig.model_validate(settings), LONGEST)
 
@@ -140,11 +146,11 @@ def test_mini_batches_have_their_own_normaliser_and_share_the_advantages() -> No
     parts = algorithm_of(**choices, updates_per_step=5).prepare(batch.packed, batch.outputs, 0).batches
     assert [part.packed.num_sequences for part in parts] == [2] * 5
     for name in ("advantages", "sampler_weights"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+        assert torch.equal(torch.cat([getattr(part.sampled, name) for part in parts]), getattr(whole.sampled, name))
     for name in ("truncated", "greedy_rewards", "greedy_lengths"):
         assert torch.equal(torch.stack([getattr(part.packed, name) for part in parts]), getattr(batch.packed, name).view(5, 2))
-    for name, outputs in (("old_logprobs", batch.outputs.old), ("reference_logprobs", batch.outputs.reference)):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), outputs)
+    assert torch.equal(torch.cat([part.sampled.old_logprobs for part in parts if part.sampled]), batch.outputs.old)
+    assert torch.equal(torch.cat([part.reference_logprobs for part in parts]), batch.outputs.reference)
     for part in parts:
         trained = int(part.packed.loss_mask.sum())
         assert part.token_weights.sum().item() == pytest.approx(1.0 if trained else 0.0)
@@ -156,8 +162,7 @@ def test_clip_fractions() -> None:
     prepared = algorithm.prepare(batch.packed, batch.outputs, 0).batches[0]
     logprobs = batch.outputs.old + 0.4 * torch.randn(batch.outputs.old.shape, generator=torch.Generator().manual_seed(0))
     sums = objective_of(algorithm, prepared, logprobs, batch.outputs.entropies, ALL).metrics
-    advantages = prepared.advantages
-    assert advantages is not None
+    advantages = advantages_of(prepared)
     low = high = 0
     for p in (p for one in batch.trained for p in one):
         ratio = math.exp(float(logprobs[p]) - float(batch.outputs.old[p]))
@@ -185,8 +190,8 @@ def test_length_reward_waits_for_its_first_step() -> None:
     algorithm = algorithm_of(preset="kimi_k1_5", reward_shaping={"length_start": 3})
     early, late = (algorithm.prepare(batch.packed, batch.outputs, step) for step in (2, 3))
     plain = algorithm_of(advantage="group_mean").prepare(batch.packed, batch.outputs, 2)
-    assert torch.equal(early.batches[0].advantages, plain.batches[0].advantages)  # type: ignore[arg-type]
-    assert not torch.equal(late.batches[0].advantages, plain.batches[0].advantages)  # type: ignore[arg-type]
+    assert torch.equal(advantages_of(early.batches[0]), advantages_of(plain.batches[0]))
+    assert not torch.equal(advantages_of(late.batches[0]), advantages_of(plain.batches[0]))
     assert "length_reward_mean" in late.metrics and "length_reward_mean" not in early.metrics
 
 
@@ -218,9 +223,8 @@ def test_entropy_control_takes_negatives_out_and_is_restored() -> None:
         algorithm_of(advantage="group_mean_task_std", aggregation="token_mean").prepare(batch.packed, batch.outputs, 0).batches[0]
     )
     masked = algorithm.prepare(batch.packed, batch.outputs, 0)
-    assert plain.advantages is not None and masked.batches[0].advantages is not None
-    assert masked.metrics["negatives_masked"] == 1.0 and (plain.advantages < 0).any()
-    assert torch.equal(masked.batches[0].advantages, plain.advantages.clamp(min=0))
+    assert masked.metrics["negatives_masked"] == 1.0 and (advantages_of(plain) < 0).any()
+    assert torch.equal(advantages_of(masked.batches[0]), advantages_of(plain).clamp(min=0))
     assert torch.equal(masked.batches[0].token_weights, plain.token_weights)
     restored = algorithm_of(**settings)
     restored.restore(algorithm.state())
@@ -234,9 +238,9 @@ def test_truncated_responses_leave_the_loss_but_not_the_group() -> None:
     kept = algorithm_of().prepare(batch.packed, batch.outputs, 0).batches[0]
     masked = algorithm_of(mask_truncated=True).prepare(batch.packed, batch.outputs, 0).batches[0]
     cut = {p for i, one in enumerate(batch.trained) if batch.packed.truncated[i] for p in one}
-    assert cut and kept.advantages is not None and masked.advantages is not None
-    for p in range(kept.advantages.numel()):
-        assert float(masked.advantages[p]) == (0.0 if p in cut else float(kept.advantages[p]))
+    assert cut
+    for p in range(advantages_of(kept).numel()):
+        assert float(advantages_of(masked)[p]) == (0.0 if p in cut else float(advantages_of(kept)[p]))
         assert (float(masked.token_weights[p]) == 0.0) == (p in cut or not batch.packed.loss_mask[p])
 
 
@@ -246,7 +250,7 @@ def test_functions_of_the_users_own() -> None:
     prepared = algorithm.prepare(batch.packed, batch.outputs, 0).batches[0]
     rewards = batch.packed.rewards
     expected = (rewards - rewards.median()).repeat_interleave(batch.packed.sequence_lengths) * batch.packed.loss_mask
-    torch.testing.assert_close(prepared.advantages, expected)
+    torch.testing.assert_close(advantages_of(prepared), expected)
     loss = objective_of(algorithm, prepared, batch.outputs.old, batch.outputs.entropies, ALL).loss
     assert float(loss) == pytest.approx(-float((expected * prepared.token_weights).sum()))
 
@@ -255,8 +259,7 @@ def test_an_advantage_of_the_users_own_reads_the_greedy_rewards() -> None:
     batch = ragged(11)
     algorithm = algorithm_of(advantage="own_functions:BETTER_THAN_GREEDY", reward_shaping={"overlong_buffer": 0.5})
     assert algorithm.needs_greedy_response
-    actual = algorithm.prepare(batch.packed, batch.outputs, 0).batches[0].advantages
-    assert actual is not None
+    actual = advantages_of(algorithm.prepare(batch.packed, batch.outputs, 0).batches[0])
     for i, positions in enumerate(batch.trained):
         sampled, greedy = (
             float(rewards[i]) + references.soft_overlong(length, LONGEST, 0.5 * LONGEST)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from megarl.config.checks import check
+from megarl.config.load import describe
 from megarl.config.schema import Config
 from megarl.errors import ConfigError
 from megarl.families.registry import read_architecture
@@ -57,6 +59,15 @@ def failures(config: Config, world_size: int = 1) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         check(config, world_size)
     return str(caught.value).split("\n")
+
+
+def mistakes(model: Path, *settings: str, **top: Any) -> list[str]:
+    """What is wrong with a config, found when it is read or, where nothing is, when it is checked."""
+    try:
+        config = build(model, *settings, **top)
+    except ValidationError as error:
+        return [describe(detail, "run.yaml").removeprefix("run.yaml: ") for detail in error.errors()]
+    return failures(config)
 
 
 @pytest.fixture
@@ -406,8 +417,8 @@ def test_run(model: Path, case: tuple[Any, ...]) -> None:
     ],
 )
 def test_scorer_fields(model: Path, scorer: dict[str, Any], expected: str) -> None:
-    config = build(model, "rewards.scorers=" + json.dumps([{"type": "exact", "name": "first"}, scorer]))
-    assert_lines(failures(config), [f"rewards.scorers.1.{expected}"])
+    lines = mistakes(model, "rewards.scorers=" + json.dumps([{"type": "exact", "name": "first"}, scorer]))
+    assert_lines(lines, [f"rewards.scorers.1.{expected}"])
 
 
 ENVIRONMENT = {"type": "calculator"}
@@ -457,11 +468,11 @@ ENVIRONMENTS: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
 
 @pytest.mark.parametrize(("environment", "top", "expected"), ENVIRONMENTS)
 def test_environments(model: Path, environment: dict[str, Any], top: dict[str, Any], expected: str | None) -> None:
-    config = build(model, "rollout.environment=" + json.dumps(ENVIRONMENT | environment), **top)
+    setting = "rollout.environment=" + json.dumps(ENVIRONMENT | environment)
     if expected is None:
-        check(config, 1)
+        check(build(model, setting, **top), 1)
     else:
-        assert failures(config) == [expected]
+        assert mistakes(model, setting, **top) == [expected]
 
 
 def test_scorers_together(model: Path, tmp_path: Path) -> None:

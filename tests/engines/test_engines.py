@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from megarl.builtin.environments.protocol import Step
 from megarl.config.schema import RepetitionStopConfig
 from megarl.engines.protocol import Generation, SamplingParams, resumed
 from megarl.engines.server_engine import ServerEngine
-from megarl.environments.protocol import Step
 from megarl.errors import RolloutError, WeightsError
 from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.pending_groups import joined

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.builtin.environments.protocol import Step
 from megarl.config.schema import AlgorithmConfig, Config, EmbeddedEngineConfig
 from megarl.data.packing import pack_groups
 from megarl.engines.embedded import EmbeddedEngine
 from megarl.engines.protocol import Generation, SamplingParams
-from megarl.environments.protocol import Step
 from megarl.environments.run import EnvironmentFailure
 from megarl.errors import RewardError, RolloutError
 from megarl.observe.metrics import rollout_metrics
@@ -424,10 +424,11 @@ def test_an_algorithm_skips_the_environments_tokens() -> None:
     reward = 1.0 - 0.5
     deltas = [0.9 * after - before for before, after in itertools.pairwise(values)] + [reward - 0.6]
     advantages = [sum(0.45 ** (u - t) * deltas[u] for u in range(t, 6)) for t in range(6)]
-    assert batch.advantages is not None and batch.returns is not None
+    sampled = batch.sampled
+    assert sampled is not None and sampled.critic is not None
     expected = [0.0] * 2 + advantages[:3] + [0.0] * 3 + advantages[3:]
-    assert batch.advantages.tolist() == pytest.approx(expected, abs=1e-6)
+    assert sampled.advantages.tolist() == pytest.approx(expected, abs=1e-6)
     returns = [advantage + value for advantage, value in zip(advantages, values, strict=True)]
-    assert batch.returns[packed.loss_mask].tolist() == pytest.approx(returns, abs=1e-6)
+    assert sampled.critic.returns[packed.loss_mask].tolist() == pytest.approx(returns, abs=1e-6)
     assert batch.token_weights.tolist() == pytest.approx([0.0] * 2 + [1 / 6] * 3 + [0.0] * 3 + [1 / 6] * 3)
-    assert not any(math.isnan(value) for value in batch.advantages.tolist())
+    assert not any(math.isnan(value) for value in sampled.advantages.tolist())

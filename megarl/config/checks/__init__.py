@@ -12,9 +12,9 @@ from megarl.config.checks.engine import check_engine
 from megarl.config.checks.roles import Role, check_role
 from megarl.config.checks.rope import check_rope_scaling
 from megarl.config.checks.run import check_run
-from megarl.config.models_of import has_reference, models_of
+from megarl.config.models import ModelOfRun, critic_of, models_of, policy_of, reference_of
 from megarl.config.redaction import check_not_redacted
-from megarl.config.schema import Config, CriticConfig, RoleConfig
+from megarl.config.schema import Config
 from megarl.config.stages import stages_of
 from megarl.config.tokenizer_files import check_vocabulary
 from megarl.errors import ConfigError
@@ -92,8 +92,8 @@ def _check_attention(config: Config, facts: Architecture) -> Iterator[str]:
 
 
 def _check_policy(config: Config, facts: Architecture, world_size: int) -> Iterator[str]:
-    yield from check_role(Role(name="policy", path_key="model.path", config=config.policy, facts=facts), config, world_size)
-    if config.model.init == "pretrained" and config.kind == "reward_model":
+    yield from check_role(_role(policy_of(config), facts), config, world_size)
+    if config.model.init == "pretrained" and config.trains_reward_model:
         if not any(facts.path.glob("*.safetensors")):
             yield (
                 f"model.path: {facts.path} has no *.safetensors file, and a reward model starts from those; give a Hugging Face "
@@ -112,18 +112,18 @@ def _check_policy(config: Config, facts: Architecture, world_size: int) -> Itera
 
 def _check_reference(config: Config, policy: Architecture, world_size: int) -> Iterator[str]:
     """The reference role, where one is needed that is not simply the policy's twin."""
-    reference = config.reference
-    if reference is None or not has_reference(config):
+    if config.reference is None or not config.has_reference:
         return
-    if reference.path is None:
-        yield from check_role(Role(name="reference", path_key="model.path", config=reference, facts=policy), config, world_size)
+    reference = reference_of(config)
+    if config.reference.path is None:
+        yield from check_role(_role(reference, policy), config, world_size)
         return
     try:
         facts = read_architecture(reference.path)
     except ConfigError as error:
         yield f"reference.path: {error}"
         return
-    yield from check_role(Role(name="reference", path_key="reference.path", config=reference, facts=facts), config, world_size)
+    yield from check_role(_role(reference, facts), config, world_size)
     if facts.vocabulary_size != policy.vocabulary_size:
         yield (
             f"reference.path: vocab_size {facts.vocabulary_size} of {facts.path} differs from the policy's "
@@ -135,14 +135,12 @@ def _check_reference(config: Config, policy: Architecture, world_size: int) -> I
 
 def _check_critic(config: Config, policy: Architecture, world_size: int) -> Iterator[str]:
     """The critic's role, where one learns."""
-    if config.kind != "rl" and config.critic is not None:
+    if not config.learns_from_samples and config.critic is not None:
         yield f"critic: is given and kind {config.kind} has no critic; remove it"
-    if config.kind != "rl" or config.algorithm.advantage != "gae":
+    if not config.has_critic:
         return
-    critic = config.critic or CriticConfig.model_validate(config.policy.model_dump())
-    path_key, facts = "model.path", policy
-    if critic.path is not None:
-        path_key = "critic.path"
+    critic, facts = critic_of(config), policy
+    if critic.path_key == "critic.path":
         try:
             facts = read_architecture(critic.path)
         except ConfigError as error:
@@ -154,9 +152,8 @@ def _check_critic(config: Config, policy: Architecture, world_size: int) -> Iter
                 f"policy's {policy.vocabulary_size}; the critic reads the policy's tokens: give one with the policy's vocabulary"
             )
     if config.critic is not None:  # else the policy's layout, which is checked with the policy
-        yield from check_role(Role(name="critic", path_key=path_key, config=critic, facts=facts), config, world_size)
-    is_random = config.model.init == "random" and critic.path is None
-    if not is_random and not any(facts.path.glob("*.safetensors")):
+        yield from check_role(_role(critic, facts), config, world_size)
+    if not critic.is_random and not any(facts.path.glob("*.safetensors")):
         yield (
             f"critic.path: {facts.path} has no *.safetensors file, and a critic starts from those; give a Hugging Face folder "
             "(tools/convert/megatron_to_hf.py makes one)"
@@ -168,7 +165,7 @@ def _check_reward_model(config: Config, policy: Architecture, world_size: int) -
     reward_model = config.reward_model
     if reward_model is None:
         return
-    if config.kind != "rl":
+    if not config.learns_from_samples:
         yield f"reward_model: is given and kind {config.kind} has no rewards; remove it"
         return
     if config.algorithm.dynamic_sampling:
@@ -186,8 +183,7 @@ def _check_reward_model(config: Config, policy: Architecture, world_size: int) -
     except ConfigError as error:
         yield f"reward_model.path: {error}"
         return
-    role = Role(name="reward_model", path_key="reward_model.path", config=reward_model, facts=facts)
-    yield from check_role(role, config, world_size)
+    yield from check_role(_role(models_of(config)["reward_model"], facts), config, world_size)
     if facts.vocabulary_size != policy.vocabulary_size:
         yield (
             f"reward_model.path: vocab_size {facts.vocabulary_size} of {facts.path} differs from the policy's "
@@ -199,14 +195,17 @@ def _check_reward_model(config: Config, policy: Architecture, world_size: int) -
 
 def _check_idle_ranks(config: Config, world_size: int) -> Iterator[str]:
     """Every rank has a part of some model of the run."""
-    roles: list[RoleConfig] = [role for name in models_of(config) if (role := getattr(config, name)) is not None]
-    ranks = [role.ranks(world_size) for role in roles]
+    ranks = [model.role.ranks(world_size) for model in models_of(config).values()]
     idle = sorted(set(range(world_size)).difference(*ranks))
     if idle and all(0 <= part.start < part.stop <= world_size for part in ranks):  # else check_ranks says what is wrong
         yield (
             f"policy.num_ranks: rank{'s' * (len(idle) > 1)} {', '.join(map(str, idle))} of a world of {world_size} would have no "
             "part of any model; start fewer ranks, or change first_rank and num_ranks of the models"
         )
+
+
+def _role(model: ModelOfRun, facts: Architecture) -> Role:
+    return Role(name=model.name, path_key=model.path_key, config=model.role, facts=facts)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -5,7 +5,6 @@ What a family's models need is in the family's file, read from vLLM 0.32.0 (mode
 
 from collections.abc import Iterator
 
-from megarl.config.models_of import samples_responses
 from megarl.config.schema import Config
 from megarl.families.base.architecture import Architecture
 from megarl.families.base.engine_rules import EngineName
@@ -14,10 +13,10 @@ from megarl.families.registry import family_of
 
 def check_engine(config: Config, facts: Architecture) -> Iterator[str]:
     """All checks of this file; one line for each mistake."""
-    engine = config.rollout.engine
+    engine = config.rollout.server_engine
     if config.rollout.routing_replay and facts.moe is None:
         yield f"rollout.routing_replay: is true and {facts.path} has no experts to replay; set it to false"
-    if engine != "embedded" and samples_responses(config):
+    if engine is not None and config.samples_responses:
         yield from (f"rollout.engine: {line}" for line in _refusals(facts, engine))
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megarl.config.models_of import samples_responses
 from megarl.config.schema import Config, RoleConfig
 from megarl.families.base.architecture import Architecture
 from megarl.families.base.refusals import common_refusals
@@ -204,27 +203,17 @@ def check_experts(role: Role) -> Iterator[str]:
 
 def check_lengths(role: Role, config: Config) -> Iterator[str]:
     """The longest sequence fits into a micro-batch and into the model's positions."""
-    rollout = config.rollout
-    rollout_tokens = rollout.max_prompt_tokens + rollout.max_new_tokens
-    rollout_words = (
-        f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + rollout.max_new_tokens {rollout.max_new_tokens} = "
-        f"{rollout_tokens} tokens"
-    )
-    if config.kind == "rl":
-        trained, trained_words = rollout_tokens, rollout_words
-    else:
-        section = "sft" if config.kind == "sft" else "preference"
-        trained = config.sft.max_tokens if config.kind == "sft" else config.preference.max_tokens
-        trained_words = f"{section}.max_tokens {trained}"
-    end = int("reward_model" in (role.name, config.kind))  # it reads one token behind the sequence
+    step, rollout = config.step_size, config.rollout
+    trained, trained_words = step.longest, step.longest_words
+    end = int(role.name == "reward_model" or config.trains_reward_model)  # it reads one token behind the sequence
     if trained + end > role.config.max_tokens_per_micro_batch:
         yield (
             f"{role.name}.max_tokens_per_micro_batch: {role.config.max_tokens_per_micro_batch} tokens cannot hold the longest "
             f"sequence ({trained_words}); raise it or shorten the sequences"
         )
     used = [(trained, trained_words)]
-    if config.kind == "sft" and samples_responses(config):
-        used.append((rollout_tokens, rollout_words))
+    if config.samples_responses and not config.learns_from_samples:
+        used.append((rollout.longest, rollout.longest_words))
     for tokens, words in used:
         window = role.facts.sliding_window
         if window is not None and tokens > window:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megarl.rewards.math_text import without_text_marks
+from megarl.builtin.mathematics.text import without_text_marks
 
 _MAX_EXPONENT = 400  # a larger power of ten is left as an expression
 _NUMBER = re.compile(

@@ -1,14 +1,15 @@
-"""What all sections of the configuration are made of, and what goes for the values of all keys."""
+"""What all sections of the configuration are made of, and what goes for the values of all keys. Imports nothing of MegaRL."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 LARGEST_WHOLE = 2**31 - 1  # what a C int holds, in which many a number ends
 LARGEST_SEED = 2**62 - 1  # others are made of it by adding, which must stay within 63 bits
@@ -18,9 +19,17 @@ LONGEST_PATH = 4000  # bytes; Linux takes up to 4,095
 LONGEST_NAME = 255  # bytes of a folder's or file's own name
 
 
-def key(default: Any, unit: str, sentence: str, **constraints: Any) -> Any:
-    """A schema field with its documentation; ``...`` as default makes the key required."""
-    extra = {"json_schema_extra": {"unit": unit}, "description": sentence, **constraints}
+def key(default: Any, unit: str, sentence: str, *, give: str = "", **constraints: Any) -> Any:
+    """Make a schema field with its documentation.
+
+    Args:
+        default: ``...`` makes the key required.
+        unit: ``-`` for none.
+        sentence: what it means.
+        give: what to give, said where a required key is missing; its type and meaning when empty.
+        **constraints: of pydantic's Field.
+    """
+    extra = {"json_schema_extra": {"unit": unit, "give": give}, "description": sentence, **constraints}
     if callable(default):
         return Field(default_factory=default, **extra)
     return Field(default=default, **extra)
@@ -48,6 +57,32 @@ class Section(BaseModel):
         if problems:
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return section
+
+
+@dataclass(frozen=True, slots=True)
+class ByType:
+    """Annotates a union of sections of which ``type`` chooses one: keys of the others may be there as long as they say nothing.
+
+    A key says nothing whose value is null or an empty list; so files that list every key of every type can be read.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        keys = {member.model_fields["type"].default: member.model_fields.keys() for member in get_args(source)}
+        every = frozenset().union(*keys.values())
+
+        def without_empty(value: Any) -> Any:
+            own = keys.get(value.get("type"), every) if isinstance(value, dict) and isinstance(value.get("type"), str) else every
+            foreign = every - own
+            if not foreign:
+                return value
+            return {name: item for name, item in value.items() if name not in foreign or item not in (None, [])}
+
+        return core_schema.no_info_before_validator_function(without_empty, handler(source))
+
+
+def sections_of(union: Any) -> dict[str, type[Section]]:
+    """Return the sections of a union that is annotated ``ByType``, by their ``type``."""
+    return {member.model_fields["type"].default: member for member in get_args(get_args(union)[0])}
 
 
 def _check(name: str, field: FieldInfo, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megarl.config.schema.section import Section, key
+from megarl.section import Section, key
 
 
 class SandboxConfig(Section):

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from megarl.rewards.math_text import is_balanced, split_at, tidy, tokens_of, words_of
-from megarl.rewards.quantities import Based, Clock, Number, read_based, read_clock, read_number, without_unit
+from megarl.builtin.mathematics.quantities import Based, Clock, Number, read_based, read_clock, read_number, without_unit
+from megarl.builtin.mathematics.text import is_balanced, split_at, tidy, tokens_of, words_of
 
 MAX_CHARACTERS = 1000  # of an answer that is read as mathematics; a longer one is compared as a text
 

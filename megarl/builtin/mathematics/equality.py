@@ -16,9 +16,9 @@ from functools import lru_cache
 from types import FrameType
 from typing import Any
 
-from megarl.rewards.math_answers import Answer, Assignment, Expression, Listing, Matrix, Union, Words
-from megarl.rewards.math_text import depth_of, words_of
-from megarl.rewards.quantities import Based, Clock, Number
+from megarl.builtin.mathematics.answers import Answer, Assignment, Expression, Listing, Matrix, Union, Words
+from megarl.builtin.mathematics.quantities import Based, Clock, Number
+from megarl.builtin.mathematics.text import depth_of, words_of
 
 MAX_SECONDS = 1.0  # of processor time for reading and comparing one answer
 _MAX_DIGITS = 20_000  # of a number that is worked out

@@ -5,9 +5,24 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
+
+from megarl.builtin.environments.base import BaseEnvironment
+from megarl.builtin.environments.protocol import Environment
+from megarl.section import key
 
 MAX_CHARACTERS = 200  # of an expression; with them no result has more digits than a turn has room for
+
+
+class CalculatorEnvironment(BaseEnvironment):
+    """A calculator as a tool."""
+
+    type: Literal["calculator"] = key("calculator", "-", "Answers each turn that asks for the value of an expression.")
+
+    def load(self) -> Callable[..., Environment]:
+        """See BaseEnvironment."""
+        return Calculator
+
 
 _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -37,7 +52,7 @@ class Calculator:
         """The prompt says all."""
 
     def step(self, response: str) -> tuple[str | None, float | None, bool]:
-        """The value of the turn's last call; an expression that has none is told so."""
+        """Return the value of the turn's last call; an expression that has none is told so."""
         calls = self._pattern.findall(response)
         if not calls:
             return None, None, True
@@ -46,7 +61,7 @@ class Calculator:
 
 
 def calculate(expression: str) -> str:
-    """The exact value of an expression of numbers, + - * / and brackets; a fraction as such; ``error`` where there is none."""
+    """Return the exact value of an expression of numbers, + - * / and brackets, a fraction as such; ``error`` if there is none."""
     if len(expression) > MAX_CHARACTERS:
         return "error"
     try:

@@ -1,10 +1,26 @@
 """reasoning-gym's tower_of_hanoi played move by move."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+from megarl.builtin.environments.base import BaseEnvironment
+from megarl.builtin.environments.protocol import Environment
+from megarl.section import key
 
 _MOVE = re.compile(r"Move disk (\d+) from Peg (\d+) to Peg (\d+)")
+
+
+class TowerOfHanoiEnvironment(BaseEnvironment):
+    """reasoning-gym's tower_of_hanoi played move by move."""
+
+    plays: ClassVar[str | None] = "tower_of_hanoi"
+
+    type: Literal["tower_of_hanoi"] = key("tower_of_hanoi", "-", "Carries out one move each turn.")
+
+    def load(self) -> Callable[..., Environment]:
+        """See BaseEnvironment."""
+        return TowerOfHanoi
 
 
 class TowerOfHanoi:
@@ -45,7 +61,7 @@ class TowerOfHanoi:
         return "solved", self._score(self._moves), True
 
     def _score(self, moves: list[str]) -> float:
-        """0 for an illegal move among them."""
+        """Return 0 for an illegal move among them."""
         return float(self._task.score_answer("\n".join(moves), self._entry))
 
     def _shown(self) -> str:
