@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -13,7 +15,21 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megarl.families.base.architecture import Architecture
 from megarl.models.latent_attention import LatentAttentionModule
 from megarl.models.norms import AllHeadsNormAttention, OutputNormLayer
-from megarl.models.router import ConstantBiasRouter
+
+
+class ConstantBiasRouter(TopKRouter):
+    """DeepSeek-V3's router, whose correction bias stays what the checkpoint says.
+
+    megatron-core's ``moe_router_enable_expert_bias`` moves the bias after each step to balance the experts' load, which is a
+    pretraining method (docs/decisions): here the bias is a constant of the model.
+    """
+
+    expert_bias: torch.Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        del self.expert_bias  # None, as the config leaves the moving bias off
+        self.register_buffer("expert_bias", torch.zeros(self.config.num_moe_experts, dtype=torch.float32))
 
 
 def stage_spec(

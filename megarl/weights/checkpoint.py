@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.errors import CheckpointError, shortened
+from megarl.weights.distributed_writer import start_result_queue
 from megarl.weights.file_digests import (
     collect_digests,
     digest_file,
@@ -41,7 +42,6 @@ from megarl.weights.file_digests import (
 )
 from megarl.weights.manifest import MANIFEST, Manifest, RunState, another_checkpoint, read_manifest, refused_json, write_manifest
 from megarl.weights.mapping import WeightMap
-from megarl.weights.result_queue import start_result_queue
 from megarl.weights.sharded_state import load_sharded_state
 
 POLICY = "policy"  # folder of the tensors
