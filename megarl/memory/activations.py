@@ -23,7 +23,7 @@ Recompute = Literal["none", "selective", "full"]
 
 
 def total(tensors: Tensors) -> float:
-    """Bytes of all."""
+    """Return the bytes of all tensors."""
     return sum(tensors.values())
 
 
@@ -36,7 +36,7 @@ def added(*parts: Tensors) -> dict[str, float]:
 
 
 def scaled(tensors: Tensors, factor: float) -> dict[str, float]:
-    """Each as often as ``factor`` says."""
+    """Return each tensor as often as ``factor`` says."""
     return {name: size * factor for name, size in tensors.items()}
 
 
@@ -63,7 +63,7 @@ class LayerShape:
 
     @property
     def all_tokens(self) -> int:
-        """N."""
+        """N, the tokens of all ranks."""
         return self.tokens * self.parallel.cp
 
     @property
@@ -73,7 +73,7 @@ class LayerShape:
 
     @property
     def query_width(self) -> float:
-        """q."""
+        """q, the width of this rank's queries."""
         return self.architecture.num_heads * self.architecture.head_dim / self.parallel.tp
 
     @property
@@ -83,7 +83,7 @@ class LayerShape:
 
     @property
     def value_width(self) -> float:
-        """v."""
+        """v, the width of this rank's values."""
         mla = self.architecture.mla
         return self.architecture.num_kv_heads * (mla.v_head_dim if mla else self.architecture.head_dim) / self.parallel.tp
 
@@ -101,8 +101,8 @@ class LayerShape:
 
 
 def norm(tokens: float, width: float, element: int) -> dict[str, float]:
-    """torch's RMSNorm: its input in float32 (a bfloat16 one is copied), the normalised input in float32, and its output, which the
-    next projection keeps."""
+    """List what torch's RMSNorm keeps: its input in float32 (a bfloat16 one is copied), the normalised input in float32, and its
+    output, which the next projection keeps."""
     return {
         "norm inputs": FLOAT * tokens * width,
         "normalised inputs": FLOAT * tokens * width,
@@ -111,7 +111,7 @@ def norm(tokens: float, width: float, element: int) -> dict[str, float]:
 
 
 def core_attention(shape: LayerShape) -> dict[str, float]:
-    """What attention keeps inside (``parallel/attention.py``): its output, log-sum-exp, and copies of its inputs.
+    """List what attention keeps inside (``parallel/attention.py``): its output, log-sum-exp, and copies of its inputs.
 
     ``selective`` recomputation keeps none of it.
     """
@@ -190,7 +190,7 @@ def experts(shape: LayerShape, moe: MixtureOfExperts) -> dict[str, float]:
 
 
 def saved(shape: LayerShape, *, is_moe: bool, recompute: Recompute) -> dict[str, float]:
-    """What one layer keeps of one micro-batch until its backward pass."""
+    """List what one layer keeps of one micro-batch until its backward pass."""
     if recompute == "full":
         return {"layer inputs": shape.hidden}
     parts = [scaled(norm(shape.norm_tokens, shape.architecture.hidden_size, shape.element), 2)]
@@ -224,7 +224,7 @@ def working(shape: LayerShape, *, is_moe: bool, recompute: Recompute) -> float:
 
 
 def _attention_working(shape: LayerShape, *, is_moe: bool, recompute: Recompute) -> float:
-    """The same for attention, less what the MLP behind it no longer keeps."""
+    """Count the same for attention, less what the MLP behind it no longer keeps."""
     n, e = shape.tokens, shape.element
     key_value = shape.key_width + shape.value_width
     gone = total(saved(shape, is_moe=is_moe, recompute="none")) - total(core_attention(shape))

@@ -30,7 +30,7 @@ class HeadShape:
 
     @property
     def weight_elements(self) -> int:
-        """V·h."""
+        """V·h, the output layer's elements."""
         return self.vocabulary * self.hidden_size
 
 
@@ -42,7 +42,7 @@ def kept(shape: HeadShape) -> float:
 
 
 def forward(shape: HeadShape) -> float:
-    """A chunk's logits and their exponents in float32; at no time more, so the length of sequences does not count."""
+    """Count a chunk's logits and their exponents in float32; at no time more, so the length of sequences does not count."""
     return 2 * FLOAT * shape.chunk_elements
 
 

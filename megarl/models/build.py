@@ -46,7 +46,7 @@ class CausalLM(GPTModel):
         )
 
     def output_weight(self) -> Tensor:
-        """[padded vocabulary / tp, hidden size], this rank's rows of the output layer (last stage only)."""
+        """Return this rank's rows of the output layer, [padded vocabulary / tp, hidden size] (last stage only)."""
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
 
 
@@ -80,7 +80,7 @@ def build_model_chunks(
     seed: int,
     model_class: type[CausalLM] = CausalLM,
 ) -> list[CausalLM]:
-    """This rank's model chunks (one, or vpp of them), with weights still undefined; none on a rank outside the role."""
+    """Build this rank's model chunks (one, or vpp of them), with weights still undefined; none on a rank outside the role."""
     if not layout.is_member:
         return []
     groups = layout.groups
@@ -103,7 +103,7 @@ def build_model_chunks(
 
 
 def build_model_on_meta(architecture: Architecture, model: ModelConfig, layout: Layout) -> CausalLM:
-    """The whole model on one rank, with megatron-core's own layers and without storage: for names, shapes, checkpoint keys."""
+    """Build the whole model on one rank, with megatron-core's own layers and no storage: for names, shapes, checkpoint keys."""
     model_parallel_cuda_manual_seed(0, tp_rank=0, ep_rank=0, etp_rank=0, force_reset_rng=True)
     role = RoleConfig()
     config = transformer_config(architecture, model, role, attention_factor=1.0, with_transformer_engine=False)

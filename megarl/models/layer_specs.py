@@ -40,7 +40,7 @@ def stage_spec(
     pp_rank: int,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk, each dense or with experts as the model says, and the norm behind the last layer.
+    """Return the layers of one model chunk, each dense or with experts as the model says, and the norm behind the last layer.
 
     Args:
         core_attention: class of the layers' attention between projections, e.g. PackedAttention.

@@ -42,7 +42,7 @@ VLLM_SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")  # buffers of 
 
 
 def shard_map(weight_map: WeightMap, layout: EngineLayout) -> ShardMap:
-    """What every rank's shards hold.
+    """Return what every rank's shards hold.
 
     Raises:
         ConfigError: the layout does not divide the model, or the engine cannot load such a model or layout from shards.
@@ -89,7 +89,7 @@ def _check_loadable(architecture: Architecture, layout: EngineLayout) -> None:
 
 
 def _state_dict_name(name: str, architecture: Architecture, layout: EngineLayout) -> str:
-    """The first by name of those that a parameter has in the engine's state dict."""
+    """Return the first by name of those that a parameter has in the engine's state dict."""
     if name == "model.embed_tokens.weight" and architecture.tied_embeddings:
         return "lm_head.weight"
     if layout.engine == "sglang":
@@ -150,7 +150,7 @@ def _weight_map(model: ModelFolder) -> WeightMap:
 
 
 def _dtypes(shards: ShardMap, weight_map: WeightMap, tensors: TensorFolder, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Of each of the engine's parameters; those of no tensor are float32."""
+    """Return the dtype of each of the engine's parameters; those of no tensor are float32."""
     owners = {name: parameter.megatron for parameter in weight_map.parameters.values() for name in parameter.hugging_face}
     found: dict[str, torch.dtype] = {}
     for name, parameter in shards.parameters.items():

@@ -46,12 +46,12 @@ class Window:
 
     @property
     def num_bytes(self) -> int:
-        """Of the chunk."""
+        """Bytes of the whole chunk."""
         return torch.empty(self.fragment.box(self.start, self.stop)[1], dtype=self.dtype, device="meta").nbytes
 
 
 def split_into_files(fragments: list[Fragment], dtypes: dict[str, torch.dtype], file_bytes: int) -> list[list[Window]]:
-    """All fragments in windows, and these in files of about ``file_bytes``.
+    """Split all fragments into windows, and these into files of about ``file_bytes``.
 
     Args:
         fragments: of the whole model.
@@ -144,11 +144,11 @@ class BytesQueue:
         self._queue = queue
 
     def put(self, result: Any) -> None:
-        """Add a result."""
+        """Add one result to the queue."""
         self._queue.put(pickle.dumps(result))
 
     def get_nowait(self) -> Any:
-        """The oldest result; queue.Empty when there is none."""
+        """Take the oldest result; queue.Empty when there is none."""
         return pickle.loads(self._queue.get_nowait())
 
 

@@ -30,7 +30,7 @@ EXTRA_STATE = "._extra_state"  # Transformer Engine's, of 8-bit training, and a 
 
 @torch.no_grad()
 def load_sharded_state(folder: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
-    """The values of a sharded state dict; tensors that it has are filled in place.
+    """Load the values of a sharded state dict; tensors that it has are filled in place.
 
     Modules' extra state is not read: it holds scales of 8-bit training, which MegaRL does not do, as a pickle.
 
