@@ -97,7 +97,7 @@ class ResumableCollector(Collector):
         raise RolloutError(f"{failure}, after {retries} retries ({LIMIT_KEYS}, rollout.max_retries)") from cause
 
     async def _until_requests_may_be_sent(self, prompt: Prompt) -> None:
-        """Wait for nothing, where no weights change while groups are in flight."""
+        """Return at once: no weights change while groups are in flight."""
 
     def _parts(self, group: PendingGroup, budget: int) -> list[tuple[list[int], SamplingParams]]:
         """Return the requests for a group's unfinished responses, and which responses each is for.
