@@ -1,4 +1,4 @@
-"""Which tensors a layer keeps for its backward pass, and what it needs beside them while it works, in bytes of one rank.
+"""Which tensors a layer and the head keep for the backward pass, and what they need beside them, in bytes of one rank.
 
 Every function returns bytes by the name of the tensors, so that a statement can say what is large. Counted are megatron-core's
 unfused local layers with torch's kernels, as they run on CPU; Transformer Engine's fused layers keep less. Tokens that visit
@@ -254,3 +254,56 @@ def forward_only(shape: LayerShape, *, is_moe: bool) -> float:
     if shape.parallel.cp > 1 and shape.parallel.context_parallel_method == "all_gather":
         of_attention += 2 * shape.element * shape.all_tokens * (shape.key_width + shape.value_width)
     return kept + max(of_mlp, of_attention)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """One role's head on the last pipeline stage.
+
+    Attributes:
+        rows: trained tokens of a micro-batch on this rank.
+        hidden_size: h.
+        vocabulary: rows of the output layer on this rank, V; 0 for a value head.
+        chunk: ``logprob_chunk_tokens``.
+        element: bytes of an element of the model's type.
+    """
+
+    rows: int
+    hidden_size: int
+    vocabulary: int
+    chunk: int
+    element: int
+
+    @property
+    def chunk_elements(self) -> int:
+        """Logits that exist at the same time."""
+        return min(self.chunk, self.rows) * self.vocabulary
+
+    @property
+    def weight_elements(self) -> int:
+        """V·h, the output layer's elements."""
+        return self.vocabulary * self.hidden_size
+
+
+def head_kept(shape: HeadShape) -> float:
+    """Count hidden states of the trained tokens (float32 for values), log-probs, entropies, normalisers and objective terms."""
+    element = shape.element if shape.vocabulary else FLOAT
+    return shape.rows * (shape.hidden_size * element + 10 * FLOAT)
+
+
+def head_forward(shape: HeadShape) -> float:
+    """Count a chunk's logits and their exponents in float32; at no time more, so the length of sequences does not count."""
+    return 2 * FLOAT * shape.chunk_elements
+
+
+def head_backward(shape: HeadShape) -> float:
+    """Count gradients of the hidden states and, in float32, of the output layer; a chunk's log-probs and probabilities.
+
+    In bfloat16 also a chunk's gradient, and its share of the output layer's in both types.
+    """
+    hidden = shape.rows * shape.hidden_size * (shape.element if shape.vocabulary else 2 * FLOAT)
+    chunk = 2 * FLOAT * shape.chunk_elements
+    if shape.element != FLOAT:
+        both = shape.element + FLOAT
+        chunk = max(chunk, both * shape.chunk_elements + both * shape.weight_elements)
+    return hidden + FLOAT * shape.weight_elements + chunk
