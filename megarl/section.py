@@ -97,14 +97,14 @@ def _check(name: str, field: FieldInfo, value: Any) -> None:
 
 
 def _plain_types(annotation: Any) -> set[Any]:
-    """The types that a value, or an item of a list, may have."""
+    """Return the types that a value, or an item of a list, may have."""
     if get_origin(annotation) in (Union, UnionType, list):
         return set().union(*map(_plain_types, get_args(annotation)))
     return {annotation}
 
 
 def _bound(types: set[Any], name: str, unit: str) -> float:
-    """The largest sensible size of a number."""
+    """Return the largest sensible size of a number."""
     if unit == "seconds":
         return LONGEST_WAIT
     if int in types:
@@ -135,7 +135,7 @@ def _check_path(text: str) -> None:
 
 
 def _check_address(text: str) -> None:
-    """An address must not have a password in it either: logs and the run's config.yaml would show it."""
+    """Refuse an address with a password in it: logs and the run's config.yaml would show it."""
     try:
         parts = urlsplit(text)
         host, _ = parts.hostname, parts.port

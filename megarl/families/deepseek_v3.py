@@ -17,7 +17,7 @@ LATENT_NORM_EPSILON = 1e-6  # DeepSeek's modeling code leaves it at the default 
 
 
 class DeepseekV3(Family):
-    """DeepSeek-V3."""
+    """The family of DeepSeek-V3."""
 
     never_tied_by = ("vllm",)
 

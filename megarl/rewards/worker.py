@@ -9,7 +9,7 @@ from typing import Any
 
 from megarl.builtin.scorers import WorkerScorer
 from megarl.builtin.scorers.document_qa import RuleScore
-from megarl.workers.isolation import isolated
+from megarl.workers.limits import isolated
 
 Request = tuple[str, str | Sequence[str], Mapping[str, Any]]
 Score = float | list[float]

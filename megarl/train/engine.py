@@ -62,7 +62,7 @@ class TrainingEngine:
         return (parameter.data for chunk in self.chunks for parameter in chunk.parameters())
 
     def gradient_buffers(self) -> Iterator[Tensor]:
-        """megatron-core's, for all parameters of this rank."""
+        """Yield megatron-core's gradient buffers, for all parameters of this rank."""
         for chunk in self.ddp_chunks:
             yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))
 

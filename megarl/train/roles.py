@@ -22,7 +22,7 @@ from megarl.types import PackedBatch, TokenOutputs
 from megarl.weights.distributed_checkpoint import is_distributed_checkpoint
 from megarl.weights.files.sources import RandomSource, SafetensorsSource, WeightSource
 from megarl.weights.mapping import WeightMap, build_weight_map
-from megarl.weights.megatron_start import load_megatron_weights
+from megarl.weights.sharded_state import load_megatron_weights
 from megarl.weights.transfer import load_weights
 from megarl.weights.value_head import value_head_source, with_value_head
 

@@ -13,7 +13,7 @@ from megarl.cli.parity import (
     CRITIC,
     LayoutResult,
     ParityRun,
-    compare,
+    compare_results,
     compute_gradients,
     megatron_parameters,
     parse_layout,
@@ -117,7 +117,7 @@ def test_gradients_equal_one_rank(one_rank: Methods, layout: str) -> None:
     results = one_rank.compute(layout)
     assert set(results) == set(one_rank.reference) and len(results) >= 19
     for name, result in results.items():
-        row = compare(one_rank.reference[name], result)
+        row = compare_results(one_rank.reference[name], result)
         assert max(row.worst_gap, row.loss_gap, row.norm_gap) <= BOUND, (name, row)
 
 
