@@ -64,7 +64,7 @@ def orpo(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
     """
 
     def log_odds(mean_logprob: Tensor) -> Tensor:
-        # float32 rounds log-probabilities of nearly certain tokens to 0, where the odds would be infinite
+        # float32 rounds log-probs of nearly certain tokens to 0, where the odds would be infinite
         return mean_logprob - torch.log(-torch.expm1(mean_logprob.clamp(max=-1e-7)))
 
     return -chosen - config.beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected))

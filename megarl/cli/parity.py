@@ -1,9 +1,9 @@
 """``megarl parity``: one batch, many layouts, the same gradients.
 
 The batch is made once from the config's own prompts (so lengths are the user's) with responses of unequal lengths, random
-rewards, and old, reference and sampler's log-probabilities near the model's own, so that ratios, clipping and KL all matter. Every
+rewards, and old, reference and sampler's log-probs near the model's own, so that ratios, clipping and KL all matter. Every
 layout then computes loss and gradients of that batch, and what each of the run's models says of it, in a world of its own; each
-gradient, put together under its Hugging Face name, and each model's scores are compared with one rank's.
+gradient, put together under its Hugging Face name, and each model's outputs are compared with one rank's.
 """
 
 import math
@@ -70,7 +70,7 @@ class ParityRow:
         worst_gap: largest over Megatron parameters of ‖gradient - reference‖ / ‖reference‖. Query, key and value are one
             parameter there: the key bias's own gradient nearly cancels (softmax ignores a shift), which leaves rounding.
         worst_parameter: where.
-        output_gap: largest over models of ‖scores - reference‖ / ‖reference‖.
+        output_gap: largest over models of ‖outputs - reference‖ / ‖reference‖.
     """
 
     layout: str
@@ -206,7 +206,7 @@ def compute_gradients(
     trained = PREPARE[config.rows](config, packed, outputs)
     batch = trained.batch
     loss, gradients = _loss_and_gradients(policy, batch, trained.objective)
-    sizes = batch.token_weights if batch.advantages is None else batch.token_weights * batch.advantages.abs()
+    sizes = batch.token_weights if batch.sampled is None else batch.token_weights * batch.sampled.advantages.abs()
     scale = float(sizes.sum())
     if critic is not None:
         assert trained.value_objective is not None

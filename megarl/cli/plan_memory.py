@@ -2,14 +2,13 @@
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from megarl.cli.command_line import finite
+from megarl.cli.command_line import ConfigPath, Overrides, finite
 from megarl.cli.plan_sync import fewest_ranks, plan_app
 from megarl.config.checks import check
 from megarl.config.layout_text import MOST_RANKS
@@ -21,7 +20,7 @@ from megarl.errors import ConfigError
 
 if TYPE_CHECKING:
     from megarl.memory.advice import Change
-    from megarl.memory.statement import Part, RankMemory
+    from megarl.memory.statement import MemoryPart, RankMemory
 
 GIB = 2**30
 LARGEST_PARTS = 3  # named when the limit is passed
@@ -51,8 +50,8 @@ class Period:
 
 @plan_app.command()
 def memory(
-    config_path: Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
-    overrides: Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")] = [],  # noqa: B006
+    config_path: ConfigPath,
+    overrides: Overrides = [],  # noqa: B006
     world_size: Annotated[
         int | None, typer.Option(min=1, max=MOST_RANKS, help="Ranks of the run; needed unless every layout fits on one.")
     ] = None,
@@ -199,7 +198,7 @@ def _show_advice(period: Period, limit: float) -> None:
         print("no combination of these is under the limit; use a smaller model or GPUs with more memory")
 
 
-def _largest(worst: "RankMemory") -> list["Part"]:
+def _largest(worst: "RankMemory") -> list["MemoryPart"]:
     return sorted((*worst.held, *worst.added), key=lambda part: -part.num_bytes)[:LARGEST_PARTS]
 
 
@@ -215,7 +214,7 @@ def _as_json(periods: list[Period], worst: Period, where: tuple[int, str], limit
 
 
 def _period_as_json(period: Period) -> dict[str, Any]:
-    def parts(of: tuple["Part", ...]) -> list[dict[str, Any]]:
+    def parts(of: tuple["MemoryPart", ...]) -> list[dict[str, Any]]:
         return [{"owner": part.owner, "name": part.name, "bytes": part.num_bytes, "tensors": dict(part.tensors)} for part in of]
 
     together = period.together

@@ -19,12 +19,12 @@ from megarl.weights.manifest import MANIFEST
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a run saved it; else it is a Hugging Face folder."""
+    """Tell whether a run saved it; else it is a Hugging Face folder."""
     return (folder / MANIFEST).exists() or (folder / POLICY).is_dir()
 
 
 def with_checkpoint_model(config: Config, checkpoint: Path) -> Config:
-    """The config with the checkpoint as its model where that is a Hugging Face folder, not one that a run saved."""
+    """Return the config with the checkpoint as its model where that is a Hugging Face folder, not one that a run saved."""
     if is_checkpoint(checkpoint):
         return config
     model = config.model.model_copy(update={"path": checkpoint, "init": "pretrained"})
@@ -32,7 +32,7 @@ def with_checkpoint_model(config: Config, checkpoint: Path) -> Config:
 
 
 def with_start_as_reference(evaluated: Config, config: Config, folder: Path) -> Config:
-    """A preference run's config of ``with_checkpoint_model`` whose reference stays what the run's policy starts from.
+    """Return a preference run's config of ``with_checkpoint_model`` whose reference stays what the run's policy starts from.
 
     Args:
         evaluated: the config with the checkpoint as its model.

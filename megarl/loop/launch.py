@@ -58,7 +58,7 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
 
 
 def _warn_of_lost_work(config: Config, environment: Mapping[str, str] = os.environ) -> None:
-    """A launcher that starts the command again can do so only from a checkpoint."""
+    """Warn where a launcher may start the command again, which it can do only from a checkpoint."""
     slurm, restarts = "SLURM_JOB_ID" in environment, environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if config.checkpoint.every == 0 and (slurm or restarts):
         launcher = "SLURM may requeue this job" if slurm else "torchrun may start this run again"

@@ -25,17 +25,17 @@ _FORMAT = 1  # of the checks: a newer one is not satisfied by what an older one 
 
 
 def checks_folder(config: Config) -> Path:
-    """Where a run keeps what its checks found."""
+    """Return where a run keeps what its checks found."""
     return config.run_dir / "checks"
 
 
 def row_sizes(config: Config, tokenizer: PreTrainedTokenizerBase) -> RowSizes:
-    """What measures the rows of a run."""
+    """Return what measures the rows of a run."""
     return RowSizes(config, tokenizer, checks_folder(config), in_processes)
 
 
 def check_references(config: Config, rows: Iterable[Row]) -> None:
-    """Every answer of these rows and of ``evaluation.data`` can be compared with responses by its task's scorers.
+    """Check that every answer of these rows and of ``evaluation.data`` can be compared with responses by its task's scorers.
 
     Raises:
         DataError: one cannot; it names the row, the answer, and what to do.

@@ -182,7 +182,7 @@ def _server(main: MainRankEngine) -> ServerEngine:
 
 
 def _address(server_view: str) -> str:
-    """Of this machine, for workers and for trainer ranks on other machines: where the server is local, that of the rendezvous."""
+    """Return this machine's address for workers and ranks on others: where the server is local, that of the rendezvous."""
     if not ipaddress.ip_address(server_view).is_loopback:
         return server_view
     store = distributed_c10d._get_default_store()

@@ -105,7 +105,7 @@ def _own_elements(held: Elements, parallel: ParallelConfig, sizes: AxisSizes) ->
 
 
 def batch(num_tokens: int, *, reference: bool, critic: bool) -> float:
-    """Return PackedBatch, TokenScores and TrainBatch, which every rank has whole, in host memory where there are GPUs."""
+    """Return PackedBatch, TokenOutputs and TrainBatch, which every rank has whole, in host memory where there are GPUs."""
     packed = 2 * INT + 2 * FLOAT + 1  # token_ids, weight_versions; sampler_logprobs, step_rewards; loss_mask
     outputs = FLOAT * (2 + reference + 2 * critic)  # old, entropies; reference; values and returns
     trained = FLOAT * 2  # advantages, token_weights

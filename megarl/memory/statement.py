@@ -27,7 +27,7 @@ ELEMENT = {"float32": 4, "bfloat16": 2}  # bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MemoryPart:
     """Some of a rank's memory.
 
     Attributes:
@@ -60,8 +60,8 @@ class RankMemory:
     num_ranks: int
     stages: dict[str, int]
     moment: str
-    held: tuple[Part, ...]
-    added: tuple[Part, ...]
+    held: tuple[MemoryPart, ...]
+    added: tuple[MemoryPart, ...]
     moments: dict[str, float]
 
     @property
@@ -112,18 +112,18 @@ class _Role:
         """Return the pipeline stage of a rank of the world; None outside the role."""
         return (rank - self.ranks.start) // (len(self.ranks) // self.sizes.pp) if rank in self.ranks else None
 
-    def offloaded(self, part: Part) -> bool:
+    def offloaded(self, part: MemoryPart) -> bool:
         """Return whether a part that the role holds is in host memory while the role is idle."""
         return self.config.offload == "all" or (self.config.offload == "optimizer" and part.name == "optimizer state")
 
-    def held_parts(self, stage: int) -> tuple[Part, ...]:
+    def held_parts(self, stage: int) -> tuple[MemoryPart, ...]:
         parallel = self.config.parallel
         counts = self.elements[stage]
-        parts = [Part(self.name, "weights", held.weights(counts, self.element), {})]
+        parts = [MemoryPart(self.name, "weights", held.weights(counts, self.element), {})]
         if self.learns:
-            parts.append(Part(self.name, "gradients", held.gradients(counts), {}))
+            parts.append(MemoryPart(self.name, "gradients", held.gradients(counts), {}))
             state = held.optimizer_state(counts, parallel, self.sizes, self.element)
-            parts.append(Part(self.name, "optimizer state", state, {}))
+            parts.append(MemoryPart(self.name, "optimizer state", state, {}))
         return tuple(parts)
 
     def gathered(self) -> float:
@@ -132,13 +132,13 @@ class _Role:
         is_used = parallel.sequence_parallel and parallel.tp > 1
         return float(self.element * self.tokens * self.architecture.hidden_size) if is_used else 0.0
 
-    def scoring(self, stage: int) -> tuple[Part, ...]:
+    def scoring(self, stage: int) -> tuple[MemoryPart, ...]:
         layers = self.layers(stage)
         widest = max((activations.forward_only(self.layer, is_moe=is_moe) for is_moe in set(layers)), default=0.0)
         head = heads.kept(self.head) + heads.forward(self.head) + 2 * self.layer.hidden if self._is_last(stage) else 0.0
         return self._largest(activations_bytes=widest, head_bytes=head, before=())
 
-    def update(self, stage: int, device: Device) -> tuple[Part, ...]:
+    def update(self, stage: int, device: Device) -> tuple[MemoryPart, ...]:
         """Return the activations of the micro-batches in flight, and the working set of a layer's or of the head's backward pass.
 
         Of activations in host memory, which on a CPU is the rank's own, a GPU has one layer's.
@@ -161,16 +161,16 @@ class _Role:
         working = max((activations.working(self.layer, is_moe=is_moe, recompute=recompute) for is_moe in set(layers)), default=0.0)
         if self.architecture.tied_embeddings and parallel.pp == 1:
             working += self.element * self.head.weight_elements  # waits for the embedding's own gradient
-        saved = Part(self.name, "activations", activations.total(tensors), tensors)
+        saved = MemoryPart(self.name, "activations", activations.total(tensors), tensors)
         return self._largest(activations_bytes=working, head_bytes=head, before=(saved,))
 
-    def reduction(self, stage: int) -> tuple[Part, ...]:
+    def reduction(self, stage: int) -> tuple[MemoryPart, ...]:
         """Return the copy of the whole gradient buffer that gloo reduces and scatters."""
-        return (Part(self.name, "gloo's copy of the gradients", held.gradients(self.elements[stage]), {}),)
+        return (MemoryPart(self.name, "gloo's copy of the gradients", held.gradients(self.elements[stage]), {}),)
 
-    def step(self, stage: int) -> tuple[Part, ...]:
+    def step(self, stage: int) -> tuple[MemoryPart, ...]:
         size = held.optimizer_step(self.elements[stage], self.config.parallel, self.sizes)
-        return (Part(self.name, "optimizer step", size, {}),)
+        return (MemoryPart(self.name, "optimizer step", size, {}),)
 
     def whole_tensors(self) -> float:
         """Return the largest tensor, gathered on rank 0, and its parts."""
@@ -188,11 +188,11 @@ class _Role:
         warmup = 2 * (pp - stage - 1) + (vpp - 1) * pp
         return min(warmup + 1, self.micro_batches * vpp) / vpp
 
-    def _largest(self, *, activations_bytes: float, head_bytes: float, before: tuple[Part, ...]) -> tuple[Part, ...]:
+    def _largest(self, *, activations_bytes: float, head_bytes: float, before: tuple[MemoryPart, ...]) -> tuple[MemoryPart, ...]:
         if head_bytes > activations_bytes:
             name = "values" if self.gives_values else "log-probability chunk"
-            return (*before, Part(self.name, name, head_bytes, {}))
-        return (*before, Part(self.name, "one layer's work", activations_bytes, {}))
+            return (*before, MemoryPart(self.name, name, head_bytes, {}))
+        return (*before, MemoryPart(self.name, "one layer's work", activations_bytes, {}))
 
 
 def state_memory(config: Config, world_size: int, device: Device) -> list[RankMemory]:
@@ -227,10 +227,10 @@ def _rank(
     names = {role.name for role in roles}
     size = held.batch(config.step_size.tokens, reference="reference" in names, critic="critic" in names)
     if device == "cpu":
-        held_parts.append(Part("run", "batch", size, {}))
+        held_parts.append(MemoryPart("run", "batch", size, {}))
     if gathered := max((role.gathered() for role, _ in present), default=0.0):
-        held_parts.append(Part("run", "buffer of gathered activations", gathered, {}))
-    moments: dict[str, tuple[Part, ...]] = {}
+        held_parts.append(MemoryPart("run", "buffer of gathered activations", gathered, {}))
+    moments: dict[str, tuple[MemoryPart, ...]] = {}
     for role, stage in present:
         brought = tuple(part for part in role.held_parts(stage) if role.offloaded(part))
         weights = tuple(part for part in brought if part.name == "weights")
@@ -243,17 +243,17 @@ def _rank(
                 moments[f"{role.name} gradient reduction"] = (*brought, *role.reduction(stage))
     if has_engine:
         engine = held.embedded_engine(config, policy.architecture, policy.weight_map, policy.element)
-        held_parts.append(Part("engine", "weights", engine["weights"], {}))
+        held_parts.append(MemoryPart("engine", "weights", engine["weights"], {}))
         for moment, names_of_parts in (
             ("prompts", ("key-value cache of prompts", "one layer over all prompts")),
             ("sampling", ("key-value cache", "logits")),
         ):
-            moments[moment] = tuple(Part("engine", name, engine[name], {}) for name in names_of_parts)
-        moments["weight update"] = (Part("policy", "gathered tensor", policy.whole_tensors(), {}),)
+            moments[moment] = tuple(MemoryPart("engine", name, engine[name], {}) for name in names_of_parts)
+        moments["weight update"] = (MemoryPart("policy", "gathered tensor", policy.whole_tensors(), {}),)
     elif config.learns_from_samples and not config.samples_from_embedded:
         transfer = config.rollout.weight_transfer
         staging = 2.0 * (transfer.bucket_mib << 20) if transfer.method == "slices" else policy.whole_tensors()
-        moments["weight update"] = (Part("policy", "staging of weights", staging, {}),)
+        moments["weight update"] = (MemoryPart("policy", "staging of weights", staging, {}),)
     always = sum(part.num_bytes for part in held_parts)
     peaks = {moment: always + sum(part.num_bytes for part in parts) for moment, parts in moments.items()}
     worst = max(peaks, key=lambda moment: peaks[moment])
@@ -289,7 +289,7 @@ def state_relayout(before: Config, after: Config, world_size: int, device: Devic
     kinds: dict[tuple[int | None, ...], list[int]] = {}
     for rank in range(world_size):
         kinds.setdefault(tuple(role.stage_of(rank) for pair in learners for role in pair), []).append(rank)
-    staging = Part("run", "staging of the move", 2.0 * (after.rollout.weight_transfer.bucket_mib << 20), {})
+    staging = MemoryPart("run", "staging of the move", 2.0 * (after.rollout.weight_transfer.bucket_mib << 20), {})
     result = []
     for ranks in kinds.values():
         rank = ranks[0]
@@ -314,7 +314,7 @@ def state_relayout(before: Config, after: Config, world_size: int, device: Devic
     return sorted(result, key=lambda kind: -kind.peak)
 
 
-def _while_one_moves(learners: list[tuple[_Role, _Role]], moving: int, rank: int, device: Device) -> Iterator[Part]:
+def _while_one_moves(learners: list[tuple[_Role, _Role]], moving: int, rank: int, device: Device) -> Iterator[MemoryPart]:
     """Yield the learners before it in new layouts, those after it in old ones, and itself in both; without old gradients."""
     for number, (old, new) in enumerate(learners):
         present = [(old, f"old {old.name}")] if number >= moving else []

@@ -37,7 +37,7 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
         return super().forward(*args, **kwargs), self.attention_factor
 
 
-class LatentAttention(MLASelfAttention):
+class LatentAttentionModule(MLASelfAttention):
     """megatron-core's MLASelfAttention, its projections built here.
 
     Upstream cuts the down projections over tensor parallel ranks (local layers) and then gathers over global process groups,

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megarl.families.base.architecture import Architecture
-from megarl.models.latent_attention import LatentAttention
+from megarl.models.latent_attention import LatentAttentionModule
 from megarl.models.norms import AllHeadsNormAttention, OutputNormLayer
 from megarl.models.router import ConstantBiasRouter
 
@@ -61,7 +61,7 @@ def _layer_spec(architecture: Architecture, with_transformer_engine: bool, core_
     attention = spec.submodules.self_attention
     attention.submodules.core_attention = core_attention
     if architecture.mla is not None:
-        attention.module = LatentAttention
+        attention.module = LatentAttentionModule
         attention.submodules.q_layernorm = attention.submodules.kv_layernorm = _norm(with_transformer_engine)
     if is_moe and architecture.moe is not None and architecture.moe.correction_bias:
         spec.submodules.mlp.submodules.router = ConstantBiasRouter

@@ -98,7 +98,7 @@ class RewardModel:
         self.engine.weights.release()
 
     def rewards(self, packed: PackedBatch) -> Tensor:
-        """Its score of each sequence, read at the last token as transformers does: float32 [num_sequences] on the CPU."""
+        """Return its score of each sequence, read at the last token as transformers does: float32 [num_sequences] on the CPU."""
         ends = with_scored_ends(packed)
         (scores,) = self.engine.forward_only(ends)
         return scores[ends.loss_mask]
@@ -138,7 +138,7 @@ class Critic(Learner):
         super().__init__(engine, weight_map, DTYPES[config.model.dtype], critic.optimizer, total_updates)
 
     def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
-        """As the policy's, with keys of its own, so that one checkpoint holds both."""
+        """Return the state as a policy's, with keys of its own, so that one checkpoint holds both."""
         state = super().sharded_state(is_loading=is_loading)
         add_prefix_for_sharding(state, "critic.")
         return state
@@ -160,12 +160,12 @@ class LearningRewardModel(Learner):
 
 
 def build_learner(config: Config, total_updates: int) -> Learner:
-    """The model that a run without a critic trains. Every rank must build it."""
+    """Build the model that a run without a critic trains; every rank must."""
     return LearningRewardModel(config, total_updates) if config.trains_reward_model else Policy(config, total_updates)
 
 
 def compute_outputs(policy: Learner, reference: Reference | None, critic: Critic | None, packed: PackedBatch) -> TokenOutputs:
-    """What all models say of the batch before the updates. Models on disjoint ranks work at the same time."""
+    """Compute what all models say of the batch before the updates. Models on disjoint ranks work at the same time."""
     engines = [None if model is None else model.engine for model in (policy, reference, critic)]
     computed = [None if engine is None else engine.compute_outputs(packed) for engine in engines]
     shared = [
@@ -183,5 +183,5 @@ def compute_outputs(policy: Learner, reference: Reference | None, critic: Critic
 
 
 def is_main_rank() -> bool:
-    """True on the rank that owns prompts, engines, files and the display."""
+    """Tell whether this is the rank that owns prompts, engines, files and the display."""
     return dist.get_rank() == 0

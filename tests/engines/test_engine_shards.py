@@ -26,7 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek_v3 without the query's latent": DEEPSEEK | {"q_lora_rank": None},
     "mixtral": {"num_key_value_heads": 1},
     "qwen3_moe": {"mlp_only_layers": []},
-} | {family: {} for family in ("llama", "mistral", "qwen2", "qwen3")}
+} | {family: {} for family in ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2")}
 WITH_EXPERTS = list(MODELS)[:4]
 
 

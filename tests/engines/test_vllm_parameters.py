@@ -20,7 +20,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("tp", "ep", "families"),
-    [(1, 1, sorted(CLASSES)), (2, 1, ("deepseek_v3", "mixtral", "qwen2")), (2, 2, ("deepseek_v3", "qwen3_moe"))],
+    [(1, 1, sorted(CLASSES)), (2, 1, ("deepseek_v3", "mixtral", "qwen2", "phi3", "olmo2")), (2, 2, ("deepseek_v3", "qwen3_moe"))],
 )
 def test_vllm_loads_what_plans_write(tmp_path: Path, tp: int, ep: int, families: Sequence[str]) -> None:
     for family in families:

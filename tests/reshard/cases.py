@@ -39,7 +39,7 @@ def random_architecture(rng: random.Random, family: str, folder: Path) -> Archit
         "moe_intermediate_size": rng.choice((8, 16)),
         "tie_word_embeddings": rng.random() < 0.5,
     }
-    if family == "qwen2":
+    if family in ("qwen2", "phi3", "olmo2"):
         del sizes["head_dim"]
         sizes["hidden_size"] = sizes["num_attention_heads"] * 2
     if family == "qwen3_moe":

@@ -88,8 +88,8 @@ def update(policy: Policy, config: Config) -> tuple[dict[str, Tensor], float]:
     before = {name: tensor.clone() for name, tensor in policy.hugging_face_tensors()}
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     old, entropies = policy.engine.forward_only(packed)
-    scores = TokenOutputs(old=old + 0.1, entropies=entropies, reference=old - 0.2, values=None)
-    result = policy.update(algorithm.prepare(packed, scores, step=0).batches[0], algorithm.objective)
+    outputs = TokenOutputs(old=old + 0.1, entropies=entropies, reference=old - 0.2, values=None)
+    result = policy.update(algorithm.prepare(packed, outputs, step=0).batches[0], algorithm.objective)
     return {name: tensor - before[name] for name, tensor in policy.hugging_face_tensors()}, result.gradient_norm
 
 
