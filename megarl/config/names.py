@@ -25,6 +25,6 @@ class Name:
         raise PydanticCustomError("literal_error", "is not one of the names")  # reported as Literal's own error is
 
     def in_words(self) -> str:
-        """The names as a person reads them."""
+        """Return the names as a person reads them."""
         function = ["a function of your own, `module:function`"] if self.or_function else []
         return " or ".join([*(f"`{choice}`" for choice in self.choices), *function])

@@ -11,7 +11,7 @@ PRESETS = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 
 def with_preset(section: Any) -> Any:
-    """The algorithm section as YAML gives it, with its preset's choices under its own keys.
+    """Return the algorithm section as YAML gives it, with its preset's choices under its own keys.
 
     A section without a preset, or with an unknown one, is returned as it is: the schema reports the latter.
     """
@@ -25,7 +25,7 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``above`` over ``below``, section by section."""
+    """Merge ``above`` over ``below``, section by section."""
     merged = below | above
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(key), dict):

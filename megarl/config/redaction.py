@@ -13,7 +13,7 @@ SECRET_KEY = re.compile(
 
 
 def redacted(config: Config) -> Config:
-    """The config with ``***`` for passwords in URLs, and for texts under keys of free mappings that are called like secrets."""
+    """Put ``***`` in the place of passwords in URLs, and of texts under keys of free mappings that are called like secrets."""
     return Config.model_validate(_redacted(config.model_dump(mode="json")))
 
 

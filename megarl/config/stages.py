@@ -42,7 +42,7 @@ class Stage:
 
 
 def stages_of(config: Config) -> list[Stage]:
-    """The stages of a run with a curriculum.
+    """Return the stages of a run with a curriculum.
 
     Raises:
         ConfigError: a stage changes what it may not, or to something impossible; one line for each mistake.
@@ -76,7 +76,7 @@ def stages_of(config: Config) -> list[Stage]:
 
 
 def configs_of(config: Config) -> list[Config]:
-    """The config of every stage; of a run without curriculum its own."""
+    """Return the config of every stage; of a run without curriculum its own."""
     return [config] if config.curriculum is None else [stage.config for stage in stages_of(config)]
 
 
@@ -89,7 +89,7 @@ class PlannedUpdates:
 
 
 def planned_updates(config: Config, stages: Sequence[Stage] = ()) -> PlannedUpdates:
-    """The updates of an RL run, or of all stages of one with a curriculum."""
+    """Count the updates of an RL run, or of all stages of one with a curriculum."""
     parts = [(stage.config, stage.steps) for stage in stages] or [(config, config.steps)]
     policy = critic = start = 0
     for part, steps in parts:
@@ -131,7 +131,7 @@ def _check_sections(changes: Mapping[str, Any], path: str) -> None:
 
 
 def _merged(base: Any, changes: Any) -> Any:
-    """``changes`` over ``base``, section by section."""
+    """Merge ``changes`` over ``base``, section by section."""
     if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
         return changes
     return {**base, **{name: _merged(base.get(name), value) for name, value in changes.items()}}

@@ -136,7 +136,7 @@ OF_THE_REST = (
 
 
 def unused_settings(config: Config) -> list[str]:
-    """One line for each setting that differs from its default, or its preset's, and has no effect, in no stage of the run."""
+    """Name each setting that differs from its default, or its preset's, and has no effect in any stage; one line each."""
     parts = configs_of(config)
     unused = [dict(_unused(part)) for part in parts]
     return [line for key, line in unused[0].items() if all(key in other for other in unused)]
@@ -160,7 +160,7 @@ def _value(config: Any, key: str) -> Any:
 
 
 def _defaults(config: Config) -> Config:
-    """The config with the defaults of the method, its preset's where it has one, and of all other sections."""
+    """Return the config with the defaults of the method, its preset's where it has one, and of all other sections."""
     algorithm = AlgorithmConfig.model_validate({"preset": config.algorithm.preset})
     required = {"kind": config.kind, "steps": config.steps, "model": config.model}
     plain = Config.model_validate(required | {"data": {"train": config.data.train}})
@@ -169,7 +169,7 @@ def _defaults(config: Config) -> Config:
 
 
 def _differing(path: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted keys below ``path`` whose values are not the default's."""
+    """Yield dotted keys below ``path`` whose values are not the default's."""
     if isinstance(value, Section) and isinstance(default, Section):
         for name in type(value).model_fields:
             if not (path == "algorithm" and name == "preset"):

@@ -23,16 +23,16 @@ class Environments(Protocol):
     """All episodes' environments; a state is one episode's, and only ``step`` reads it."""
 
     async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
-        """A new episode: its state and first observation. Raises EnvironmentFailure."""
+        """Begin an episode and return its state and first observation. Raises EnvironmentFailure."""
 
     async def step(self, state: Any, response: str) -> tuple[Any, Step]:
-        """The next state and the answer. Raises EnvironmentFailure."""
+        """Make a step and return the next state and the answer. Raises EnvironmentFailure."""
 
     async def check(self) -> None:
         """Raise RolloutError when they cannot run."""
 
     def take_num_replaced(self) -> int:
-        """How many workers ended before they had answered, and were replaced, since this was asked last."""
+        """Return how many workers ended before they had answered, and were replaced, since this was asked last."""
 
     async def close(self) -> None:
         """End what was started."""
@@ -85,7 +85,7 @@ class ProcessEnvironments:
         await self._processes.close()
 
     async def _ask(self, read: Callable[[Any], T], *request: Any) -> tuple[str, T]:
-        """The state and what ``read`` makes of the answer, which may be a response's own work."""
+        """Return the state and what ``read`` makes of the answer, which may be a response's own work."""
         try:
             answer = await self._processes.ask(request, self._timeout, _late(self._timeout))
             if not (isinstance(answer, list) and len(answer) == 2 and isinstance(answer[0], str)):
@@ -120,14 +120,14 @@ class LocalEnvironments:
         return await self._limited(step)
 
     async def check(self) -> None:
-        """They were made once already."""
+        """Do nothing, as they were made once already."""
 
     def take_num_replaced(self) -> int:
-        """There are no workers."""
+        """Return 0, as there are no workers."""
         return 0
 
     async def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing, as nothing was started."""
 
     async def _limited(self, call: Callable[[], Awaitable[T]]) -> T:
         try:

@@ -92,7 +92,7 @@ class RewardScorer:
         return dict(self._failure_counts)
 
     def take_num_replaced(self) -> int:
-        """How many workers ended before they had answered, and were replaced, since this was asked last."""
+        """Return how many workers ended before they had answered, and were replaced, since this was asked last."""
         return self._pool.take_num_replaced()
 
     async def check_workers(self) -> None:
@@ -111,7 +111,7 @@ class RewardScorer:
             raise
 
     async def score(self, rollout: Rollout) -> ScoredRollout | None:
-        """The scored response; None when a scorer failed and ``on_failure`` is drop: leave its whole group out.
+        """Return the scored response; None when a scorer failed and ``on_failure`` is drop: leave its whole group out.
 
         Every failure is counted and logged. With ``on_failure: zero`` a failed scorer has no entry in ``parts``, adds 0 to the
         reward and is listed in ``failures``; where only the judge of document_qa failed, the rule's score remains.
@@ -162,7 +162,7 @@ class RewardScorer:
             await server.close()
 
     def _at_tokens(self, scorer: _TaskScorer, scores: Sequence[float], rollout: Rollout) -> Iterator[tuple[int, float]]:
-        """The scores of a response's steps with the index of the last token of each."""
+        """Yield the scores of a response's steps with the index of the last token of each."""
         assert scorer.section.step_end is not None
         steps = split_steps(rollout.text, scorer.section.step_end)
         return zip(step_ends(steps, rollout.token_ids, self._decode, rollout.prompt.prefill), scores, strict=True)
@@ -232,7 +232,7 @@ class EpisodeScorer:
         self._on_failure = on_failure
 
     async def score(self, rollout: Rollout) -> ScoredRollout | None:
-        """The scored response; None when the environment or a scorer failed and ``on_failure`` is drop.
+        """Return the scored response; None when the environment or a scorer failed and ``on_failure`` is drop.
 
         With ``on_failure: zero`` an episode whose environment failed has no part of that name and adds 0, whatever rewards came
         before the failure.

@@ -41,7 +41,7 @@ class Judge:
         self._session: aiohttp.ClientSession | None = None
 
     async def check(self) -> str:
-        """The reply to a question whose answer is plain, so that nothing is found out later.
+        """Return the reply to a question whose answer is plain, so that nothing is found out later.
 
         Raises:
             RewardError: no reply came.
@@ -58,7 +58,7 @@ class Judge:
             self._session = None
 
     async def ask(self, question: str, answer: str, references: Sequence[str]) -> str:
-        """The judge's reply to one answer at temperature 0.
+        """Return the judge's reply to one answer at temperature 0.
 
         A server that is away, late or overloaded is asked again after ``retry_delay``, which doubles each time.
 

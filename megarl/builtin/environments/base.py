@@ -50,7 +50,7 @@ class BaseEnvironment(Section):
         return None
 
     def mistakes(self) -> Iterator[str]:
-        """One line for each mistake that its own keys show, beginning with the key."""
+        """Yield one line for each mistake that its own keys show, beginning with the key."""
         yield from ()
 
     @abstractmethod

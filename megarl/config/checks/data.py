@@ -27,7 +27,7 @@ def check_data(config: Config) -> Iterator[str]:
 
 
 def check_sources(config: Config) -> Iterator[str]:
-    """Sources exist and the template has a place for the prompt."""
+    """Check that sources exist and the template has a place for the prompt."""
     template = config.data.template
     if template != "chat" and "{prompt}" not in template:
         yield f"data.template: {template!r} has no {{prompt}} in it; add it, or write chat for the tokenizer's chat template"
@@ -39,7 +39,7 @@ def check_sources(config: Config) -> Iterator[str]:
 
 
 def _sources(config: Config) -> Iterator[tuple[str, RowSource]]:
-    """Every source of rows with its dotted path."""
+    """Yield every source of rows with its dotted path."""
     for path, task in placed_tasks(config):
         yield path, task.source
     for index, source in enumerate(config.data.exclude):
@@ -47,7 +47,7 @@ def _sources(config: Config) -> Iterator[tuple[str, RowSource]]:
 
 
 def check_chat_template(config: Config) -> Iterator[str]:
-    """The chat template's settings can be used."""
+    """Check that the chat template's settings can be used."""
     data = config.data
     try:
         date.fromisoformat(data.chat_template_date)
@@ -64,7 +64,7 @@ def check_chat_template(config: Config) -> Iterator[str]:
 
 
 def check_tasks(config: Config) -> Iterator[str]:
-    """Tasks can be told apart, and a task of training and evaluation has one set of scorers."""
+    """Check that tasks can be told apart, and a task of training and evaluation has one set of scorers."""
     train = tasks_of(config.data.train, TRAIN)
     held_out = [] if config.evaluation.data is None else tasks_of(config.evaluation.data, EVALUATION)
     for path, tasks in (("data.train", train), ("evaluation.data", held_out)):
@@ -86,7 +86,7 @@ def check_tasks(config: Config) -> Iterator[str]:
 
 
 def check_too_long(config: Config) -> Iterator[str]:
-    """What becomes of long rows can be done to them."""
+    """Check that what becomes of long rows can be done to them."""
     policy = config.data.too_long
     if policy == "cut_middle" and not config.learns_from_samples:
         yield f"data.too_long: cut_middle cuts prompts of kind rl, and kind is {config.kind}; set it to leave_out or refuse"
@@ -95,7 +95,7 @@ def check_too_long(config: Config) -> Iterator[str]:
 
 
 def check_order(config: Config) -> Iterator[str]:
-    """The order of rows has what it needs, and no settings without effect."""
+    """Check that the order of rows has what it needs, and no settings without effect."""
     sampling = config.data.sampling
     if sampling.order == "curriculum" and sampling.difficulty_field is None:
         yield (
@@ -122,7 +122,7 @@ def check_order(config: Config) -> Iterator[str]:
 
 
 def check_mixture(config: Config) -> Iterator[str]:
-    """A step can hold equally many prompts of each task, and no prompt twice."""
+    """Check that a step can hold equally many prompts of each task, and no prompt twice."""
     rollout, tasks = config.rollout, tasks_of(config.data.train, TRAIN)
     balanced = config.data.sampling.mixture == "balanced"
     if balanced and len(tasks) < 2:
@@ -152,7 +152,7 @@ def check_mixture(config: Config) -> Iterator[str]:
 
 
 def check_surplus(config: Config) -> Iterator[str]:
-    """Over-sampling has an effect, and a surplus that a step uses."""
+    """Check that over-sampling has an effect, and a surplus that a step uses."""
     algorithm = config.algorithm
     if config.learns_from_samples and algorithm.over_sampling > 1 and not algorithm.dynamic_sampling:
         yield (
@@ -162,7 +162,7 @@ def check_surplus(config: Config) -> Iterator[str]:
 
 
 def check_evaluation(config: Config) -> Iterator[str]:
-    """Evaluation has data, and more samples only where they can differ."""
+    """Check that evaluation has data, and more samples only where they can differ."""
     evaluation = config.evaluation
     if evaluation.data is None and evaluation.every > 0:
         yield f"evaluation.every: is {evaluation.every} but there is no evaluation.data; give held-out prompts or set every to 0"
@@ -174,7 +174,7 @@ def check_evaluation(config: Config) -> Iterator[str]:
 
 
 def check_rewards(config: Config) -> Iterator[str]:
-    """There is a scorer where responses are scored, and the log can tell scorers apart."""
+    """Check that there is a scorer where responses are scored, and the log can tell scorers apart."""
     for path, scorers in placed_scorers(config):
         yield from _check_scorers(path, scorers)
     scored = [
@@ -196,7 +196,7 @@ def check_rewards(config: Config) -> Iterator[str]:
 
 
 def _check_scorers(path: str, scorers: Sequence[BaseScorer]) -> Iterator[str]:
-    """Each scorer of one list is whole, and has a name of its own."""
+    """Check that each scorer of one list is whole, and has a name of its own."""
     seen: dict[str, int] = {}
     for index, scorer in enumerate(scorers):
         name = scorer.log_name
@@ -207,7 +207,7 @@ def _check_scorers(path: str, scorers: Sequence[BaseScorer]) -> Iterator[str]:
 
 
 def check_judges(config: Config) -> Iterator[str]:
-    """A judge's requests fit into the time of a prompt, and a scorer's parts have log names of their own."""
+    """Check that a judge's requests fit into the time of a prompt, and a scorer's parts have log names of their own."""
     limit = config.rollout.time_limit(0)
     for path, scorers in placed_scorers(config):
         names = [scorer.log_name for scorer in scorers]

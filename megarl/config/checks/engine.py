@@ -12,7 +12,7 @@ from megarl.families.registry import family_of
 
 
 def check_engine(config: Config, facts: Architecture) -> Iterator[str]:
-    """All checks of this file; one line for each mistake."""
+    """Make all checks of this file; one line for each mistake."""
     engine = config.rollout.server_engine
     if config.rollout.routing_replay and facts.moe is None:
         yield f"rollout.routing_replay: is true and {facts.path} has no experts to replay; set it to false"

@@ -47,7 +47,7 @@ def check_resume(config: Config, saved: Config) -> Iterator[str]:
 
 
 def _counts(path: str, config: Config) -> bool:
-    """Settings of other kinds are not looked at."""
+    """Return whether the kind uses the setting."""
     return path.split(".")[0] in {"kind", "seed", "model", *config.own_sections}
 
 

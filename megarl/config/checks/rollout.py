@@ -7,7 +7,7 @@ from megarl.config.tasks import placed_scorers, placed_tasks
 
 
 def check_rollout(config: Config) -> Iterator[str]:
-    """All checks of this file."""
+    """Make all checks of this file."""
     yield from check_sampling(config)
     yield from check_asynchronous(config)
     yield from check_engine_server(config)
@@ -18,7 +18,7 @@ def check_rollout(config: Config) -> Iterator[str]:
 
 
 def check_sampling(config: Config) -> Iterator[str]:
-    """The engine can report the log-probabilities that the trainer needs."""
+    """Check that the engine can report the log-probabilities that the trainer needs."""
     rollout = config.rollout
     truncated = [f"top_p {rollout.top_p:g}"] if rollout.top_p < 1 else []
     truncated += [f"top_k {rollout.top_k}"] if rollout.top_k > 0 else []
@@ -31,7 +31,7 @@ def check_sampling(config: Config) -> Iterator[str]:
 
 
 def check_asynchronous(config: Config) -> Iterator[str]:
-    """Responses may outlive an update only where that is useful, and nothing stands against it."""
+    """Check that responses may outlive an update only where that is useful, and nothing stands against it."""
     rollout = config.rollout
     given = [name for name in ("asynchronous", "partial") if getattr(rollout, name) is not None]
     if not config.learns_from_samples:
@@ -61,7 +61,7 @@ def check_asynchronous(config: Config) -> Iterator[str]:
 
 
 def _check_limit(config: Config) -> Iterator[str]:
-    """The limit of the age of tokens can have an effect."""
+    """Check that the limit of the age of tokens can have an effect."""
     limit, asynchronous = config.algorithm.sampler_correction.max_staleness, config.rollout.asynchronous
     if limit is None:
         return
@@ -78,7 +78,7 @@ def _check_limit(config: Config) -> Iterator[str]:
 
 
 def check_engine_server(config: Config) -> Iterator[str]:
-    """The settings of the chosen engine's server agree."""
+    """Check that the settings of the chosen engine's server agree."""
     engine = config.rollout.engine
     section = config.rollout.server
     if section is None:
@@ -99,7 +99,7 @@ def check_engine_server(config: Config) -> Iterator[str]:
 
 
 def check_weight_transfer(config: Config) -> Iterator[str]:
-    """A transport is chosen only for what goes by it."""
+    """Check that a transport is chosen only for what goes by it."""
     transfer = config.rollout.weight_transfer
     if transfer.transport == "auto":
         return
@@ -111,7 +111,7 @@ def check_weight_transfer(config: Config) -> Iterator[str]:
 
 
 def check_repetition_stop(config: Config) -> Iterator[str]:
-    """The pattern's sizes make sense, and the engine can look for it."""
+    """Check that the pattern's sizes make sense, and the engine can look for it."""
     repetition, engine = config.rollout.repetition_stop, config.rollout.engine
     if repetition is None:
         return
@@ -131,7 +131,7 @@ def check_repetition_stop(config: Config) -> Iterator[str]:
 
 
 def check_routing_replay(config: Config) -> Iterator[str]:
-    """The experts of tokens are kept where a response is one request and is trained on in its own step."""
+    """Check that the experts of tokens are kept where a response is one request and is trained on in its own step."""
     if not config.rollout.routing_replay:
         return
     for name, is_used in (
@@ -143,7 +143,7 @@ def check_routing_replay(config: Config) -> Iterator[str]:
 
 
 def check_environment(config: Config) -> Iterator[str]:
-    """The environment's own keys are right, and rows, scorers and templates go with it."""
+    """Check that the environment's own keys are right, and rows, scorers and templates go with it."""
     environment = config.rollout.environment
     if environment is None:
         return

@@ -12,7 +12,7 @@ TEMPERATURES = ("attention_factor", "mscale", "mscale_all_dim")
 
 
 def check_rope_scaling(scaling: Mapping[str, Any], facts: Architecture) -> Iterator[str]:
-    """All checks of the scaling; one line for each mistake.
+    """Make all checks of the scaling; one line for each mistake.
 
     Args:
         scaling: what the config gives.
@@ -37,7 +37,7 @@ def _nearest(name: str, names: Mapping[str, Any] | tuple[str, ...]) -> str:
 
 
 def _check_names(rope_type: str, scaling: Mapping[str, Any]) -> Iterator[str]:
-    """Exactly the names of the type."""
+    """Check that the names are exactly those of the type."""
     needed, optional = NAMES[rope_type]
     known = ("rope_type", *needed, *optional)
     for name in scaling:
@@ -52,7 +52,7 @@ def _check_names(rope_type: str, scaling: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_values(scaling: Mapping[str, Any]) -> Iterator[str]:
-    """Each value is of its type and in its range."""
+    """Check that each value is of its type and in its range."""
     for name, value in scaling.items():
         if name == "rope_type":
             continue
@@ -70,7 +70,7 @@ def _check_values(scaling: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_together(scaling: Mapping[str, Any], facts: Architecture) -> Iterator[str]:
-    """The values fit each other and the model."""
+    """Check that the values fit each other and the model."""
     for low, high, defaults in (("low_freq_factor", "high_freq_factor", (1, 4)), ("beta_slow", "beta_fast", (1, 32))):
         smaller, larger = scaling.get(low, defaults[0]), scaling.get(high, defaults[1])
         if smaller >= larger:

@@ -26,14 +26,14 @@ def check_run(config: Config) -> Iterator[str]:
 
 
 def check_tokenizer(config: Config) -> Iterator[str]:
-    """The tokenizer folder exists."""
+    """Check that the tokenizer folder exists."""
     tokenizer = config.model.tokenizer
     if tokenizer is not None and not tokenizer.is_dir():
         yield f"model.tokenizer: {tokenizer} is not a folder; give a folder with tokenizer files or leave the key out"
 
 
 def check_optimizer(config: Config) -> Iterator[str]:
-    """The schedule fits into the run."""
+    """Check that the schedule fits into the run."""
     optimizer = config.optimizer
     if optimizer.min_learning_rate > optimizer.learning_rate:
         yield (
@@ -49,7 +49,7 @@ def check_optimizer(config: Config) -> Iterator[str]:
 
 
 def check_batch(config: Config) -> Iterator[str]:
-    """A step can be split into mini-batches of whole groups."""
+    """Check that a step can be split into mini-batches of whole groups."""
     if not config.learns_from_samples:
         return
     rollout, algorithm = config.rollout, config.algorithm
@@ -66,7 +66,7 @@ OF_REWARD_MODELS = ("reward_margin", "reward_centering")
 
 
 def check_preference(config: Config) -> Iterator[str]:
-    """Settings have an effect, and the rows can have two responses."""
+    """Check that settings have an effect, and the rows can have two responses."""
     if not config.trains_on_pairs:
         return
     if config.rollout.environment is not None:
