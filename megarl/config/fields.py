@@ -16,7 +16,7 @@ PLAIN_NAMES = {bool: "true or false", int: "whole number", float: "number", str:
 BOUND_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
-def section_types(annotation: Any) -> list[type[Section]]:
+def section_types(annotation: object) -> list[type[Section]]:
     """Return the sections that a value of this type can be or, for a list, hold; empty for plain values."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]

@@ -1,6 +1,6 @@
 """Layouts as a command line has them: ``tp=2,pp=2``."""
 
-from typing import Any
+from collections.abc import Mapping
 
 from pydantic import ValidationError
 
@@ -33,7 +33,7 @@ def layout_items(text: str, where: str) -> dict[str, str]:
     return items
 
 
-def parallel_of(items: dict[str, Any], where: str) -> ParallelConfig:
+def parallel_of(items: Mapping[str, object], where: str) -> ParallelConfig:
     """Return the layout with these values; raises ConfigError where one is no layout key or not what that key takes."""
     try:
         return ParallelConfig.model_validate(items)

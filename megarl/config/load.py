@@ -55,7 +55,7 @@ def save_config(config: Config, path: Path) -> None:
         raise ConfigError(f"{path}: the config cannot be written ({error.strerror}); choose another --run-dir") from error
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, object]:
     """Parse the file into plain YAML values."""
     try:
         with path.open(encoding="utf-8") as file:
@@ -74,7 +74,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return data
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def _apply_override(data: dict[str, object], override: str) -> None:
     """Set one ``section.key=value`` in ``data``, making the mappings on the way that are missing."""
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
@@ -98,7 +98,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     node[_index(node, name, ".".join(parents), override)] = value
 
 
-def _index(node: Any, part: str, where: str, override: str) -> str | int:
+def _index(node: object, part: str, where: str, override: str) -> str | int:
     """Return ``part`` as the key or index of ``node``, the value at ``where``."""
     if isinstance(node, dict):
         return part
@@ -160,7 +160,7 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     """Return a value as it stands in an error message, cut when it is long, without the password of an address."""
     return cut(without_secrets("null" if value is None else repr(value)), 80)
 

@@ -1,7 +1,6 @@
 """Texts that name something: one of a list, or a user's own ``module:function``."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -16,7 +15,7 @@ class Name:
     choices: tuple[str, ...]
     or_function: bool = False
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._validated, handler(source))
 
     def _validated(self, value: str) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 from megarl.config.schema import AlgorithmConfig, Config, Section
 from megarl.config.stages import configs_of
@@ -155,7 +154,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
                 yield path, f"{path}: is {_short(given)} and has no effect: only {rule.only} uses it"
 
 
-def _value(config: Any, key: str) -> Any:
+def _value(config: object, key: str) -> object:
     return reduce(lambda section, name: getattr(section, name, None), key.split("."), config)
 
 
@@ -168,7 +167,7 @@ def _defaults(config: Config) -> Config:
     return plain.model_copy(update={"algorithm": algorithm, "critic": critic})
 
 
-def _differing(path: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
+def _differing(path: str, value: object, default: object) -> Iterator[tuple[str, object]]:
     """Yield dotted keys below ``path`` whose values are not the default's."""
     if isinstance(value, Section) and isinstance(default, Section):
         for name in type(value).model_fields:
@@ -178,7 +177,7 @@ def _differing(path: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]
         yield path, value
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, Section):
         return "given"
     text = f"{value:g}" if isinstance(value, float) else str(value)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -178,3 +179,10 @@ def dump_inline(value: Any) -> str:
     """Return one value as YAML on one line, to be written after ``key: ``."""
     text = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize, default_flow_style=True)
     return text.removesuffix("...\n").strip()
+
+
+def merged(below: Any, above: Any) -> Any:
+    """Put the values of ``above`` over those of ``below``, mapping by mapping."""
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        return above
+    return {**below, **{name: merged(below.get(name), value) for name, value in above.items()}}

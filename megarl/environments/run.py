@@ -22,10 +22,10 @@ class EnvironmentFailure(Exception):
 class Environments(Protocol):
     """All episodes' environments; a state is one episode's, and only ``step`` reads it."""
 
-    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
+    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[object, Observation]:
         """Begin an episode and return its state and first observation. Raises EnvironmentFailure."""
 
-    async def step(self, state: Any, response: str) -> tuple[Any, Step]:
+    async def step(self, state: object, response: str) -> tuple[object, Step]:
         """Make a step and return the next state and the answer. Raises EnvironmentFailure."""
 
     async def check(self) -> None:
@@ -64,11 +64,11 @@ class ProcessEnvironments:
             modules=[] if config.user_module is None else [config.user_module],
         )
 
-    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
+    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[object, Observation]:
         """See Environments."""
         return await self._ask(checked_observation, "reset", prompt, dict(reference), seed)
 
-    async def step(self, state: Any, response: str) -> tuple[Any, Step]:
+    async def step(self, state: object, response: str) -> tuple[object, Step]:
         """See Environments."""
         return await self._ask(read_step, "step", state, response)
 
@@ -84,7 +84,7 @@ class ProcessEnvironments:
         """Kill the workers."""
         await self._processes.close()
 
-    async def _ask(self, read: Callable[[Any], T], *request: Any) -> tuple[str, T]:
+    async def _ask(self, read: Callable[[object], T], *request: object) -> tuple[str, T]:
         """Return the state and what ``read`` makes of the answer, which may be a response's own work."""
         try:
             answer = await self._processes.ask(request, self._timeout, _late(self._timeout))
@@ -102,7 +102,7 @@ class LocalEnvironments:
         self._build = build
         self._timeout = timeout
 
-    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
+    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[object, Observation]:
         """See Environments."""
 
         async def reset() -> tuple[Environment, Observation]:
@@ -111,7 +111,7 @@ class LocalEnvironments:
 
         return await self._limited(reset)
 
-    async def step(self, state: Any, response: str) -> tuple[Any, Step]:
+    async def step(self, state: Any, response: str) -> tuple[object, Step]:
         """See Environments."""
 
         async def step() -> tuple[Environment, Step]:

@@ -22,7 +22,7 @@ from megarl.rewards.worker import checked_scores
 from megarl.types import Rollout, ScoredRollout
 from megarl.workers.on_loop import CallFailure, call_on_loop
 
-AsyncScorer = Callable[[Any, Mapping[str, Any]], Awaitable[Any]]
+AsyncScorer = Callable[[str | list[str], Mapping[str, Any]], Awaitable[object]]
 Score = float | list[float]
 Outcome = Score | HybridScore | ScorerFailure
 
@@ -192,7 +192,7 @@ class RewardScorer:
         except ScorerFailure as failure:
             return failure
 
-    async def _limited(self, scoring: Callable[[], Awaitable[Any]], response: str | list[str]) -> Score:
+    async def _limited(self, scoring: Callable[[], Awaitable[object]], response: str | list[str]) -> Score:
         late = f"no score within rewards.timeout = {self._config.timeout:g} seconds"
         try:
             return checked_scores(await call_on_loop(scoring, self._config.timeout, late), response)

@@ -80,7 +80,7 @@ class Judge:
                 delay *= 2
         raise JudgeFailure(f"{self._name} failed in {config.retries + 1} requests: {problem}")
 
-    def _body(self, question: str, answer: str, references: Sequence[str]) -> dict[str, Any]:
+    def _body(self, question: str, answer: str, references: Sequence[str]) -> dict[str, object]:
         values = {"question": question, "answer": answer, "reference": " or ".join(references)}
         # One pass: an answer that holds "{reference}" must not have it filled in.
         prompt = _PLACEHOLDER.sub(lambda found: values[found[1]], self.config.prompt)

@@ -14,17 +14,17 @@ from megarl.workers.sandbox import find_sandbox
 _COMPARING = {name: section for name, section in sections_of(ScorerConfig).items() if issubclass(section, AnswerScorer)}
 
 
-def compared_with(scorer: AnswerScorer, reference: Mapping[str, Any]) -> list[Any]:
+def compared_with(scorer: AnswerScorer, reference: Mapping[str, Any]) -> list[object]:
     """Return the scorer's type and what it looks at, as JSON values; equal ones need one check."""
     return [scorer.type, *scorer.compared_with(reference)]
 
 
-def build(argument: Any) -> Callable[[Any], list[str | None]]:
+def build(argument: object) -> Callable[[list[list[object]]], list[str | None]]:
     """Make the function of a process that checks batches of what ``compared_with`` gives; it needs no argument."""
-    return lambda batch: [why_refused(*item) for item in batch]
+    return lambda batch: [why_refused(str(scorer), *values) for scorer, *values in batch]
 
 
-def why_refused(scorer: str, *values: Any) -> str | None:
+def why_refused(scorer: str, *values: object) -> str | None:
     """Say why a scorer of that type cannot compare responses with these values, and what to do; None where it can."""
     return _COMPARING[scorer].why_refused(*values)
 

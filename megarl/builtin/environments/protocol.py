@@ -56,7 +56,7 @@ def checked_observation(value: object) -> Observation:
     return value
 
 
-def read_step(answer: Any) -> Step:
+def read_step(answer: object) -> Step:
     """Read a worker's answer, which may be a response's own work; ValueError when it is no step."""
     if not isinstance(answer, dict) or answer.keys() != {"observation", "reward", "done"}:
         raise ValueError("the worker answered with something else than a step")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from megarl.config.checks.algorithm import GREEDY_ADVANTAGES
 from megarl.config.checks.curriculum import check_curriculum
-from megarl.config.checks.engine import check_engine
+from megarl.config.checks.model import check_engine, check_rope_scaling
 from megarl.config.checks.roles import Role, check_role
-from megarl.config.checks.rope import check_rope_scaling
 from megarl.config.checks.run import check_run
 from megarl.config.models import ModelOfRun, critic_of, models_of, policy_of, reference_of
 from megarl.config.redaction import check_not_redacted

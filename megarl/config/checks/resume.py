@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megarl.config.schema import Config
 
@@ -68,13 +67,13 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
 
 
-def _value(config: Config, path: str) -> Any:
-    value: Any = config
+def _value(config: Config, path: str) -> object:
+    value: object = config
     for name in path.split("."):
         value = getattr(value, name)
     return value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = "not given" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
