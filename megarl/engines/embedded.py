@@ -50,10 +50,9 @@ class _Row:
     sample_index: int
 
     @property
-    def batch_key(self) -> tuple[object, ...]:
-        """Rows that differ in it cannot be decoded together."""
-        sampling = self.request.sampling
-        return (sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids, sampling.repetition_stop)
+    def batch_key(self) -> SamplingParams:
+        """Rows that differ in it cannot be decoded together; seeds and lengths are each row's own."""
+        return replace(self.request.sampling, num_samples=1, max_new_tokens=0, seed=0)
 
 
 class _Limits(StoppingCriteria):
@@ -229,9 +228,7 @@ class EmbeddedEngine:
         width = max(map(len, prompts))
         input_ids = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in prompts], device=self._device)
         attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self._device)
-        sampler = GumbelSampler(
-            [(row.request.sampling.seed, row.sample_index) for row in rows], sampling.temperature, sampling.top_k, sampling.top_p
-        )
+        sampler = GumbelSampler([(row.request.sampling.seed, row.sample_index) for row in rows], sampling, attention_mask)
         limits = [row.request.sampling.max_new_tokens for row in rows]
         generation_config = GenerationConfig(
             do_sample=False,

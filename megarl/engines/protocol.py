@@ -13,7 +13,7 @@ from megarl.types import FinishReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How responses to one prompt are sampled.
+    """How responses to one prompt are sampled. Greedy sampling knows the penalties and not top_p, top_k and min_p.
 
     Attributes:
         num_samples: responses per prompt.
@@ -21,6 +21,10 @@ class SamplingParams:
         temperature: softmax temperature; 0 means greedy.
         top_p: nucleus mass, 1 means off.
         top_k: 0 means off.
+        min_p: least probability of a token as a share of the most probable one's, 0 means off.
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens of the response, once and for every time; 0 means
+            off.
+        repetition_penalty: divides positive logits of tokens of prompt and response and multiplies negative ones; 1 means off.
         stop_token_ids: sampling stops after one of these.
         repetition_stop: when a response ends because it repeats itself, if nothing else has ended it; None: never.
         seed: sample ``i`` of the prompt depends only on the weights, the prompt and ``(seed, i)``.
@@ -34,6 +38,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...]
     repetition_stop: RepetitionStopConfig | None
     seed: int
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def derived_seed(seed: int, *purpose: int | str) -> int:
@@ -58,8 +66,8 @@ class Generation:
 
     Attributes:
         token_ids: response tokens, the stop token included.
-        logprobs: log-prob of each (nats) under softmax(logits / temperature) over the whole vocabulary, before top-k and
-            top-p; at temperature 0 (greedy) under softmax(logits).
+        logprobs: log-prob of each (nats) under softmax(logits / temperature) over the whole vocabulary, before penalties,
+            top-k, top-p and min-p; at temperature 0 (greedy) under softmax(logits).
         weight_versions: version of the weights that sampled each.
         finish_reason: why it ended.
         routed_experts: int16 [prompt and response tokens - 1, num_moe_layers, top_k], the experts that each token was sent to when

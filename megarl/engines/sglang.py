@@ -31,7 +31,7 @@ class SGLangEngine(ServerEngine):
 
     Sample ``i`` of a prompt is a request of its own, drawn with the hash of its seed ``seed + i`` and the position
     (``--enable-deterministic-inference``). SGLang reports log-probabilities under softmax(logits / temperature) over the whole
-    vocabulary, whatever top-k and top-p keep.
+    vocabulary, whatever top-k, top-p and min-p keep, but after penalties, which config/checks/run.py therefore refuses.
     """
 
     name = "SGLang"
@@ -194,6 +194,7 @@ def _sampling_params(sampling: SamplingParams, index: int) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "top_p": 1.0 if greedy else sampling.top_p,
         "top_k": -1 if greedy or sampling.top_k == 0 else sampling.top_k,
+        "min_p": 0.0 if greedy else sampling.min_p,
         "stop_token_ids": list(sampling.stop_token_ids),
         "sampling_seed": sampling.seed + index,
     }

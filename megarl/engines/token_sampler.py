@@ -7,9 +7,10 @@ import numpy
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megarl.config.schema import RepetitionStopConfig
+from megarl.engines.protocol import SamplingParams
 
 
 class GumbelSampler(LogitsProcessor):
@@ -21,26 +22,35 @@ class GumbelSampler(LogitsProcessor):
 
     Attributes:
         logprobs: for each step float32 [batch], log softmax(logits / temperature) of the token chosen by each row, before
-            top-k and top-p; at temperature 0 log softmax(logits).
+            penalties, top-k, top-p and min-p; at temperature 0 log softmax(logits).
     """
 
-    def __init__(self, keys: Sequence[tuple[int, int]], temperature: float, top_k: int, top_p: float) -> None:
-        """Take ``keys``, the (seed, sample index) of each row, each an unsigned 64-bit number."""
+    def __init__(self, keys: Sequence[tuple[int, int]], sampling: SamplingParams, attention_mask: Tensor) -> None:
+        """Take the sampling that all rows share.
+
+        Args:
+            keys: the (seed, sample index) of each row, each an unsigned 64-bit number.
+            sampling: all but its seed and its lengths is used.
+            attention_mask: int64 [batch, prompt width], 0 at padding.
+        """
         self.logprobs: list[Tensor] = []
-        self._temperature = temperature
+        self._temperature = sampling.temperature
+        self._penalties = Penalties(sampling, attention_mask) if has_penalties(sampling) else None
         self._streams = [numpy.random.Generator(numpy.random.Philox(key=key)) for key in keys]
         self._warpers: list[LogitsProcessor] = []
-        if top_k > 0:
-            self._warpers.append(TopKLogitsWarper(top_k))
-        if top_p < 1:
-            self._warpers.append(TopPLogitsWarper(top_p))
+        if sampling.top_k > 0:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p > 0:
+            self._warpers.append(MinPLogitsWarper(sampling.min_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Turn float32 logits [batch, vocabulary] into scores whose argmax is each row's next token."""
-        if self._temperature == 0:
-            choice = logits = scores
-        else:
-            choice = logits = scores / self._temperature
+        choice = scores if self._penalties is None else self._penalties(input_ids, scores)
+        logits = scores
+        if self._temperature > 0:
+            choice, logits = choice / self._temperature, scores / self._temperature
             for warper in self._warpers:
                 choice = warper(input_ids, choice)
             choice = choice - self._log_exponential_noise(scores.shape[1]).to(scores.device)
@@ -56,6 +66,31 @@ class GumbelSampler(LogitsProcessor):
         # The draws are multiples of 2^-24 in [0, 1); both ends are kept off 0 and 1, where the logarithms are infinite.
         uniform = torch.from_numpy(noise).add_(2**-25).clamp_(max=1 - 2**-24)
         return uniform.log_().neg_().log_()
+
+
+def has_penalties(sampling: SamplingParams) -> bool:
+    """Return whether any penalty is on."""
+    penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
+    return penalties != (0, 0, 1)
+
+
+class Penalties:
+    """Makes tokens that a row has already less probable; the rule is vLLM's (``vllm/model_executor/layers/utils.py``)."""
+
+    def __init__(self, sampling: SamplingParams, attention_mask: Tensor) -> None:
+        """Take the penalties of ``sampling`` and the prompts' mask, int64 [batch, prompt width], 0 at padding."""
+        self._sampling = sampling
+        self._mask = attention_mask
+
+    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        """Return penalised logits: int64 [batch, width so far] and float32 [batch, vocabulary] to float32 [batch, vocabulary]."""
+        prompts, responses = input_ids.tensor_split([self._mask.shape[1]], dim=1)
+        counts = torch.zeros_like(logits).scatter_add_(1, responses, torch.ones_like(responses, dtype=logits.dtype))
+        in_prompt = torch.zeros_like(logits).scatter_add_(1, prompts, self._mask.to(logits.dtype))
+        factor = self._sampling.repetition_penalty
+        repeated = torch.where(logits > 0, logits / factor, logits * factor)
+        logits = torch.where(counts + in_prompt > 0, repeated, logits)
+        return logits - self._sampling.frequency_penalty * counts - self._sampling.presence_penalty * (counts > 0)
 
 
 class RepetitionStop(StoppingCriteria):

@@ -86,12 +86,12 @@ class VllmEngine(ServerEngine):
                 "rollout.routing_replay: vLLM reports experts only from its second model runner, which needs Triton and so a GPU; "
                 "on CPU use engine sglang or embedded, or set it to false"
             )
-        self._require_known_logprobs(rollout.temperature, rollout.top_p, rollout.top_k)
+        self._require_known_logprobs(rollout.temperature)
         await super().start()
 
     async def sample(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
         """Sample ``sampling.num_samples`` different responses; one at temperature 0."""
-        self._require_known_logprobs(sampling.temperature, sampling.top_p, sampling.top_k)
+        self._require_known_logprobs(sampling.temperature)
         body = {"token_ids": list(prompt_token_ids), "sampling_params": _sampling_params(sampling)}
         answer = await self.server.call("POST", "/inference/v1/generate", body)
         with self.server.understanding("/inference/v1/generate", answer):
@@ -189,30 +189,31 @@ class VllmEngine(ServerEngine):
 
     @property
     def _logprobs_mode(self) -> str:
-        """Processed log-probabilities are under softmax(logits / temperature), but only among what top-k and top-p keep."""
-        return "raw_logprobs" if self._truncated else "processed_logprobs"
+        """Processed log-probabilities are under softmax(logits / temperature), but only of what penalties, top-k, ... leave."""
+        return "raw_logprobs" if self.config.rollout.reshaping() else "processed_logprobs"
 
     def _require_logprobs_mode(self, reported: str) -> None:
         """Refuse a server that reports log-probabilities under another distribution than the protocol's."""
         rollout = self.config.rollout
         if reported != self._logprobs_mode and (reported != "raw_logprobs" or rollout.temperature != 1):
+            options = {"temperature": rollout.temperature} | rollout.reshaping()
             raise RolloutError(
                 f"vLLM runs with --logprobs-mode {shortened(reported, 40)}, whose log-probabilities are not those of sampling at "
-                f"temperature {rollout.temperature:g}, top_p {rollout.top_p:g}, top_k {rollout.top_k}; start it with "
-                f"--logprobs-mode {self._logprobs_mode}"
+                f"{_in_words(options)}; start it with --logprobs-mode {self._logprobs_mode}"
             )
 
-    @property
-    def _truncated(self) -> bool:
-        return self.config.rollout.top_p < 1 or self.config.rollout.top_k > 0
-
-    def _require_known_logprobs(self, temperature: float, top_p: float, top_k: int) -> None:
+    def _require_known_logprobs(self, temperature: float) -> None:
         """Refuse sampling whose log-probabilities vLLM reports under another distribution than the protocol's."""
-        if self._truncated and temperature not in (0, 1):
+        reshaping = self.config.rollout.reshaping()
+        if reshaping and temperature not in (0, 1):
             raise RolloutError(
                 f"vLLM cannot report log-probabilities at temperature {temperature:g} over the whole vocabulary together with "
-                f"rollout.top_p={top_p:g}, rollout.top_k={top_k}; use temperature 1, or top_p=1 and top_k=0"
+                f"{_in_words(reshaping)} of rollout; use temperature 1, or leave them out"
             )
+
+
+def _in_words(options: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in options.items())
 
 
 def _sampling_params(sampling: SamplingParams) -> dict[str, Any]:
@@ -223,6 +224,10 @@ def _sampling_params(sampling: SamplingParams) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "top_p": 1.0 if greedy else sampling.top_p,
         "top_k": 0 if greedy else sampling.top_k,
+        "min_p": 0.0 if greedy else sampling.min_p,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
         "stop_token_ids": list(sampling.stop_token_ids),
         "repetition_detection": None if repetition is None else repetition.model_dump(),  # the same names
         "ignore_eos": True,  # stop_token_ids are the only ones that stop

@@ -12,6 +12,7 @@ from megarl.config.checks import check
 from megarl.config.schema import Config, Rows
 from megarl.config.stages import configs_of
 from megarl.config.unused_settings import unused_settings
+from megarl.engines.argument_check import check_engine_arguments
 from megarl.errors import ConfigError, RunStopped
 from megarl.loop.curriculum import run_curriculum
 from megarl.loop.evaluate import evaluate_checkpoint, is_checkpoint, with_checkpoint_model, with_start_as_reference
@@ -40,6 +41,8 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
     prepares = launched is None or launched.rank == 0
     if prepares:
         refuse_evaluating_tasks(config)
+        for one in configs_of(config):
+            check_engine_arguments(one)
         _warn_of_lost_work(config)
     with ExitStack() as stack:
         stack.enter_context(stop_on_signals(forks_ranks=launched is None))
@@ -83,6 +86,7 @@ def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[
     check(config, launched.world_size if launched else num_ranks)
     if launched is None or launched.rank == 0:
         refuse_evaluating_tasks(config)
+        check_engine_arguments(config)
     with tempfile.TemporaryDirectory(prefix="megarl-eval-") as folder:
         result = Path(folder) / "metrics.json"
         evaluated = with_scaled_model(with_checkpoint_model(config, checkpoint), Path(folder), writes=True)

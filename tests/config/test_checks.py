@@ -304,6 +304,23 @@ RUN = [
         "0.7 with top_p 0.9 and top_k 5",
     ),
     (
+        [
+            'rollout.engine="vllm"',
+            "rollout.min_p=0.1",
+            'evaluation={"data": {"type": "reasoning_gym", "task": "a"}, "temperature": 0.6}',
+        ],
+        "evaluation.temperature: 0.6 with min_p 0.1 on engine vllm",
+    ),
+    (
+        ['rollout.engine="sglang"', "rollout.min_p=0.1", "rollout.repetition_penalty=1.1"],
+        "rollout.repetition_penalty: is 1.1, and SGLang's log-probabilities are of the logits after it",
+        "rollout.min_p: is 0.1, which SGLang cannot do with seeds",
+    ),
+    (
+        ["rollout.presence_penalty=0.5", 'rollout.partial={"step_token_budget": 64}'],
+        "rollout.presence_penalty: is 0.5 and counts the tokens of one request, but responses go on in another",
+    ),
+    (
         ['rollout.engine="vllm"', 'rollout.vllm={"url": "http://a", "python": "/p", "port": 80, "arguments": {"x": 1}}'],
         "rollout.vllm.python: is /p but rollout.vllm.url http://a",
         "rollout.vllm.port: is 80",

@@ -51,7 +51,14 @@ def with_engine(model_folder: Path) -> WithEngine:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.6}, {"temperature": 1.3, "top_p": 0.8, "top_k": 20}, {"temperature": 0.0}]
+    "settings",
+    [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 1.3, "top_p": 0.8, "top_k": 20},
+        {"temperature": 1.3, "min_p": 0.2, "presence_penalty": 0.5, "repetition_penalty": 1.5},
+        {"temperature": 0.0},
+    ],
 )
 def test_logprobs_are_those_of_a_forward_without_cache(with_engine: WithEngine, settings: dict[str, Any]) -> None:
     groups = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling(**settings)))
@@ -71,6 +78,16 @@ def test_greedy_takes_the_most_probable_token(with_engine: WithEngine) -> None:
             for _ in range(12):
                 ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         assert [generation.token_ids for generation in group] == [tuple(ids[len(prompt) :])] * 3
+
+
+def test_min_p_and_penalties_choose_the_tokens(with_engine: WithEngine) -> None:
+    greedy = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling(temperature=0.0)))
+    only_the_best = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling(temperature=1.5, min_p=1.0)))
+    assert [[one.token_ids for one in group] for group in only_the_best] == [[one.token_ids for one in group] for group in greedy]
+    never_again = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling(temperature=0.05, frequency_penalty=2.0)))
+    ever_again = with_engine(lambda engine: generate_all(engine, PROMPTS, sampling(temperature=0.05, frequency_penalty=-2.0)))
+    assert {len(set(one.token_ids)) for group in never_again for one in group} == {12}
+    assert max(len(set(one.token_ids)) for group in ever_again for one in group) <= 2
 
 
 def test_a_sample_depends_only_on_prompt_seed_and_index(with_engine: WithEngine) -> None:

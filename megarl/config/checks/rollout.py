@@ -18,15 +18,44 @@ def check_rollout(config: Config) -> Iterator[str]:
 
 
 def check_sampling(config: Config) -> Iterator[str]:
-    """Check that the engine can report the log-probabilities that the trainer needs."""
-    rollout = config.rollout
-    truncated = [f"top_p {rollout.top_p:g}"] if rollout.top_p < 1 else []
-    truncated += [f"top_k {rollout.top_k}"] if rollout.top_k > 0 else []
-    if config.learns_from_samples and rollout.engine == "vllm" and rollout.temperature != 1 and truncated:
+    """Check that the engine can sample as asked, and report the log-probabilities that the trainer needs."""
+    if not config.samples_responses:
+        return
+    rollout, reshaping = config.rollout, config.rollout.reshaping()
+    temperatures = {"rollout.temperature": rollout.temperature} if config.learns_from_samples else {}
+    if config.evaluation.data is not None and config.evaluation.temperature > 0:
+        temperatures["evaluation.temperature"] = config.evaluation.temperature
+    for key, temperature in temperatures.items():
+        if rollout.engine == "vllm" and temperature != 1 and reshaping:
+            yield (
+                f"{key}: {temperature:g} with {' and '.join(f'{name} {value:g}' for name, value in reshaping.items())} on engine "
+                "vllm: vLLM's log-probabilities are then of what these leave, and the trainer's are over the whole vocabulary; "
+                "use temperature 1, or leave them out"
+            )
+    if rollout.engine == "sglang":
+        yield from _check_sglang_sampling(config)
+    resumes = rollout.partial is not None or (rollout.asynchronous is not None and rollout.asynchronous.on_update == "continue")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if name in reshaping and resumes:
+            yield (
+                f"rollout.{name}: is {reshaping[name]:g} and counts the tokens of one request, but responses go on in another "
+                "after a weight update; use repetition_penalty, or leave it out"
+            )
+
+
+def _check_sglang_sampling(config: Config) -> Iterator[str]:
+    reshaping, server = config.rollout.reshaping(), config.rollout.sglang
+    for name, value in reshaping.items():
+        if name.endswith("_penalty"):
+            yield (
+                f"rollout.{name}: is {value:g}, and SGLang's log-probabilities are of the logits after it, the trainer's of those "
+                "before; use engine vllm or embedded, or leave it out"
+            )
+    arguments = {name.replace("-", "_"): value for name, value in server.arguments.items()}
+    if "min_p" in reshaping and arguments.get("enable_deterministic_inference") is not False:
         yield (
-            f"rollout.temperature: {rollout.temperature:g} with {' and '.join(truncated)} on engine vllm: vLLM then renormalises "
-            "its log-probabilities over the truncated set, and the trainer's are over the whole vocabulary; "
-            "use temperature 1, or top_p 1 and top_k 0"
+            f"rollout.min_p: is {reshaping['min_p']:g}, which SGLang cannot do with seeds; use engine vllm or embedded, leave it "
+            "out, or set rollout.sglang.arguments.enable_deterministic_inference to false"
         )
 
 

@@ -109,6 +109,33 @@ class RolloutConfig(Section):
     temperature: float = key(1.0, "-", "Softmax temperature of sampling; the trainer's log-probabilities use it too.", gt=0)
     top_p: float = key(1.0, "-", "Nucleus sampling mass; 1 means off.", gt=0, le=1)
     top_k: int = key(0, "tokens", "Sample among the k most probable tokens; 0 means off.", ge=0)
+    min_p: float = key(
+        0.0,
+        "-",
+        "Sample among tokens at least this times as probable as the most probable one; 0 means off. As with top_p and top_k, "
+        "log-probabilities are of the distribution before it, so sampler_correction does not correct for it.",
+        ge=0,
+        le=1,
+    )
+    presence_penalty: float = key(
+        0.0,
+        "-",
+        "Subtracted from the logits of tokens that the turn has so far; 0 means off. Log-probabilities are of the logits before "
+        "it, so sampler_correction does not correct for it.",
+        ge=-2,
+        le=2,
+    )
+    frequency_penalty: float = key(
+        0.0, "-", "As presence_penalty, for every time that the turn has the token; 0 means off.", ge=-2, le=2
+    )
+    repetition_penalty: float = key(
+        1.0,
+        "-",
+        "As presence_penalty, for tokens that the prompt or the turn has: their positive logits are divided by it, negative ones "
+        "multiplied; 1 means off.",
+        gt=0,
+        le=2,
+    )
     stop_token_ids: list[int] = key(
         list,
         "token ids",
@@ -176,6 +203,11 @@ class RolloutConfig(Section):
     def outlives_updates(self) -> bool:
         """Whether a response may go on after an update of the weights."""
         return self.asynchronous is not None or self.partial is not None
+
+    def reshaping(self) -> dict[str, float]:
+        """Return the options in use that make the sampler's distribution another than softmax(logits / temperature)."""
+        off = {"top_p": 1, "top_k": 0, "min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
+        return {name: getattr(self, name) for name, value in off.items() if getattr(self, name) != value}
 
     def time_limit(self, num_prompt_tokens: int) -> float:
         """Return the seconds that a prompt of so many tokens has to be answered and scored."""
