@@ -35,6 +35,7 @@ lint: install
 
 docs: install
 	$(BIN)/python -m megarl.config.explain > docs/configuration.md
+	$(BIN)/python -m megarl.metrics > docs/metrics.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config
 
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.weights.export import shard_name, write_index
 from megarl.weights.files.safetensors_files import write_safetensors
 from megarl.weights.files.stored_tensors import windows

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from megarl.config.schema import ModelConfig, ParallelConfig, RoleConfig
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.models.build import CausalLM, build_model_chunks
 from megarl.parallel.launch import run_local_ranks
 from megarl.parallel.layout import Layout, build_layout

@@ -10,11 +10,10 @@ import resource
 import time
 from pathlib import Path
 
-from megarl.reshard.plan.build import plan_transfer
-
 from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.families.base.engine_rules import EngineLayout
 from megarl.reshard.plan.balance import Machines
-from megarl.reshard.plan.engine_layouts import EngineLayout
+from megarl.reshard.plan.plan import plan_transfer
 from megarl.reshard.plan.report import LinkSpeeds, report
 
 MODEL = ModelConfig(path=Path(__file__).parent / "deepseek_v3", dtype="bfloat16")

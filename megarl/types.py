@@ -1,9 +1,9 @@
 """The stages of data. A new fact about a sample is a new stage, never an optional key.
 
-    Prompt -> Rollout -> ScoredRollout -> RolloutGroup -> PackedBatch (+ TokenScores) -> TrainBatch -> UpdateResult
+    Prompt -> Rollout -> ScoredRollout -> RolloutGroup -> PackedBatch (+ TokenOutputs) -> TrainBatch -> UpdateResult
 
 Token-level tensors of a PackedBatch are aligned with the *predicted* token: entry ``t`` of ``loss_mask``, ``sampler_logprobs``,
-``advantages`` ... belongs to ``token_ids[t]``, whose log-probability comes from the model's output at position ``t - 1`` of
+``advantages`` ... belongs to ``token_ids[t]``, whose log-prob comes from the model's output at position ``t - 1`` of
 the same sequence. The first token of a sequence is never predicted, so its ``loss_mask`` is False.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 GREEDY_INDEX = -1  # sample_index of a prompt's greedy response
@@ -91,7 +92,7 @@ class Rollout:
         token_ids: all tokens after the prompt, exactly as the engine sampled or read them: stop tokens included, and what an
             environment answered in between.
         from_policy: whether the policy sampled the token; False for an environment's.
-        logprobs: the sampler's log-probability of each token (nats), under softmax(logits / temperature) over the whole
+        logprobs: the sampler's log-prob of each token (nats), under softmax(logits / temperature) over the whole
             vocabulary; of the greedy response under softmax(logits); 0 for an environment's token.
         weight_versions: version of the policy weights that sampled each token; for an environment's that of the token
             before, NO_VERSION before the first.
@@ -245,9 +246,9 @@ class TokenOutputs:
     """What the models say of the tokens of a PackedBatch before the step's updates (nats); 0 where its loss_mask is False.
 
     Attributes:
-        old: float32 [num_tokens], log-probabilities under the policy, by the trainer.
+        old: float32 [num_tokens], log-probs under the policy, by the trainer.
         entropies: float32 [num_tokens], of the same policy at each token.
-        reference: float32 [num_tokens], log-probabilities under the reference model; None without one.
+        reference: float32 [num_tokens], log-probs under the reference model; None without one.
         values: float32 [num_tokens], reward that the critic expects from the token on; None when the algorithm has no critic.
     """
 
@@ -258,31 +259,66 @@ class TokenOutputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CriticTokens:
+    """What a critic learns from, each float32 [num_tokens].
+
+    Attributes:
+        old_values: the critic's before the step's updates.
+        returns: what its values are to become.
+    """
+
+    old_values: Tensor
+    returns: Tensor
+
+    def at(self, index: Tensor | slice, device: torch.device | None = None) -> "CriticTokens":
+        """Select tokens, and move them to a device if one is given."""
+        return CriticTokens(old_values=self.old_values[index].to(device), returns=self.returns[index].to(device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledTokens:
+    """What is learned from tokens that a policy sampled, each float32 [num_tokens].
+
+    Attributes:
+        old_logprobs: under the policy before the step's updates, by the trainer.
+        advantages: of the method.
+        sampler_weights: importance weights of the policy loss for sampling by another policy than the trainer's; None without such
+            a correction.
+        critic: None without a critic.
+    """
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    sampler_weights: Tensor | None
+    critic: CriticTokens | None
+
+    def at(self, index: Tensor | slice, device: torch.device | None = None) -> "SampledTokens":
+        """Select tokens, and move them to a device if one is given."""
+        return SampledTokens(
+            old_logprobs=self.old_logprobs[index].to(device),
+            advantages=self.advantages[index].to(device),
+            sampler_weights=None if self.sampler_weights is None else self.sampler_weights[index].to(device),
+            critic=None if self.critic is None else self.critic.at(index, device),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
     """What one optimizer step of the policy learns from.
 
     Attributes:
         packed: the sequences.
-        old_logprobs: float32 [num_tokens], before the step's updates; None for training on given responses.
-        reference_logprobs: float32 [num_tokens], under the reference model; None without one.
-        old_values: float32 [num_tokens], the critic's before the step's updates; None without a critic.
-        advantages: float32 [num_tokens]; None for training on given responses.
         token_weights: float32 [num_tokens], weight of each token's loss term with the global normaliser already in it: the
             loss is a plain sum over tokens, micro-batches and ranks of ``token_weights * term``.
-        sampler_weights: float32 [num_tokens], importance weights of the policy loss for sampling by another policy than the
-            trainer's; None without such a correction.
-        returns: float32 [num_tokens], what the critic's values are to become; None without a critic.
+        reference_logprobs: float32 [num_tokens], under the reference model; None without one.
+        sampled: of the same tokens; None for training on given responses.
         keeps_groups: the objective needs adjacent sequences of the same group in the same micro-batch.
     """
 
     packed: PackedBatch
-    old_logprobs: Tensor | None
-    reference_logprobs: Tensor | None
-    old_values: Tensor | None
-    advantages: Tensor | None
     token_weights: Tensor
-    sampler_weights: Tensor | None
-    returns: Tensor | None
+    reference_logprobs: Tensor | None
+    sampled: SampledTokens | None
     keeps_groups: bool
 
 

@@ -9,7 +9,6 @@ from megarl.loop.evaluation import Evaluation
 from megarl.loop.open_run import RunParts
 from megarl.loop.run import Run
 from megarl.observe.reporter import Reporter
-from megarl.observe.timers import PhaseTimer
 from megarl.types import PackedBatch
 
 OWN_LOGPROBS = {"max_logprob_gap": 1e9}  # observe: no engine has sampled the batch
@@ -19,11 +18,12 @@ class SameBatch:
     """In the place of the RolloutManager and of the checkpoints."""
 
     outlives_updates = False
+    phase = "generate"
 
     def __init__(self, packed: PackedBatch) -> None:
         self.packed = packed
 
-    def collect(self, step: int, timer: PhaseTimer) -> Collected:
+    def collect(self, step: int) -> Collected:
         return Collected(packed=self.packed, groups=(), metrics={}, score_seconds=0.0, tickets=None, reward_mean=0.0)
 
     def push_weights(self, version: int) -> None:

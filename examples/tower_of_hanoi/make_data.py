@@ -15,7 +15,7 @@ from typing import Any
 
 import reasoning_gym
 
-from megarl.environments.tower_of_hanoi import TowerOfHanoi
+from megarl.builtin.environments.tower_of_hanoi import TowerOfHanoi
 
 OPTIONS = {"min_disks": 2, "max_disks": 3, "min_pegs": 3, "max_pegs": 3}
 

@@ -1,7 +1,5 @@
 """A policy-gradient method at work: its choices resolved to functions, and what it carries from step to step."""
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +20,8 @@ from megarl.algorithms.values import explained_variance
 from megarl.config.checks.algorithm import check_greedy_shaping
 from megarl.config.schema import AlgorithmConfig
 from megarl.errors import ConfigError, TrainingError
-from megarl.types import PackedBatch, TokenOutputs, TrainBatch
+from megarl.types import CriticTokens, PackedBatch, SampledTokens, TokenOutputs, TrainBatch
+from megarl.user_functions import import_function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,15 +83,16 @@ class Algorithm:
             metrics["stale_tokens_masked"] = float(is_stale.sum())
             packed = replace(packed, loss_mask=packed.loss_mask & ~is_stale)
         inputs = self._advantage_input(packed, outputs, rewards, metrics)
-        advantages = self._advantages(inputs, outputs, metrics)
-        returns = self._returns(inputs, metrics)
-        weights = self._sampler_weights(packed, outputs, metrics)
+        sampled = SampledTokens(
+            old_logprobs=outputs.old,
+            advantages=self._advantages(inputs, outputs, metrics),
+            critic=self._critic_tokens(inputs, metrics),
+            sampler_weights=self._sampler_weights(packed, outputs, metrics),
+        )
         batches = split_into_updates(
             packed,
-            outputs,
-            advantages,
-            weights,
-            returns,
+            outputs.reference,
+            sampled,
             num_updates=config.updates_per_step,
             aggregation=config.aggregation,
             max_new_tokens=self._max_new_tokens,
@@ -186,7 +186,7 @@ class Algorithm:
         lengths = trained_lengths(packed.loss_mask, packed.cu_seqlens)
         return length_adaptive_trace_decay(lengths, settings.length_adaptive_alpha)
 
-    def _returns(self, inputs: AdvantageInput, metrics: dict[str, float]) -> Tensor | None:
+    def _critic_tokens(self, inputs: AdvantageInput, metrics: dict[str, float]) -> CriticTokens | None:
         """Return the critic's targets: V plus advantages with the critic's own λ."""
         if inputs.values is None:
             return None
@@ -197,7 +197,7 @@ class Algorithm:
         if mask.any():
             metrics["explained_variance"] = float(explained_variance(inputs.values[mask], returns[mask]))
             metrics["return_mean"] = float(returns[mask].double().mean())
-        return returns
+        return CriticTokens(old_values=inputs.values, returns=returns)
 
     def _advantages(self, inputs: AdvantageInput, outputs: TokenOutputs, metrics: dict[str, float]) -> Tensor:
         config = self._config
@@ -263,24 +263,3 @@ def _surrogate_function(name: str) -> SurrogateFunction:
 
 def _described(values: Tensor) -> str:
     return f"a tensor of shape {list(values.shape)} with {int(values.isfinite().sum())} finite numbers"
-
-
-def import_function(name: str, key: str) -> Callable[..., Any]:
-    """Import the function ``module:function``.
-
-    Args:
-        name: as the config gives it.
-        key: where, for the error.
-
-    Raises:
-        ConfigError: it cannot be imported or called.
-    """
-    module, _, function_name = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), function_name)
-    except Exception as error:  # importing runs the user's code, which may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"{key}: cannot import {name}: {reason}; its folder must be on PYTHONPATH") from error
-    if not callable(function):
-        raise ConfigError(f"{key}: {name} is a {type(function).__name__}, not a function")
-    return function

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megarl.algorithms.aggregation import token_weights
 from megarl.algorithms.sequences import spread_over_tokens, trained_lengths
-from megarl.types import PackedBatch, TokenOutputs, TrainBatch
+from megarl.types import PackedBatch, SampledTokens, TrainBatch
 
 
 def build_supervised_batch(packed: PackedBatch) -> TrainBatch:
@@ -34,24 +34,14 @@ def _batch_of_responses(
 ) -> TrainBatch:
     """Make a batch of responses that were given, not sampled."""
     return TrainBatch(
-        packed=packed,
-        old_logprobs=None,
-        reference_logprobs=reference_logprobs,
-        old_values=None,
-        advantages=None,
-        token_weights=weights,
-        sampler_weights=None,
-        returns=None,
-        keeps_groups=keeps_groups,
+        packed=packed, token_weights=weights, reference_logprobs=reference_logprobs, sampled=None, keeps_groups=keeps_groups
     )
 
 
 def split_into_updates(
     packed: PackedBatch,
-    outputs: TokenOutputs,
-    advantages: Tensor,
-    sampler_weights: Tensor | None,
-    returns: Tensor | None,
+    reference_logprobs: Tensor | None,
+    sampled: SampledTokens,
     *,
     num_updates: int,
     aggregation: str,
@@ -60,7 +50,10 @@ def split_into_updates(
     """Cut a step into ``num_updates`` batches of equally many consecutive sequences, each with its own normaliser.
 
     Args:
-        advantages, sampler_weights, returns: float32 [num_tokens] of the whole step.
+        packed: of the whole step.
+        reference_logprobs: float32 [num_tokens] of the whole step; None without a reference model.
+        sampled: of the whole step.
+        num_updates: optimizer steps.
         aggregation: a key of aggregation.AGGREGATIONS.
         max_new_tokens: longest response allowed.
     """
@@ -72,13 +65,9 @@ def split_into_updates(
         batches.append(
             TrainBatch(
                 packed=part,
-                old_logprobs=outputs.old[tokens],
-                reference_logprobs=None if outputs.reference is None else outputs.reference[tokens],
-                old_values=None if outputs.values is None else outputs.values[tokens],
-                advantages=advantages[tokens],
                 token_weights=token_weights(part.loss_mask, part.cu_seqlens, aggregation, max_new_tokens),
-                sampler_weights=None if sampler_weights is None else sampler_weights[tokens],
-                returns=None if returns is None else returns[tokens],
+                reference_logprobs=None if reference_logprobs is None else reference_logprobs[tokens],
+                sampled=sampled.at(tokens),
                 keeps_groups=False,
             )
         )

@@ -1,4 +1,4 @@
-"""What a training step minimises, as a function of the chosen tokens' log-probabilities and entropies."""
+"""What a training step minimises, as a function of the chosen tokens' log-probs and entropies."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from megarl.algorithms.sequences import SequenceTokens
 from megarl.algorithms.surrogates import RATIOS, SurrogateFunction, SurrogateInput
 from megarl.algorithms.values import clipped_value_loss
 from megarl.config.schema import AlgorithmConfig
-from megarl.types import TrainBatch
+from megarl.types import SampledTokens, TrainBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +23,8 @@ class TokenData:
     """
 
     weights: Tensor
-    advantages: Tensor | None
-    old_logprobs: Tensor | None
     reference_logprobs: Tensor | None
-    sampler_weights: Tensor | None
-    old_values: Tensor | None
-    returns: Tensor | None
+    sampled: SampledTokens | None
     sequences: SequenceTokens
 
 
@@ -38,8 +34,8 @@ class Objective:
 
     Attributes:
         loss: scalar; losses of all micro-batches and ranks add up to the batch's loss.
-        metrics: name in metrics.METRICS to scalar: an extreme over the tokens, their sum for a token mean, and for a sequence mean
-            what adds up over micro-batches and ranks to the batch's mean.
+        metrics: name in ``metrics.UPDATE_METRICS`` to scalar: an extreme over the tokens, their sum for a token mean, and for a
+            mean over responses what adds up over micro-batches and ranks to the batch's mean.
     """
 
     loss: Tensor
@@ -50,25 +46,25 @@ ObjectiveFunction = Callable[..., Objective]  # called with the outputs of the e
 
 
 def select_tokens(batch: TrainBatch, index: Tensor, device: torch.device, sequences: SequenceTokens) -> TokenData:
-    """The data of tokens ``index`` (int64 [tokens], into the packed batch), moved to ``device``; ``sequences`` is there already."""
+    """Select the data of some tokens.
 
-    def rows(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[index].to(device)
-
+    Args:
+        batch: from which they are.
+        index: int64 [tokens], into the packed batch.
+        device: to which the data goes.
+        sequences: of these tokens, on that device already.
+    """
+    reference = batch.reference_logprobs
     return TokenData(
         weights=batch.token_weights[index].to(device),
-        advantages=rows(batch.advantages),
-        old_logprobs=rows(batch.old_logprobs),
-        reference_logprobs=rows(batch.reference_logprobs),
-        sampler_weights=rows(batch.sampler_weights),
-        old_values=rows(batch.old_values),
-        returns=rows(batch.returns),
+        reference_logprobs=None if reference is None else reference[index].to(device),
+        sampled=None if batch.sampled is None else batch.sampled.at(index, device),
         sequences=sequences,
     )
 
 
 def supervised_objective(logprobs: Tensor, entropies: Tensor, data: TokenData) -> Objective:
-    """Cross-entropy: the weighted sum of -log p."""
+    """Sum up the cross-entropy, -log p of each token times its weight."""
     loss = -(logprobs * data.weights).sum()
     return Objective(loss, {"loss": loss.detach(), "entropy": entropies.detach().sum()})
 
@@ -82,7 +78,7 @@ def policy_objective(
     surrogate: SurrogateFunction,
     kl_coefficient: float,
 ) -> Objective:
-    """The surrogate, plus KL penalty and entropy bonus as configured.
+    """Sum up the surrogate, with KL penalty and entropy bonus as configured.
 
     Args:
         logprobs, entropies: float [tokens], differentiable.
@@ -91,19 +87,20 @@ def policy_objective(
         surrogate: of config.surrogate.
         kl_coefficient: β of this step.
     """
-    assert data.advantages is not None and data.old_logprobs is not None
-    log_ratio = RATIOS[config.ratio].function(logprobs, data.old_logprobs, data.sequences)
+    sampled = data.sampled
+    assert sampled is not None
+    log_ratio = RATIOS[config.ratio].function(logprobs, sampled.old_logprobs, data.sequences)
     policy = surrogate(
-        SurrogateInput(logprobs=logprobs, log_ratio=log_ratio, advantages=data.advantages, sequences=data.sequences), config
+        SurrogateInput(logprobs=logprobs, log_ratio=log_ratio, advantages=sampled.advantages, sequences=data.sequences), config
     )
-    policy_terms = policy.loss if data.sampler_weights is None else policy.loss * data.sampler_weights
+    policy_terms = policy.loss if sampled.sampler_weights is None else policy.loss * sampled.sampler_weights
     policy_loss = (policy_terms * data.weights).sum()
     loss = policy_loss
     metrics = {
         "policy_loss": policy_loss.detach(),
         "entropy": entropies.detach().sum(),
         # the tokens are the old policy's, so what they can estimate is the divergence from it
-        "kl_old": kl_estimate(data.old_logprobs, logprobs.detach(), "k3").sum(),
+        "kl_old": kl_estimate(sampled.old_logprobs, logprobs.detach(), "k3").sum(),
         "clip_fraction_low": policy.clipped_low.float().sum(),
         "clip_fraction_high": policy.clipped_high.float().sum(),
     }
@@ -120,16 +117,17 @@ def policy_objective(
 
 
 def value_objective(values: Tensor, data: TokenData, *, clip_range: float) -> Objective:
-    """The critic's clipped value loss.
+    """Sum up the critic's clipped value loss.
 
     Args:
         values: float [tokens], differentiable.
         data: of the same tokens.
         clip_range: how far values may move from those before the step's updates.
     """
-    assert data.old_values is not None and data.returns is not None
-    loss = (clipped_value_loss(values, data.old_values, data.returns, clip_range) * data.weights).sum()
-    is_clipped = (values.detach() - data.old_values).abs() > clip_range
+    assert data.sampled is not None and data.sampled.critic is not None
+    critic = data.sampled.critic
+    loss = (clipped_value_loss(values, critic.old_values, critic.returns, clip_range) * data.weights).sum()
+    is_clipped = (values.detach() - critic.old_values).abs() > clip_range
     metrics = {
         "loss": loss.detach(),
         "value_mean": values.detach().sum(),

@@ -1,6 +1,6 @@
 """Correct for responses sampled by another policy than the trainer computes, and count how old they are.
 
-The engine's log-probabilities differ from the trainer's for the same weights (other kernels, other precision, older weights). The
+The engine's log-probs differ from the trainer's for the same weights (other kernels, other precision, older weights). The
 policy loss of each token is weighted by the ratio π_trainer / π_sampler, truncated (TIS) or masked (MIS) at a cap. A loss of a
 whole response has one weight, the ratio of the response: weights that differ within it would make it another loss. This is the
 sampler correction axis.
@@ -62,7 +62,7 @@ def sampler_weights(
     """Return the weight of each token's policy loss.
 
     Args:
-        trainer, sampler: float [num_tokens], log-probabilities of the tokens.
+        trainer, sampler: float [num_tokens], log-probs of the tokens.
         cu_seqlens: int64 [num_sequences + 1].
         loss_mask: bool [num_tokens].
         method: a key of CORRECTIONS.
@@ -117,9 +117,10 @@ def staleness_metrics(batches: Sequence[TrainBatch], version: int) -> dict[str, 
 
 def _gaps(batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Return of the trained tokens the float64 gap before and behind the correction, and bool whether their weight is above 0."""
-    assert batch.old_logprobs is not None
+    assert batch.sampled is not None
+    sampled = batch.sampled
     mask = batch.packed.loss_mask
-    log_ratio = (batch.old_logprobs.double() - batch.packed.sampler_logprobs.double())[mask]
-    weights = torch.ones_like(log_ratio) if batch.sampler_weights is None else batch.sampler_weights[mask].double()
+    log_ratio = (sampled.old_logprobs.double() - batch.packed.sampler_logprobs.double())[mask]
+    weights = torch.ones_like(log_ratio) if sampled.sampler_weights is None else sampled.sampler_weights[mask].double()
     is_used = weights > 0
     return log_ratio.abs(), torch.where(is_used, log_ratio - weights.clamp(min=1e-300).log(), 0.0).abs(), is_used

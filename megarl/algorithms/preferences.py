@@ -64,7 +64,7 @@ def orpo(chosen: Tensor, rejected: Tensor, config: PreferenceConfig) -> Tensor:
     """
 
     def log_odds(mean_logprob: Tensor) -> Tensor:
-        # float32 rounds log-probabilities of nearly certain tokens to 0, where the odds would be infinite
+        # float32 rounds log-probs of nearly certain tokens to 0, where the odds would be infinite
         return mean_logprob - torch.log(-torch.expm1(mean_logprob.clamp(max=-1e-7)))
 
     return -chosen - config.beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
@@ -81,7 +81,7 @@ PREFERENCE_LOSSES = {
 
 def build_pair_objective(config: Config) -> ObjectiveFunction:
     """Return what a run on pairs minimises: of kind preference a policy's loss, of kind reward_model a reward model's."""
-    return partial(reward_objective if config.kind == "reward_model" else preference_objective, config=config.preference)
+    return partial(reward_objective if config.trains_reward_model else preference_objective, config=config.preference)
 
 
 def preference_objective(logprobs: Tensor, entropies: Tensor, data: TokenData, *, config: PreferenceConfig) -> Objective:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megarl import __version__
 from megarl.cli import plan_memory  # noqa: F401  (adds plan memory)
-from megarl.cli.command_line import finite
+from megarl.cli.command_line import ConfigPath, Overrides, finite
 from megarl.cli.convert import convert_app
 from megarl.cli.plan_sync import plan_app
 from megarl.config.checks import check
@@ -28,8 +28,6 @@ app.add_typer(convert_app, name="convert")
 
 MOST_LOCAL_RANKS = 1024
 
-ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
-Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")]
 NumRanks = Annotated[
     int,
     typer.Option("--nproc", min=1, max=MOST_LOCAL_RANKS, help="Ranks to start on this machine; ignored under torchrun and srun."),
@@ -61,7 +59,7 @@ def train(
     overrides: Overrides = [],  # noqa: B006  (typer's way)
     nproc: NumRanks = 1,
     run_dir: Annotated[Path | None, typer.Option(help="Where the run writes; overrides the file's run_dir.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's newest checkpoint.")] = False,
 ) -> None:
     """Run the training that CONFIG describes."""
     config = _load(config_path, overrides, run_dir)
@@ -109,7 +107,7 @@ def parity(
     ] = 1e-5,
     num_prompts: Annotated[int, typer.Option(min=1, max=10**6, help="Prompts of the batch.")] = 4,
 ) -> None:
-    """Compare loss, gradients and every model's scores of one batch (with a curriculum of its last stage) between layouts and one
+    """Compare loss, gradients and every model's outputs for one batch (with a curriculum of its last stage) between layouts and one
     rank; exit 1 where they differ."""
     whole = _load(config_path, overrides)
     config = configs_of(whole)[-1]

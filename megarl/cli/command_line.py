@@ -1,4 +1,4 @@
-"""What the ``megarl`` command and the tools share: errors of one line, exit statuses, and a progress bar."""
+"""What the ``megarl`` commands and the tools share: options, errors of one line, exit statuses, and a progress bar."""
 
 import logging
 import math
@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -22,6 +24,10 @@ STOPPED = 75  # a signal ended the run: EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130  # as a shell has it for SIGINT
 
 _UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # typer exports its subclasses only
+
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
+Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")]
 
 
 class Dtype(StrEnum):

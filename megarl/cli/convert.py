@@ -117,8 +117,8 @@ def to_engine_shards(
     start = time.monotonic()
     import torch
 
+    from megarl.families.base.engine_rules import EngineLayout
     from megarl.reshard.engine_shards import write_engine_shards
-    from megarl.reshard.plan.engine_layouts import EngineLayout
     from megarl.weights.files.convert import Options
 
     layout = EngineLayout(engine=engine, tp=tp, ep=ep)

@@ -1,13 +1,13 @@
 """``megarl parity``: one batch, many layouts, the same gradients.
 
 The batch is made once from the config's own prompts (so lengths are the user's) with responses of unequal lengths, random
-rewards, and old, reference and sampler's log-probabilities near the model's own, so that ratios, clipping and KL all matter. Every
+rewards, and old, reference and sampler's log-probs near the model's own, so that ratios, clipping and KL all matter. Every
 layout then computes loss and gradients of that batch, and what each of the run's models says of it, in a world of its own; each
-gradient, put together under its Hugging Face name, and each model's scores are compared with one rank's.
+gradient, put together under its Hugging Face name, and each model's outputs are compared with one rank's.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from megarl.algorithms.batches import build_preference_batch, build_supervised_b
 from megarl.algorithms.objectives import ObjectiveFunction, supervised_objective
 from megarl.algorithms.preferences import build_pair_objective
 from megarl.config.layout_text import MOST_RANKS, dp_of, layout_items, parallel_of, quoted_layout
-from megarl.config.models_of import has_reference, models_of, trains_on_pairs
-from megarl.config.schema import Config, CriticConfig, ParallelConfig, ReferenceConfig, RewardModelConfig, RoleConfig
+from megarl.config.models import models_of
+from megarl.config.schema import Config, CriticConfig, ParallelConfig, ReferenceConfig, RewardModelConfig, RoleConfig, Rows
 from megarl.data.packing import no_routing, with_scored_ends
 from megarl.errors import ConfigError, cut, quoted
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.engine import TrainingEngine
 from megarl.train.learner import Learner
@@ -70,7 +70,7 @@ class ParityRow:
         worst_gap: largest over Megatron parameters of ‖gradient - reference‖ / ‖reference‖. Query, key and value are one
             parameter there: the key bias's own gradient nearly cancels (softmax ignores a shift), which leaves rounding.
         worst_parameter: where.
-        output_gap: largest over models of ‖scores - reference‖ / ‖reference‖.
+        output_gap: largest over models of ‖outputs - reference‖ / ‖reference‖.
     """
 
     layout: str
@@ -95,7 +95,7 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
     generator = torch.Generator().manual_seed(config.seed)
     vocabulary_size = read_architecture(config.model.path).vocabulary_size
     limit = config.rollout.max_new_tokens
-    in_pairs = trains_on_pairs(config)
+    in_pairs = config.trains_on_pairs
     tokens, masks, lengths, groups, truncated = [], [], [], [], []
     for group, prompt in enumerate(prompts):
         for sample in range(2 if in_pairs else config.rollout.samples_per_prompt):
@@ -128,7 +128,7 @@ def synthetic_batch(prompts: Sequence[Sequence[int]], config: Config) -> PackedB
         greedy_rewards=greedy_rewards[group_ids],
         greedy_lengths=greedy_lengths[group_ids],
     )
-    return with_scored_ends(packed) if config.kind == "reward_model" else packed
+    return with_scored_ends(packed) if config.trains_reward_model else packed
 
 
 def gather_sharded_gradients(engine: TrainingEngine) -> None:
@@ -146,7 +146,7 @@ def gather_sharded_gradients(engine: TrainingEngine) -> None:
 def _add_model_scores(config: Config, batch_file: Path) -> None:
     """Give the batch, on one rank, log-probs near the model's own as those of old policy, reference and sampler."""
     packed: PackedBatch = torch.load(batch_file, weights_only=False)
-    if config.kind == "reward_model":
+    if config.trains_reward_model:
         torch.save((packed, None), batch_file)
         return
     logprobs, entropies = Policy(config, total_updates=1).engine.forward_only(packed)
@@ -164,28 +164,53 @@ def _add_model_scores(config: Config, batch_file: Path) -> None:
 
 def build_critic(config: Config) -> Critic | None:
     """Build the critic of a method that has one; every rank must build it."""
-    return Critic(config, total_updates=1) if config.kind == "rl" and config.algorithm.advantage == "gae" else None
+    return Critic(config, total_updates=1) if config.has_critic else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trained:
+    """A batch and what is minimised over it, by the policy and by a critic."""
+
+    batch: TrainBatch
+    objective: ObjectiveFunction
+    value_objective: ObjectiveFunction | None = None
+
+
+def _of_samples(config: Config, packed: PackedBatch, outputs: TokenOutputs | None) -> _Trained:
+    assert outputs is not None
+    algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
+    (batch,) = algorithm.prepare(packed, outputs, step=0).batches
+    return _Trained(batch=batch, objective=algorithm.objective, value_objective=algorithm.value_objective)
+
+
+def _of_examples(config: Config, packed: PackedBatch, outputs: TokenOutputs | None) -> _Trained:
+    return _Trained(batch=build_supervised_batch(packed), objective=supervised_objective)
+
+
+def _of_pairs(config: Config, packed: PackedBatch, outputs: TokenOutputs | None) -> _Trained:
+    reference = outputs.reference if outputs is not None and config.has_reference else None
+    return _Trained(batch=build_preference_batch(packed, reference), objective=build_pair_objective(config))
+
+
+PREPARE: Mapping[Rows, Callable[[Config, PackedBatch, TokenOutputs | None], _Trained]] = {
+    "prompts": _of_samples,
+    "examples": _of_examples,
+    "pairs": _of_pairs,
+}
 
 
 def compute_gradients(
     policy: Learner, critic: Critic | None, config: Config, packed: PackedBatch, outputs: TokenOutputs | None
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Return the loss, loss_scale and, on rank 0, gradients (see LayoutResult) of one update; collective."""
-    objective: ObjectiveFunction
-    if config.kind == "sft":
-        batch, objective = build_supervised_batch(packed), supervised_objective
-    elif trains_on_pairs(config):
-        reference = outputs.reference if outputs is not None and has_reference(config) else None
-        batch, objective = build_preference_batch(packed, reference), build_pair_objective(config)
-    else:
-        assert outputs is not None
-        algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
-        (batch,), objective = algorithm.prepare(packed, outputs, step=0).batches, algorithm.objective
-    loss, gradients = _loss_and_gradients(policy, batch, objective)
-    sizes = batch.token_weights if batch.advantages is None else batch.token_weights * batch.advantages.abs()
+    trained = PREPARE[config.rows](config, packed, outputs)
+    batch = trained.batch
+    loss, gradients = _loss_and_gradients(policy, batch, trained.objective)
+    sizes = batch.token_weights if batch.sampled is None else batch.token_weights * batch.sampled.advantages.abs()
     scale = float(sizes.sum())
     if critic is not None:
-        critic_loss, critic_gradients = _loss_and_gradients(critic, batch, algorithm.value_objective)
+        assert trained.value_objective is not None
+        critic_loss, critic_gradients = _loss_and_gradients(critic, batch, trained.value_objective)
         loss, scale = loss + critic_loss, scale + critic_loss
         gradients |= {CRITIC + name: gradient for name, gradient in critic_gradients.items()}
     return loss, scale, gradients
@@ -218,7 +243,7 @@ def _compute(config: Config, name: str, batch_file: Path, result_file: Path) -> 
     """Compute one rank of one layout."""
     packed, outputs = torch.load(batch_file, weights_only=False)
     policy, critic = build_learner(config, total_updates=1), build_critic(config)
-    reference = Reference(config) if has_reference(config) else None
+    reference = Reference(config) if config.has_reference else None
     reward_model = RewardModel(config, config.reward_model) if config.reward_model is not None else None
     said: dict[str, Tensor | None]
     if policy.has_value_head:
@@ -280,7 +305,7 @@ def with_layout(config: Config, layout: dict[str, object]) -> tuple[Config, int]
     for name, value in layout.items():
         model, _, key = name.rpartition(".")
         keys.setdefault(model or "policy", {})[key] = value
-    unused = sorted(keys.keys() - {*models_of(config)})
+    unused = sorted(keys.keys() - models_of(config).keys())
     if unused:
         raise ConfigError(f"{where}: the run has no {unused[0]}; leave out the keys that start with {unused[0]}.")
     policy = _in_layout(config.policy, keys.get("policy", {}), where)

@@ -2,25 +2,25 @@
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from megarl.cli.command_line import finite
+from megarl.cli.command_line import ConfigPath, Overrides, finite
 from megarl.cli.plan_sync import fewest_ranks, plan_app
 from megarl.config.checks import check
 from megarl.config.layout_text import MOST_RANKS
 from megarl.config.load import load_config
+from megarl.config.models import models_of
 from megarl.config.schema import Config
 from megarl.config.stages import Stage, configs_of, stages_of
 from megarl.errors import ConfigError
 
 if TYPE_CHECKING:
     from megarl.memory.advice import Change
-    from megarl.memory.statement import Part, RankMemory
+    from megarl.memory.statement import MemoryPart, RankMemory
 
 GIB = 2**30
 LARGEST_PARTS = 3  # named when the limit is passed
@@ -50,8 +50,8 @@ class Period:
 
 @plan_app.command()
 def memory(
-    config_path: Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
-    overrides: Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")] = [],  # noqa: B006
+    config_path: ConfigPath,
+    overrides: Overrides = [],  # noqa: B006
     world_size: Annotated[
         int | None, typer.Option(min=1, max=MOST_RANKS, help="Ranks of the run; needed unless every layout fits on one.")
     ] = None,
@@ -128,11 +128,9 @@ def _in_stage(change: "Change", stage: Stage | None) -> "Change":
 
 
 def _only_rank(config: Config) -> int:
-    from megarl.memory.statement import settings_of_roles
-
     for stage in configs_of(config):
-        for name, role in settings_of_roles(stage).items():
-            if (fewest := role.first_rank + (role.num_ranks or fewest_ranks(role.parallel))) > 1:
+        for name, model in models_of(stage).items():
+            if (fewest := model.role.first_rank + (model.role.num_ranks or fewest_ranks(model.role.parallel))) > 1:
                 raise ConfigError(
                     f"plan memory: --world-size is not given, and {name}.parallel needs a multiple of {fewest} ranks; give the "
                     f"ranks of the run, for example --world-size {fewest}: data parallel ranks share out optimizer state"
@@ -200,7 +198,7 @@ def _show_advice(period: Period, limit: float) -> None:
         print("no combination of these is under the limit; use a smaller model or GPUs with more memory")
 
 
-def _largest(worst: "RankMemory") -> list["Part"]:
+def _largest(worst: "RankMemory") -> list["MemoryPart"]:
     return sorted((*worst.held, *worst.added), key=lambda part: -part.num_bytes)[:LARGEST_PARTS]
 
 
@@ -216,7 +214,7 @@ def _as_json(periods: list[Period], worst: Period, where: tuple[int, str], limit
 
 
 def _period_as_json(period: Period) -> dict[str, Any]:
-    def parts(of: tuple["Part", ...]) -> list[dict[str, Any]]:
+    def parts(of: tuple["MemoryPart", ...]) -> list[dict[str, Any]]:
         return [{"owner": part.owner, "name": part.name, "bytes": part.num_bytes, "tensors": dict(part.tensors)} for part in of]
 
     together = period.together

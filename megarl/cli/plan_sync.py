@@ -3,14 +3,13 @@
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from megarl.cli.command_line import finite
+from megarl.cli.command_line import ConfigPath, Overrides, finite
 from megarl.config.layout_text import MOST_RANKS, layout_items, parallel_of
 from megarl.config.load import load_config
 from megarl.config.schema import ParallelConfig
@@ -26,8 +25,8 @@ plan_app = typer.Typer(no_args_is_help=True, help="What a run will move and hold
 
 @plan_app.command()
 def sync(
-    config_path: Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
-    overrides: Annotated[list[str], typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")] = [],  # noqa: B006
+    config_path: ConfigPath,
+    overrides: Overrides = [],  # noqa: B006
     engine: Annotated[Literal["vllm", "sglang"] | None, typer.Option(help="Engine that gets the weights.")] = None,
     tp: Annotated[int, typer.Option(min=1, max=MOST_RANKS, help="Ranks that the engine's attention is cut over.")] = 1,
     ep: Annotated[
@@ -53,8 +52,8 @@ def sync(
 ) -> None:
     """Print how the weights of CONFIG's policy (with a curriculum in its last stage) get to engines or to another Megatron layout,
     or why they cannot."""
+    from megarl.families.base.engine_rules import EngineLayout
     from megarl.reshard.plan.balance import Machines
-    from megarl.reshard.plan.engine_layouts import EngineLayout
     from megarl.reshard.plan.plan import plan_transfer
     from megarl.reshard.plan.report import LinkSpeeds, report
 

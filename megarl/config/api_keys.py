@@ -34,13 +34,11 @@ def bearer(key: str) -> dict[str, str]:
 
 def check_api_keys(config: Config) -> Iterator[str]:
     """Every named variable is set, and a server that the run starts keeps the key that the run gives it."""
-    engine = config.rollout.engine
-    if engine != "embedded":
-        yield from _check_engine(f"rollout.{engine}", getattr(config.rollout, engine))
+    if config.rollout.server is not None:
+        yield from _check_engine(f"rollout.{config.rollout.engine}", config.rollout.server)
     for path, scorers in placed_scorers(config):
         for index, scorer in enumerate(scorers):
-            judge_key = scorer.judge.api_key_env if scorer.judge is not None else None
-            for key, variable in (("api_key_env", scorer.api_key_env), ("judge.api_key_env", judge_key)):
+            for key, variable in scorer.key_variables():
                 yield from _check_variable(f"{path}.{index}.{key}", variable)
 
 

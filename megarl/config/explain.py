@@ -1,5 +1,6 @@
 """The schema and a resolved config, explained; ``python -m megarl.config.explain > docs/configuration.md`` writes the reference."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 
@@ -11,8 +12,9 @@ from megarl.config.schema import Config, Section
 
 INTRODUCTION = """# Configuration
 
-One YAML file describes one run. This page is generated from `megarl/config/schema/`, the only place where keys and their
-defaults exist, by `python -m megarl.config.explain > docs/configuration.md`.
+One YAML file describes one run. This page is generated from `megarl/config/schema/` and, for scorers and environments,
+`megarl/builtin/`, the only places where keys and their defaults exist, by
+`python -m megarl.config.explain > docs/configuration.md`.
 
 - `megarl config CONFIG` prints a file with every default filled in and explained, as YAML that can be used again.
 - `--set section.key=value` overrides a key on the command line; it can be repeated and the last one wins. The value is YAML
@@ -65,7 +67,9 @@ def reference_markdown() -> str:
     """docs/configuration.md: one table for each section, with key, type, default, unit and meaning."""
     paths: dict[type[Section], list[str]] = {}
     for path, section in walk():
-        paths.setdefault(section, []).append(path)
+        of_section = paths.setdefault(section, [])
+        if path not in of_section:  # sections of a union have some in common
+            of_section.append(path)
     return "\n".join([INTRODUCTION, *(_section_markdown(section, paths) for section, paths in paths.items())])
 
 
@@ -73,7 +77,8 @@ def _section_markdown(section: type[Section], paths: list[str]) -> str:
     """Title, sentence and table of one section, which stands at all of ``paths``."""
     title = ", ".join(f"`{path}`" for path in paths) if paths != [""] else "Top level"
     source = source_name(section)
-    lines = [f"## {title}{f' with `type: {source}`' if source else ''}", "", section.__doc__ or "", ""]
+    sentence = inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
+    lines = [f"## {title}{f' with `type: {source}`' if source else ''}", "", sentence, ""]
     lines += ["| key | type | default | unit | meaning |", "|---|---|---|---|---|"]
     for name, field in section.model_fields.items():
         default = "required" if source and name == "type" else _default(field)

@@ -38,11 +38,22 @@ class KeyLocation:
         path: dotted path as a user writes it.
         field: the schema's field that holds the value; None where the schema has no such key.
         sections: the sections that the value at this place can be; empty for a plain value.
+        others: where ``type`` has chosen a section, the other ones that it could have chosen.
     """
 
     path: str
     field: FieldInfo | None
     sections: tuple[type[Section], ...]
+    others: tuple[type[Section], ...] = ()
+
+    @property
+    def chosen_type(self) -> str | None:
+        """The ``type`` of the section that was chosen; None where there is no choice."""
+        return source_name(self.sections[0]) if self.others else None
+
+    def types_with(self, name: str) -> list[str]:
+        """Return the types that were not chosen and have such a key."""
+        return [str(source_name(section)) for section in self.others if name in section.model_fields]
 
 
 def location_of(location: Sequence[int | str]) -> KeyLocation:
@@ -53,18 +64,21 @@ def location_of(location: Sequence[int | str]) -> KeyLocation:
     parts: list[str] = []
     field: FieldInfo | None = None
     sections: list[type[Section]] = [Config]
+    others: list[type[Section]] = []
     for part in location:
         if isinstance(part, int):
             parts.append(str(part))
         elif len(sections) > 1:
+            others = [section for section in sections if source_name(section) != part]
             sections = [section for section in sections if source_name(section) == part]
         else:
+            others = []
             parts.append(part)
             # Keys of a free mapping (rollout.vllm.arguments) belong to the mapping's field.
             if sections:
                 field = sections[0].model_fields.get(part)
                 sections = section_types(field.annotation) if field is not None else []
-    return KeyLocation(path=".".join(parts), field=field, sections=tuple(sections))
+    return KeyLocation(path=".".join(parts), field=field, sections=tuple(sections), others=tuple(others))
 
 
 def walk(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
@@ -147,6 +161,12 @@ def unit_of(field: FieldInfo) -> str:
     extra = field.json_schema_extra
     unit = str(extra["unit"]) if isinstance(extra, dict) else "-"
     return "" if unit == "-" else unit
+
+
+def give_of(field: FieldInfo) -> str:
+    """Return what to give for a required key that is missing; empty where its type and meaning say so."""
+    extra = field.json_schema_extra
+    return str(extra["give"]) if isinstance(extra, dict) else ""
 
 
 def meaning_of(field: FieldInfo) -> str:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megarl.config import yaml_text
-from megarl.config.fields import KeyLocation, location_of, meaning_of, nearest_key, source_name, type_in_words, unit_of
+from megarl.config.fields import KeyLocation, give_of, location_of, meaning_of, nearest_key, source_name, type_in_words, unit_of
 from megarl.config.schema import Config
 from megarl.errors import MESSAGE_LENGTH, ConfigError, cut, escaped, listed, without_secrets
 
@@ -120,14 +120,20 @@ def describe(detail: ErrorDetails, file: str, overridden: Sequence[str] = ()) ->
     if kind == "extra_forbidden":
         if any(dotted.startswith(f"{key.path}.") for dotted in overridden):
             where = f"--set: {key.path}"
-        siblings = [name for section in location_of(location[:-1]).sections for name in section.model_fields]
+        section = location_of(location[:-1])
+        users = section.types_with(str(location[-1]))
+        if users:
+            shown = ":" if isinstance(given, dict) else f": {_show(given)}"
+            return f"{where}{shown} has no use for type {section.chosen_type}; remove it or use type {' or '.join(users)}"
+        siblings = [name for one in section.sections for name in one.model_fields]
         return f"{where}: unknown key; the nearest valid key is {nearest_key(key.path, siblings)}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         choices = " or ".join(str(source_name(section)) for section in key.sections)
         given_type = given.get("type") if isinstance(given, dict) else None
         return f"{where}.type: {'is required' if given_type is None else f'is {_show(given_type)}'}; give {choices}"
     if kind == "missing":
-        return _with_fix(f"{where}: is required", key)
+        chosen = location_of(location[:-1]).chosen_type
+        return _with_fix(f"{where}: is required{f' for type {chosen}' if chosen else ''}", key)
     reason = "" if kind in ("literal_error", "model_type") else f", {_lower_first(detail['msg'])}"
     return _with_fix(f"{where}: is {_show(given)}{reason}", key)
 
@@ -142,6 +148,8 @@ def _fix(key: KeyLocation, *, with_meaning: bool) -> str:
     """What the value at a place must be."""
     if key.field is None:
         return "a value"
+    if give_of(key.field):
+        return give_of(key.field)
     if len(key.sections) == 1:
         return f"a section with keys among {listed(list(key.sections[0].model_fields), 6)}"
     unit, meaning = unit_of(key.field), meaning_of(key.field)

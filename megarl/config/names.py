@@ -1,13 +1,12 @@
 """Texts that name something: one of a list, or a user's own ``module:function``."""
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-FUNCTION_PATTERN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+from megarl.user_functions import FUNCTION_PATTERN
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from megarl.config.models_of import has_reference, samples_responses, trains_on_pairs
 from megarl.config.schema import AlgorithmConfig, Config, Section
 from megarl.config.stages import configs_of
 
@@ -13,7 +12,7 @@ CLIPPING = ("ppo_clip", "gmpo", "cispo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class UnusedRule:
     """Keys, dotted or whole sections, that have an effect only where ``is_used`` says so; ``only`` is said of that."""
 
     keys: tuple[str, ...]
@@ -25,12 +24,16 @@ def _is_own(name: str) -> bool:
     return ":" in name  # a function of the user's own, which may look at any setting of the method
 
 
-def _engine_rule(engine: str) -> Rule:
-    return Rule(
+def _engine_rule(engine: str) -> UnusedRule:
+    return UnusedRule(
         keys=(f"rollout.{engine}",),
-        is_used=lambda config: config.rollout.engine == engine and samples_responses(config),
+        is_used=lambda config: config.rollout.engine == engine and config.samples_responses,
         only=f"rollout.engine: {engine}",
     )
+
+
+def _is_own_section(section: str) -> Callable[[Config], bool]:
+    return lambda config: section in config.own_sections
 
 
 def _has_schedule(config: Config) -> bool:
@@ -38,79 +41,96 @@ def _has_schedule(config: Config) -> bool:
 
 
 OF_KINDS = (
-    Rule(keys=("algorithm", "reward_model", "data.sampling"), is_used=lambda c: c.kind == "rl", only="kind: rl"),
-    Rule(keys=("rollout", "rewards"), is_used=samples_responses, only="kind: rl, or kind: sft with evaluation.data,"),
-    Rule(keys=("sft",), is_used=lambda c: c.kind == "sft", only="kind: sft"),
-    Rule(keys=("preference",), is_used=trains_on_pairs, only="kinds preference and reward_model"),
-    Rule(keys=("data.response_suffix",), is_used=lambda c: c.kind != "rl", only="kinds that train on given responses"),
+    *(
+        UnusedRule(keys=(section,), is_used=_is_own_section(section), only=only)
+        for section, only in (
+            ("algorithm", "kind: rl"),
+            ("reward_model", "kind: rl"),
+            ("data.sampling", "kind: rl"),
+            ("sft", "kind: sft"),
+            ("preference", "kinds preference and reward_model"),
+        )
+    ),
+    UnusedRule(
+        keys=("rollout", "rewards"),
+        is_used=lambda c: c.samples_responses,
+        only="kind: rl, or kind: sft with evaluation.data,",
+    ),
+    UnusedRule(
+        keys=("data.response_suffix",),
+        is_used=lambda c: not c.learns_from_samples,
+        only="kinds that train on given responses",
+    ),
 )
 OF_METHODS = (
-    Rule(
+    UnusedRule(
         keys=("algorithm.clip.low", "algorithm.clip.high"),
         is_used=lambda c: c.algorithm.surrogate in CLIPPING or _is_own(c.algorithm.surrogate),
         only="a surrogate that clips, ppo_clip, gmpo or cispo,",
     ),
-    Rule(
+    UnusedRule(
         keys=("algorithm.mirror_descent_tau",),
         is_used=lambda c: c.algorithm.surrogate == "mirror_descent" or _is_own(c.algorithm.surrogate),
         only="surrogate: mirror_descent",
     ),
-    Rule(
+    UnusedRule(
         keys=("algorithm.gae", "algorithm.value_clip"),
-        is_used=lambda c: c.algorithm.advantage == "gae" or _is_own(c.algorithm.advantage),
+        is_used=lambda c: c.algorithm.has_critic or _is_own(c.algorithm.advantage),
         only="advantage: gae",
     ),
-    Rule(
+    UnusedRule(
         keys=("algorithm.gae.trace_decay",),
         is_used=lambda c: c.algorithm.gae.length_adaptive_alpha is None,
         only="no length_adaptive_alpha, which takes its place,",
     ),
-    Rule(keys=("algorithm.kl.estimator",), is_used=lambda c: c.algorithm.kl.place != "none", only="kl.place: reward or loss"),
-    Rule(keys=("algorithm.kl.adaptation_rate",), is_used=lambda c: c.algorithm.kl.target is not None, only="kl.target"),
-    Rule(
+    UnusedRule(keys=("algorithm.kl.estimator",), is_used=lambda c: c.algorithm.kl.place != "none", only="kl.place: reward or loss"),
+    UnusedRule(keys=("algorithm.kl.adaptation_rate",), is_used=lambda c: c.algorithm.kl.target is not None, only="kl.target"),
+    UnusedRule(
         keys=("algorithm.sampler_correction.level", "algorithm.sampler_correction.cap"),
         is_used=lambda c: c.algorithm.sampler_correction.method != "none",
         only="sampler_correction.method: tis or mis",
     ),
-    Rule(
+    UnusedRule(
         keys=tuple(f"algorithm.reward_shaping.{name}" for name in ("length_start", "correct_scorers", "correct_reward")),
         is_used=lambda c: c.algorithm.reward_shaping.length_weight > 0,
         only="reward_shaping.length_weight",
     ),
-    Rule(
+    UnusedRule(
         keys=("algorithm.max_sampling_waves", "algorithm.max_surplus_age"),
-        is_used=lambda c: c.algorithm.dynamic_sampling or c.rollout.asynchronous is not None or c.rollout.partial is not None,
+        is_used=lambda c: c.algorithm.dynamic_sampling or c.rollout.outlives_updates,
         only="dynamic_sampling: true",
     ),
 )
 OF_THE_REST = (
-    Rule(
+    UnusedRule(
         keys=("optimizer.learning_rate",),
-        is_used=lambda c: not c.optimizer.warmup_steps or c.steps * (c.algorithm.updates_per_step if c.kind == "rl" else 1) != 1,
+        is_used=lambda c: not c.optimizer.warmup_steps or c.steps * c.updates_per_step != 1,
         only="an update behind the first of a warm-up, which starts from 0, and the run has one,",
     ),
-    Rule(keys=("optimizer.min_learning_rate",), is_used=_has_schedule, only="a schedule that decays, linear or cosine,"),
-    Rule(
+    UnusedRule(keys=("optimizer.min_learning_rate",), is_used=_has_schedule, only="a schedule that decays, linear or cosine,"),
+    UnusedRule(
         keys=("critic.optimizer.min_learning_rate",),
         is_used=lambda c: c.critic is None or c.critic.optimizer is None or c.critic.optimizer.schedule != "constant",
         only="a schedule that decays, linear or cosine,",
     ),
-    Rule(
+    UnusedRule(
         keys=("data.sampling.priority_floor",),
         is_used=lambda c: c.data.sampling.order == "prioritised",
         only="data.sampling.order: prioritised",
     ),
-    Rule(
+    UnusedRule(
         keys=("evaluation.samples_per_prompt", "evaluation.temperature"),
-        is_used=lambda c: c.evaluation.data is not None and not trains_on_pairs(c),
+        is_used=lambda c: c.evaluation.data is not None and not c.trains_on_pairs,
         only="evaluation.data of prompts",
     ),
-    Rule(
+    UnusedRule(
         keys=("rollout.weight_transfer.method", "rollout.weight_transfer.max_restarts"),
-        is_used=lambda c: c.rollout.engine != "embedded",
+        is_used=lambda c: c.rollout.server is not None,
         only="an engine server, sglang or vllm,",
     ),
-    Rule(keys=("reference",), is_used=has_reference, only="a KL term, observe.kl_reference or a loss with a reference"),
+    UnusedRule(
+        keys=("reference",), is_used=lambda c: c.has_reference, only="a KL term, observe.kl_reference or a loss with a reference"
+    ),
     *(_engine_rule(engine) for engine in ("embedded", "sglang", "vllm")),
 )
 

@@ -158,13 +158,13 @@ def pack_groups(groups: Sequence[RolloutGroup], is_correct: Callable[[ScoredRoll
 
 
 def pack_examples(examples: Sequence[SFTExample]) -> PackedBatch:
-    """Concatenate supervised examples, in order; each is a group of its own, its log-probabilities and reward are 0."""
+    """Concatenate supervised examples, in order; each is a group of its own, its log-probs and reward are 0."""
     return _pack([_example(example, group_id) for group_id, example in enumerate(examples)])
 
 
 def pack_pairs(pairs: Sequence[PreferencePair]) -> PackedBatch:
     """Concatenate preference pairs, in order: the chosen response of pair ``i`` is sequence 2i, the rejected one 2i + 1, and both
-    have group id ``i``. Log-probabilities and rewards are 0."""
+    have group id ``i``. Log-probs and rewards are 0."""
     return _pack([_example(example, group_id) for group_id, pair in enumerate(pairs) for example in (pair.chosen, pair.rejected)])
 
 

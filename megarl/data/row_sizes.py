@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from megarl.config.schema import Config
+from megarl.config.schema import Config, Rows
 from megarl.data.sources import Row
 from megarl.data.template import load_tokenizer, prompt_template
 from megarl.errors import DataError, MegaRLError, one_line
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Measure = Callable[[Row], tuple[int, ...]]
-Form = Literal["prompts", "examples", "pairs"]  # what rows are made into
 ShareOut = Callable[[str, Any, Sequence[Any], Callable[[int], None]], list[Any]]
 
 _FEW_ROWS = 8_000  # are measured here: starting processes and tokenizers takes longer
@@ -52,7 +51,7 @@ class RowSizes:
         self._folder = folder
         self._share_out = share_out
 
-    def measure(self, name: str, rows: Sequence[Row], form: Form) -> numpy.ndarray:
+    def measure(self, name: str, rows: Sequence[Row], form: Rows) -> numpy.ndarray:
         """Return the tokens of each row, int64: prompts [n, 1], examples' prompts and responses [n, 2], pairs' prompts and both
         responses [n, 3].
 
@@ -76,7 +75,7 @@ class RowSizes:
             _keep(path, measured)
         return measured
 
-    def _shared_out(self, share_out: ShareOut, rows: Sequence[Row], form: Form, progress: "Progress") -> list[tuple[int, ...]]:
+    def _shared_out(self, share_out: ShareOut, rows: Sequence[Row], form: Rows, progress: "Progress") -> list[tuple[int, ...]]:
         batches = [
             [(row.row_id, row.location, row.prompt, row.answer, row.rejected) for row in rows[start : start + _BATCH]]
             for start in range(0, len(rows), _BATCH)
@@ -106,7 +105,7 @@ def build(argument: Any) -> Callable[[Any], list[tuple[int, ...]]]:
     return measure_batch
 
 
-def measure_of(config: Config, tokenizer: "PreTrainedTokenizerBase", form: Form) -> Measure:
+def measure_of(config: Config, tokenizer: "PreTrainedTokenizerBase", form: Rows) -> Measure:
     """Return the function that measures a row of this run."""
     template = prompt_template(config, tokenizer)
     suffix, no_limit = config.data.response_suffix, 1 << 62
@@ -123,7 +122,7 @@ def measure_of(config: Config, tokenizer: "PreTrainedTokenizerBase", form: Form)
     def of_prompt(row: Row) -> tuple[int, ...]:
         return (len(template.encode_prompt(row).token_ids),)
 
-    measures: dict[Form, Measure] = {"prompts": of_prompt, "examples": of_example, "pairs": of_pair}
+    measures: dict[Rows, Measure] = {"prompts": of_prompt, "examples": of_example, "pairs": of_pair}
     return measures[form]
 
 
@@ -166,7 +165,7 @@ def _measured(measure: Measure, row: Row, progress: Progress, index: int) -> tup
     return sizes
 
 
-def _digest(config: Config, rows: Sequence[Row], form: Form) -> str:
+def _digest(config: Config, rows: Sequence[Row], form: Rows) -> str:
     """Digest all that the sizes depend on: the rows' texts, the tokenizer's files, how they are written, and the libraries."""
     digest = hashlib.blake2b(digest_size=16)
     written = config.data.model_dump(mode="json", exclude={"train", "exclude", "sampling", "too_long"})

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy
 
-from megarl.config.models_of import trains_on_pairs
-from megarl.config.schema import Config, TaskConfig
+from megarl.config.schema import Config, Rows, TaskConfig
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, TaskChooser
-from megarl.data.row_sizes import Form, RowSizes, named
+from megarl.data.row_sizes import RowSizes, named
 from megarl.data.sources import Row, number_at, read_rows
 from megarl.data.template import PreferencePair, SFTExample, prompt_template
 from megarl.data.too_long import cut_in_the_middle, pair_tokens, rows_in_limits
@@ -186,7 +185,7 @@ def build_pair_source(config: Config, tokenizer: "PreTrainedTokenizerBase", size
             ``data.exclude``.
     """
     template = prompt_template(config, tokenizer)
-    policy, end = config.policy, int(config.kind == "reward_model")  # which reads one token behind each response
+    policy, end = config.policy, config.tokens_behind
 
     def encode(row: Row) -> PreferencePair:
         pair = template.encode_pair(row, config.data.response_suffix, config.preference.max_tokens)
@@ -251,7 +250,7 @@ def _task_chooser(config: Config) -> TaskChooser:
 def excluded_texts(config: Config) -> set[str]:
     """Return the prompts that ``data.exclude`` names."""
     return {
-        row.prompt_text for source in config.data.exclude for row in read_rows(source, "exclude", in_pairs=trains_on_pairs(config))
+        row.prompt_text for source in config.data.exclude for row in read_rows(source, "exclude", in_pairs=config.trains_on_pairs)
     }
 
 
@@ -264,7 +263,7 @@ def training_rows(
         DataError: a row is malformed, none remains, or one lacks its difficulty.
     """
     field = config.data.sampling.difficulty_field
-    rows = read_rows(task.source, task.name, in_pairs=trains_on_pairs(config))
+    rows = read_rows(task.source, task.name, in_pairs=config.trains_on_pairs)
     kept = [index for index, row in enumerate(rows) if row.prompt_text not in excluded]
     if not kept:
         raise DataError(f"data.exclude leaves none of the {len(rows)} rows of task {task.name}; take other rows for one of them")
@@ -274,7 +273,7 @@ def training_rows(
     return rows, numpy.array(kept), numpy.array(difficulties)
 
 
-def _checked_training_rows(config: Config, encode: Callable[[Row], object], sizes: RowSizes, form: Form) -> dict[str, TaskRows]:
+def _checked_training_rows(config: Config, encode: Callable[[Row], object], sizes: RowSizes, form: Rows) -> dict[str, TaskRows]:
     """Return the rows of ``data.train`` by task that ``data.exclude`` does not name, each of which ``encode`` accepts."""
     tasks, excluded = {}, excluded_texts(config)
     for number, task in enumerate(tasks_of(config.data.train, TRAIN)):

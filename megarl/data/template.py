@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megarl.config.schema import Config, EnvironmentConfig
+from megarl.builtin.environments import BaseEnvironment
+from megarl.config.schema import Config
 from megarl.data.chat_template import ChatSettings, ChatTemplate, chat_settings, opened_tags
 from megarl.data.sources import Row
 from megarl.data.tokenizer import bos_prefix
@@ -207,7 +208,7 @@ class ObservationTemplate:
     sampled, it is not repeated.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: EnvironmentConfig, chat: ChatSettings | None = None) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: BaseEnvironment, chat: ChatSettings | None = None) -> None:
         """Use ``config.observation_template``, or the chat template, as ``chat`` says, when it is not given.
 
         Attributes:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import Config
 from megarl.config.tokenizer_files import (
     GENERATION_CONFIG,
@@ -23,6 +22,7 @@ from megarl.config.tokenizer_files import (
 )
 from megarl.data.chat_template import read_chat_template
 from megarl.errors import DataError, MegaRLError, listed, one_line
+from megarl.families.registry import read_architecture
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -52,7 +52,7 @@ def run_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     folder = config.model.tokenizer or config.model.path
     tokenizer = load_tokenizer(folder)
     end_tokens_of_model(config.model.path)  # whatever the kind: a malformed file would go on into the export
-    vocab_size = read_model_facts(config.model.path).vocab_size
+    vocab_size = read_architecture(config.model.path).vocabulary_size
     if words := beyond_embedding(tokenizer.get_vocab(), vocab_size, {tokenizer.pad_token}):
         raise DataError(f"the tokenizer of {folder} {words}")
     return tokenizer

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from megarl.config.schema import Config
-from megarl.data.row_sizes import Form, named
+from megarl.config.schema import Config, Rows
+from megarl.data.row_sizes import named
 from megarl.data.sources import Row
 from megarl.errors import DataError
 from megarl.types import Prompt
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def rows_in_limits(
-    config: Config, name: str, rows: Sequence[Row], sizes: numpy.ndarray, form: Form, encode: Callable[[Row], object]
+    config: Config, name: str, rows: Sequence[Row], sizes: numpy.ndarray, form: Rows, encode: Callable[[Row], object]
 ) -> numpy.ndarray:
     """Return which of the rows are trained on, bool [n].
 
@@ -48,7 +48,7 @@ def rows_in_limits(
     return ~too_long if policy == "leave_out" else numpy.ones(len(rows), dtype=bool)
 
 
-def _is_too_long(config: Config, sizes: numpy.ndarray, form: Form) -> numpy.ndarray:
+def _is_too_long(config: Config, sizes: numpy.ndarray, form: Rows) -> numpy.ndarray:
     if form == "prompts":
         return sizes[:, 0] > config.rollout.max_prompt_tokens
     lengths = sizes[:, :1] + sizes[:, 1:]  # of each response with its prompt
@@ -60,10 +60,9 @@ def _is_too_long(config: Config, sizes: numpy.ndarray, form: Form) -> numpy.ndar
 
 def pair_tokens(config: Config, lengths: numpy.ndarray) -> numpy.ndarray:
     """Count the tokens [n] of each pair of responses, int [n, 2] with their prompts, when computed, padding included."""
-    end = int(config.kind == "reward_model")  # which reads one token behind each response
     parallel = config.policy.parallel
     multiple = 2 * parallel.cp if parallel.cp > 1 else 1  # as Layout.sequence_multiple
-    return (-(-(lengths + end) // multiple) * multiple).sum(axis=1)
+    return (-(-(lengths + config.tokens_behind) // multiple) * multiple).sum(axis=1)
 
 
 def cut_in_the_middle(prompt: Prompt, max_tokens: int, tokenizer: "PreTrainedTokenizerBase") -> Prompt:

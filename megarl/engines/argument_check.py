@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megarl.config.models_of import samples_responses
-from megarl.config.schema import Config, EngineServerConfig
+from megarl.config.schema import Config
 from megarl.engines.server_launch import PLUGIN_FOLDER, flags, inherited_environment, server_python
 from megarl.errors import ConfigError, RolloutError, cut, shortened, with_fix
 
@@ -38,10 +37,9 @@ def check_engine_arguments(config: Config) -> None:
         ConfigError: with a line for each argument.
         RolloutError: there is no such Python, or it does not have the engine.
     """
-    engine = config.rollout.engine
-    if engine == "embedded" or not samples_responses(config):
+    engine, settings = config.rollout.server_engine, config.rollout.server
+    if engine is None or settings is None or not config.samples_responses:
         return
-    settings: EngineServerConfig = getattr(config.rollout, engine)
     if settings.url is not None or not settings.arguments:
         return
     python = server_python(engine, settings)

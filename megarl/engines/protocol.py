@@ -1,4 +1,4 @@
-"""What a rollout engine is: token ids in; token ids, log-probabilities, finish reason and weight version out."""
+"""What a rollout engine is: token ids in; token ids, log-probs, finish reason and weight version out."""
 
 import hashlib
 from collections.abc import Iterator
@@ -44,14 +44,19 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
 
+def derived_seed(seed: int, *purpose: int | str) -> int:
+    """Return 62 bits that depend on the arguments alone, on every machine; engines may add a sample index within 63 bits."""
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 2
+
+
 def resumed(sampling: SamplingParams, sample_index: int, num_tokens: int) -> SamplingParams:
     """Ask for sample ``sample_index`` of a request behind its first ``num_tokens`` tokens, as a request of its own.
 
     Its prompt is the first request's and those tokens. Its seed depends on the first request's, the index and ``num_tokens`` only:
     the same abort goes on with the same random numbers, and never with some that were used before.
     """
-    digest = hashlib.blake2b(f"{sampling.seed}/{sample_index}/{num_tokens}".encode(), digest_size=8).digest()
-    seed = int.from_bytes(digest, "little") >> 2
+    seed = derived_seed(sampling.seed, sample_index, num_tokens)
     return replace(sampling, num_samples=1, max_new_tokens=sampling.max_new_tokens - num_tokens, seed=seed)
 
 
@@ -61,7 +66,7 @@ class Generation:
 
     Attributes:
         token_ids: response tokens, the stop token included.
-        logprobs: log-probability of each (nats) under softmax(logits / temperature) over the whole vocabulary, before penalties,
+        logprobs: log-prob of each (nats) under softmax(logits / temperature) over the whole vocabulary, before penalties,
             top-k, top-p and min-p; at temperature 0 (greedy) under softmax(logits).
         weight_versions: version of the weights that sampled each.
         finish_reason: why it ended.

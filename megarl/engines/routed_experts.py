@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megarl.config.model_facts import ExpertFacts
 from megarl.errors import RolloutError
+from megarl.families.base.architecture import MixtureOfExperts
 
 Recorded = list[list[Tensor]]
 
@@ -41,7 +41,7 @@ def experts_of_rows(recorded: Recorded, num_rows: int) -> Tensor:
     return torch.stack(layers, dim=2).to("cpu", torch.int16)
 
 
-def reported_experts(engine: str, report: "numpy.ndarray[Any, Any] | None", num_tokens: int, facts: ExpertFacts) -> Tensor:
+def reported_experts(engine: str, report: "numpy.ndarray[Any, Any] | None", num_tokens: int, moe: MixtureOfExperts) -> Tensor:
     """Read ``Generation.routed_experts`` from a server's report.
 
     Args:
@@ -60,11 +60,11 @@ def reported_experts(engine: str, report: "numpy.ndarray[Any, Any] | None", num_
             f"{engine} reports no experts, and rollout.routing_replay needs them; a server given by URL must be "
             "started with --enable-return-routed-experts"
         )
-    expected = (num_tokens - 1, facts.num_layers, facts.top_k)
+    expected = (num_tokens - 1, moe.num_layers, moe.top_k)
     if report.size != math.prod(expected):
         raise RolloutError(f"{engine} reports experts of shape {report.shape}, not [tokens, layers, top_k] = {expected}")
     report = report.reshape(expected)
-    experts = numpy.sort(report[:, list(facts.moe_layers)].astype(numpy.int16), axis=-1)
-    if experts.size and not (0 <= experts.min() <= experts.max() < facts.num_experts and (numpy.diff(experts, axis=-1) > 0).all()):
-        raise RolloutError(f"{engine} reports experts that are not {facts.top_k} different ones of 0..{facts.num_experts - 1}")
+    experts = numpy.sort(report[:, list(moe.moe_layers)].astype(numpy.int16), axis=-1)
+    if experts.size and not (0 <= experts.min() <= experts.max() < moe.num_experts and (numpy.diff(experts, axis=-1) > 0).all()):
+        raise RolloutError(f"{engine} reports experts that are not {moe.top_k} different ones of 0..{moe.num_experts - 1}")
     return torch.from_numpy(experts)

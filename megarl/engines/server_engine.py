@@ -17,8 +17,6 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from megarl.config.api_keys import authorization, bearer
-from megarl.config.model_facts import read_model_facts
-from megarl.config.rope_scaling import NAMES
 from megarl.config.schema import Config, EngineServerConfig
 from megarl.engines.protocol import Generation, SamplingParams
 from megarl.engines.routed_experts import reported_experts
@@ -28,6 +26,8 @@ from megarl.engines.server_process import ServerProcess, free_port
 from megarl.engines.weight_checklist import WeightChecklist
 from megarl.engines.weight_sender import WeightSender, buckets
 from megarl.errors import MegaRLError, RolloutError
+from megarl.families.base.rope_scaling import NAMES
+from megarl.families.registry import read_architecture
 from megarl.sockets import LOCALHOST
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class ServerEngine(ABC):
         self.settings: EngineServerConfig = getattr(config.rollout, self.section)
         self._run_dir = run_dir
         self._server: ServerConnection | None = None
-        self._experts = read_model_facts(config.model.path).experts if config.rollout.routing_replay else None
+        self._experts = read_architecture(config.model.path).moe if config.rollout.routing_replay else None
         model = AutoConfig.from_pretrained(config.model.path)
         self._vocabulary_size: int = model.vocab_size
         self._rope_parameters: dict[str, Any] = model.rope_parameters

@@ -14,7 +14,7 @@ from megarl.engines.protocol import SamplingParams
 
 
 class GumbelSampler(LogitsProcessor):
-    """Perturbs the logits so that their argmax is a sample, and records the log-probability of that argmax.
+    """Perturbs the logits so that their argmax is a sample, and records the log-prob of that argmax.
 
     Gumbel-max: argmax(logits / temperature + Gumbel noise) is distributed as softmax(logits / temperature). The noise of a row
     comes from its own Philox stream, so what a row samples does not depend on the rows beside it, except where two

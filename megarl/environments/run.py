@@ -5,9 +5,8 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
-from megarl.config.schema import EnvironmentConfig
-from megarl.environments.build import EnvironmentSpec, build_environment
-from megarl.environments.protocol import Environment, Observation, Step, checked_observation, checked_step, read_step
+from megarl.builtin.environments import BaseEnvironment
+from megarl.builtin.environments.protocol import Environment, Observation, Step, checked_observation, checked_step, read_step
 from megarl.errors import RolloutError
 from megarl.workers.answers import clean
 from megarl.workers.on_loop import CallFailure, call_on_loop
@@ -39,31 +38,30 @@ class Environments(Protocol):
         """End what was started."""
 
 
-def open_environments(config: EnvironmentConfig) -> Environments:
-    """The environments of a run.
+def open_environments(config: BaseEnvironment) -> Environments:
+    """Open the environments of a run.
 
     Raises:
         ConfigError: the class cannot be imported, or refuses the options.
     """
-    spec = EnvironmentSpec(type=config.type, function=config.function, options=config.options)
-    build_environment(spec)
-    return LocalEnvironments(spec, config.timeout) if config.in_process else ProcessEnvironments(spec, config)
+    build = config.build()
+    return LocalEnvironments(build, config.timeout) if config.in_process else ProcessEnvironments(config)
 
 
 class ProcessEnvironments:
     """Environments in worker processes. Between turns an environment is bytes here, so a worker's end costs one call only."""
 
-    def __init__(self, spec: EnvironmentSpec, config: EnvironmentConfig) -> None:
+    def __init__(self, config: BaseEnvironment) -> None:
         self._timeout = config.timeout
         self._processes = ProcessPool(
             "megarl.environments.worker:build_environments",
-            spec,
+            config,
             len(os.sched_getaffinity(0)),
             kind="an environment",
             error=RolloutError,
             sandbox=config.sandbox,
             section="rollout.environment.sandbox",
-            modules=[] if spec.function is None else [spec.function.partition(":")[0]],
+            modules=[] if config.user_module is None else [config.user_module],
         )
 
     async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
@@ -100,8 +98,8 @@ class ProcessEnvironments:
 class LocalEnvironments:
     """Environments on the event loop: for async ones, and sync ones that answer at once. Only async ones can be timed out."""
 
-    def __init__(self, spec: EnvironmentSpec, timeout: float) -> None:
-        self._build = build_environment(spec)
+    def __init__(self, build: Callable[[], Environment], timeout: float) -> None:
+        self._build = build
         self._timeout = timeout
 
     async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:

@@ -8,19 +8,19 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from megarl.environments.build import EnvironmentSpec, build_environment
-from megarl.environments.protocol import Environment, checked_observation, checked_step
+from megarl.builtin.environments import BaseEnvironment
+from megarl.builtin.environments.protocol import Environment, checked_observation, checked_step
 from megarl.errors import one_line
 
 T = TypeVar("T")
 
 
-def build_environments(spec: EnvironmentSpec) -> Callable[[tuple[Any, ...]], tuple[str, Any]]:
-    """The function that answers ``("reset", prompt, reference, seed)`` and ``("step", environment, response)``.
+def build_environments(config: BaseEnvironment) -> Callable[[tuple[Any, ...]], tuple[str, Any]]:
+    """Make the function that answers ``("reset", prompt, reference, seed)`` and ``("step", environment, response)``.
 
     An answer is the environment, pickled and in base64, and what its method returned, as JSON has it.
     """
-    build = build_environment(spec)
+    build = config.build()
 
     def answer(request: tuple[Any, ...]) -> tuple[str, Any]:
         method, *arguments = request

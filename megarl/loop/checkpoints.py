@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.config.models import critic_of
 from megarl.config.schema import Config
 from megarl.errors import CheckpointError, RunStopped
 from megarl.loop.main_rank import from_main_rank
@@ -123,8 +124,7 @@ class Checkpoints:
             return
         message(f"exported {self._export(self._policy, self._config.model.path, 'hf')}")
         if self._critic is not None:
-            critic = self._config.critic
-            source = (critic and critic.path) or self._config.model.path
+            source = critic_of(self._config).path
             message(f"exported {self._export(self._critic, source, 'hf_critic')}")
 
     def __enter__(self) -> Self:

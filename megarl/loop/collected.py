@@ -15,7 +15,8 @@ class Collected:
         packed: the batch, on every rank.
         groups: the same as people read it, on rank 0; empty elsewhere.
         metrics: what was seen while sampling and scoring, on rank 0.
-        score_seconds: wall time in which nothing was generated, only scored or waited for environments, on rank 0; 0 elsewhere.
+        score_seconds: of ``collect``, in which nothing was generated, only scored or waited for environments; on rank 0, and 0
+            where generation runs beside training.
         tickets: which groups the step used up, on rank 0; None where responses do not outlive a step.
         reward_mean: over all responses that the step sampled, those of dropped groups included, on every rank.
     """
@@ -29,15 +30,15 @@ class Collected:
 
 
 def add_model_rewards(collected: Collected, reward_model: RewardModel) -> Collected:
-    """Add the reward model's scores to the rewards, for training and for people; every rank calls it."""
-    scores = reward_model.rewards(collected.packed)
-    packed = replace(collected.packed, rewards=collected.packed.rewards + reward_model.weight * scores)
-    remaining = iter(scores.tolist())
+    """Add the reward model's rewards to the scorers', for training and for people; every rank calls it."""
+    rewards = reward_model.rewards(collected.packed)
+    packed = replace(collected.packed, rewards=collected.packed.rewards + reward_model.weight * rewards)
+    remaining = iter(rewards.tolist())
 
     def scored(rollout: ScoredRollout) -> ScoredRollout:
-        score = next(remaining)
-        parts = {**rollout.parts, "reward_model": score}
-        return replace(rollout, reward=rollout.reward + reward_model.weight * score, parts=parts)
+        reward = next(remaining)
+        parts = {**rollout.parts, "reward_model": reward}
+        return replace(rollout, reward=rollout.reward + reward_model.weight * reward, parts=parts)
 
     groups = tuple(replace(group, rollouts=tuple(map(scored, group.rollouts))) for group in collected.groups)
     metrics = collected.metrics | (rollout_metrics(groups) if groups else {})

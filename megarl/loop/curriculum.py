@@ -87,7 +87,7 @@ def _measure_prompts(config: Config, stages: list[Stage]) -> StagedPrompts:
 
 
 def _last_position(config: Config, stages: list[Stage]) -> StageProgress:
-    """Where the newest checkpoint is; behind the end of a stage that is the beginning of the next."""
+    """Find where the newest checkpoint is; behind the end of a stage that is the beginning of the next."""
     checkpoint = whole_checkpoints(config.run_dir / "checkpoints")[-1]
     saved = read_manifest(checkpoint).state.stage
     if not saved:

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from megarl.config.models_of import has_reference, trains_on_pairs
-from megarl.config.schema import Config, ReferenceConfig
+from megarl.config.models import reference_of
+from megarl.config.schema import Config
 from megarl.data.tokenizer import run_tokenizer
 from megarl.errors import ConfigError
 from megarl.loop.main_rank import on_main_rank
@@ -19,12 +19,12 @@ from megarl.weights.manifest import MANIFEST
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a run saved it; else it is a Hugging Face folder."""
+    """Tell whether a run saved it; else it is a Hugging Face folder."""
     return (folder / MANIFEST).exists() or (folder / POLICY).is_dir()
 
 
 def with_checkpoint_model(config: Config, checkpoint: Path) -> Config:
-    """The config with the checkpoint as its model where that is a Hugging Face folder, not one that a run saved."""
+    """Return the config with the checkpoint as its model where that is a Hugging Face folder, not one that a run saved."""
     if is_checkpoint(checkpoint):
         return config
     model = config.model.model_copy(update={"path": checkpoint, "init": "pretrained"})
@@ -32,7 +32,7 @@ def with_checkpoint_model(config: Config, checkpoint: Path) -> Config:
 
 
 def with_start_as_reference(evaluated: Config, config: Config, folder: Path) -> Config:
-    """A preference run's config of ``with_checkpoint_model`` whose reference stays what the run's policy starts from.
+    """Return a preference run's config of ``with_checkpoint_model`` whose reference stays what the run's policy starts from.
 
     Args:
         evaluated: the config with the checkpoint as its model.
@@ -43,7 +43,7 @@ def with_start_as_reference(evaluated: Config, config: Config, folder: Path) -> 
         ConfigError: what it starts from is in no folder.
     """
     given = config.reference.path if config.reference is not None else None
-    if not trains_on_pairs(config) or not has_reference(config) or given is not None:
+    if not config.trains_on_pairs or not config.has_reference or given is not None:
         return evaluated
     if config.model.init == "random":
         raise ConfigError(
@@ -51,8 +51,7 @@ def with_start_as_reference(evaluated: Config, config: Config, folder: Path) -> 
             "checkpoint of the run, or set reference.path"
         )
     start = with_scaled_model(config, folder, writes=True).model.path
-    role = config.reference or ReferenceConfig.model_validate(config.policy.model_dump())
-    return evaluated.model_copy(update={"reference": role.model_copy(update={"path": start})})
+    return evaluated.model_copy(update={"reference": reference_of(config).role.model_copy(update={"path": start})})
 
 
 def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path, whole: Config) -> None:
@@ -70,8 +69,8 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, result: Path, whole: C
         version = check_checkpoint_together(checkpoint, learner.weight_map).state.weight_version
         with learner.engine.weights.on_device():
             learner.load_weights(load_policy(checkpoint, learner.sharded_weights()))
-    if trains_on_pairs(config):
-        reference = Reference(config) if has_reference(config) else None
+    if config.trains_on_pairs:
+        reference = Reference(config) if config.has_reference else None
         metrics = HeldOutPairs(config, learner, reference).evaluate()
     else:
         metrics = _evaluate_on_prompts(config, whole, learner, version)

@@ -10,7 +10,7 @@ from megarl.weights.checkpoint import DataState
 Example = TypeVar("Example")
 
 
-class ExampleSource(Protocol[Example]):
+class ResumableSource(Protocol[Example]):
     """Gives examples without end, from a position that can be kept."""
 
     def take(self, count: int) -> list[Example]:
@@ -31,7 +31,9 @@ class Examples(Generic[Example]):
         pack: makes a batch of them.
     """
 
-    def __init__(self, open_source: Callable[[], ExampleSource[Example]], pack: Callable[[Sequence[Example]], PackedBatch]) -> None:
+    def __init__(
+        self, open_source: Callable[[], ResumableSource[Example]], pack: Callable[[Sequence[Example]], PackedBatch]
+    ) -> None:
         self._source = on_main_rank(open_source)
         self._pack = pack
 

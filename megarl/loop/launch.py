@@ -9,8 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megarl.config.checks import check
-from megarl.config.models_of import trains_on_pairs
-from megarl.config.schema import Config
+from megarl.config.schema import Config, Rows
 from megarl.config.stages import configs_of
 from megarl.config.unused_settings import unused_settings
 from megarl.engines.argument_check import check_engine_arguments
@@ -27,6 +26,8 @@ from megarl.parallel.launch import launched_rank, run_ranks
 from megarl.rewards.evaluating_tasks import refuse_evaluating_tasks
 
 logger = logging.getLogger(__name__)
+
+LOOPS: Mapping[Rows, Callable[[Config, bool], None]] = {"prompts": run_rl, "examples": run_sft, "pairs": run_preference}
 
 
 def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
@@ -60,7 +61,7 @@ def launch_training(config: Config, num_ranks: int, *, resume: bool) -> None:
 
 
 def _warn_of_lost_work(config: Config, environment: Mapping[str, str] = os.environ) -> None:
-    """A launcher that starts the command again can do so only from a checkpoint."""
+    """Warn where a launcher may start the command again, which it can do only from a checkpoint."""
     slurm, restarts = "SLURM_JOB_ID" in environment, environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if config.checkpoint.every == 0 and (slurm or restarts):
         launcher = "SLURM may requeue this job" if slurm else "torchrun may start this run again"
@@ -72,13 +73,7 @@ def _warn_of_lost_work(config: Config, environment: Mapping[str, str] = os.envir
 
 
 def _loop_of(config: Config) -> Callable[[Config, bool], None]:
-    if config.curriculum is not None:
-        return run_curriculum
-    if config.kind == "sft":
-        return run_sft
-    if trains_on_pairs(config):
-        return run_preference
-    return run_rl
+    return LOOPS[config.rows] if config.curriculum is None else run_curriculum
 
 
 def launch_evaluation(config: Config, checkpoint: Path, num_ranks: int) -> dict[str, float]:

@@ -1,8 +1,11 @@
 """Engine, collector, prompts, scorers and environments of a run, which rank 0 alone has."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from threading import Thread
+from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config.schema import Config
@@ -15,7 +18,6 @@ from megarl.data.tokenizer import find_end_tokens, response_decoder
 from megarl.engines.build import build_engine
 from megarl.environments.run import Environments, open_environments
 from megarl.errors import CheckpointError
-from megarl.loop.background import BackgroundLoop
 from megarl.loop.collected import Collected
 from megarl.loop.prompts import Prompts, accuracy_name
 from megarl.observe.metrics import accuracy_metrics, pass_at_k, pass_rates, rollout_metrics
@@ -23,13 +25,17 @@ from megarl.rewards.combine import RewardScorer
 from megarl.rewards.correctness import correctness
 from megarl.rewards.episodes import EpisodeScorer
 from megarl.rollout.asynchronous_collector import AsynchronousCollector
-from megarl.rollout.collect_result import CollectResult
+from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.collector import Collector, Score
 from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.partial_collector import PartialCollector
 from megarl.types import RolloutGroup
 from megarl.weights.checkpoint import DataState
 from megarl.workers.sandbox import find_sandbox
+
+T = TypeVar("T")
+
+BACKGROUND_THREAD = "rollout"  # its name
 
 
 class MainRankRollouts:
@@ -110,17 +116,17 @@ class MainRankRollouts:
             | result.stats.metrics()
             | self._prompts.metrics()
             | self._worker_metrics(),
-            score_seconds=max(0.0, result.stats.wall_seconds - result.stats.generating_seconds),
+            score_seconds=self._score_seconds(result.stats),
             tickets=result.tickets,
             reward_mean=sum(rewards) / max(1, len(rewards)),
         )
 
     def pause(self) -> None:
-        """As RolloutManager's."""
+        """Let no request be at the engine; see RolloutManager."""
         self.runner.run(self._collector.pause())
 
     def resume(self, version: int) -> None:
-        """As RolloutManager's."""
+        """Let generation go on; see RolloutManager."""
         assert self._prompts is not None
         self.runner.run(self._collector.resume(self._prompts.take, version))
 
@@ -136,13 +142,13 @@ class MainRankRollouts:
         return metrics, tuple(groups)
 
     def data_state(self) -> DataState:
-        """As RolloutManager's; a run that only evaluates has no position."""
+        """Return the position in the prompts, of which a run that only evaluates has none."""
         if self._prompts is None:
             return DataState(position={}, pending=None)
         return self.runner.run(self._data_state(self._prompts))
 
     def restore_data(self, state: DataState) -> None:
-        """As RolloutManager's."""
+        """Go on from a position in the prompts; see RolloutManager."""
         if self._prompts is None:
             return
         if state.pending is None:
@@ -162,14 +168,18 @@ class MainRankRollouts:
         self.runner.close()
 
     async def _collect(self, prompts: PromptSource, step: int) -> CollectResult:
-        """On the loop that takes prompts, which may be another thread's."""
+        """Collect and count on the loop that takes prompts, which may be another thread's."""
         result = await self._collector.collect(prompts.take, step)
         prompts.record(result.sampled, self._config.evaluation.pass_threshold)
         return result
 
     async def _data_state(self, prompts: PromptSource) -> DataState:
-        """Both at the same moment, in which nothing is begun: without a wait in it, the event loop does nothing else meanwhile."""
+        """Take both at a moment in which nothing is begun: without a wait in it, the event loop does nothing else."""
         return DataState(position=prompts.state(), pending=self._collector.state())
+
+    def _score_seconds(self, stats: CollectStats) -> float:
+        """Return the wall time in which nothing was generated; 0 where generation beside training makes that meaningless."""
+        return 0.0 if isinstance(self.runner, BackgroundLoop) else max(0.0, stats.wall_seconds - stats.generating_seconds)
 
     def _pass_rates(self, result: CollectResult) -> dict[str, float]:
         """``rollout/pass@k`` of all groups that a step sampled, those that dynamic sampling dropped among them."""
@@ -189,3 +199,43 @@ def _collector_class(config: Config) -> type[Collector]:
     if config.rollout.asynchronous is not None:
         return AsynchronousCollector
     return PartialCollector if config.rollout.partial is not None else Collector
+
+
+class BackgroundLoop:
+    """An event loop in a thread of its own. It takes coroutines as asyncio.Runner does, and goes on between them."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = Thread(target=self._serve, daemon=True, name=BACKGROUND_THREAD)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run it to its end while the calling thread waits; its exception is raised here."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # when it was the wait that was interrupted
+            raise
+
+    def close(self) -> None:
+        """Cancel what still runs and end the thread."""
+        self.run(_cancel_others())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _serve(self) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # every thread begins with device 0
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()

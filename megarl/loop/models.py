@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from megarl.algorithms.algorithm import Algorithm
-from megarl.config.models_of import has_reference
 from megarl.config.schema import Config
 from megarl.config.stages import PlannedUpdates, planned_updates
 from megarl.reshard.megatron import OptimizerTransfer, TransferSettings, WeightTransfer
@@ -52,13 +51,13 @@ def build_models(config: Config, previous: dict[str, Learner] | None = None, pla
     policy = Policy(config, total_updates=planned.policy, with_weights="policy" not in previous)
     _take_over(policy, "policy", previous, config)
     critic = None
-    if config.algorithm.advantage == "gae":
+    if config.has_critic:
         critic = Critic(config, total_updates=planned.critic, with_weights="critic" not in previous)
         _take_over(critic, "critic", previous, config)
     return Models(
         algorithm=Algorithm(config.algorithm, config.rollout.max_new_tokens),
         policy=policy,
-        reference=Reference(config) if has_reference(config) else None,
+        reference=Reference(config) if config.has_reference else None,
         reward_model=RewardModel(config, config.reward_model) if config.reward_model is not None else None,
         critic=critic,
         critic_warmup=config.critic.warmup_steps if config.critic else 0,

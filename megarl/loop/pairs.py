@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.batches import build_preference_batch
-from megarl.algorithms.metrics import Part, batch_metrics, combined
+from megarl.algorithms.metrics import BatchMetrics, batch_metrics, combined
 from megarl.algorithms.objectives import ObjectiveFunction, select_tokens
 from megarl.algorithms.preferences import build_pair_objective
 from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
@@ -22,9 +22,9 @@ from megarl.types import PackedBatch
 
 
 def pack_for(config: Config, pairs: Sequence[PreferencePair]) -> PackedBatch:
-    """The pairs one after the other; for a reward model all that counts of a response is the score at its last token."""
+    """Pack the pairs one after the other; for a reward model all that counts of a response is the score at its last token."""
     packed = pack_pairs(pairs)
-    return with_scored_ends(packed) if config.kind == "reward_model" else packed
+    return with_scored_ends(packed) if config.trains_reward_model else packed
 
 
 class HeldOutPairs:
@@ -33,7 +33,7 @@ class HeldOutPairs:
     Args:
         config: the run.
         learner: that is evaluated.
-        reference: that the loss compares with, if any. It does not change, so it scores each pair once.
+        reference: that the loss compares with, if any. It does not change, so each pair is computed once.
     """
 
     def __init__(self, config: Config, learner: Learner, reference: Reference | None) -> None:
@@ -46,11 +46,11 @@ class HeldOutPairs:
         self._reference_logprobs: dict[int, Tensor | None] = {}
 
     def evaluate(self) -> dict[str, float]:
-        """Means over all pairs of what training reports of its own, with ``held_out/`` in front; equal on all ranks.
+        """Return means over all pairs of what training reports of its own, as ``held_out/...``; equal on all ranks.
 
         As many pairs are in memory at a time as in a training step.
         """
-        parts: list[Part] = []
+        parts: list[BatchMetrics] = []
         size = self._config.preference.pairs_per_step
         for first in range(0, self._num_pairs, size):
             pairs = self._pairs[first : first + size]
@@ -66,8 +66,8 @@ class HeldOutPairs:
 
 def pair_metrics(
     packed: PackedBatch, outputs: Sequence[Tensor], reference_logprobs: Tensor | None, objective: ObjectiveFunction
-) -> Part:
-    """What an objective reports of a whole batch of pairs; ``outputs`` are the model's, each float32 [num_tokens]."""
+) -> BatchMetrics:
+    """Compute what an objective reports of a whole batch of pairs; ``outputs`` are the model's, each float32 [num_tokens]."""
     trained = packed.loss_mask.nonzero()[:, 0]
     sequences = SequenceTokens(
         numbers=sequence_numbers(packed.cu_seqlens)[trained],
@@ -77,4 +77,4 @@ def pair_metrics(
     data = select_tokens(build_preference_batch(packed, reference_logprobs), trained, torch.device("cpu"), sequences)
     totals = objective(*(output[trained] for output in outputs), data).metrics
     metrics = batch_metrics({name: float(value) for name, value in totals.items()}, trained.numel())
-    return Part(metrics=metrics, num_tokens=trained.numel(), num_sequences=packed.num_sequences)
+    return BatchMetrics(metrics=metrics, num_tokens=trained.numel(), num_sequences=packed.num_sequences)

@@ -6,7 +6,6 @@ from functools import partial
 from megarl.algorithms.batches import build_preference_batch
 from megarl.algorithms.metrics import step_metrics
 from megarl.algorithms.preferences import build_pair_objective
-from megarl.config.models_of import has_reference
 from megarl.config.schema import Config
 from megarl.data.sampler import build_pair_source
 from megarl.data.template import PreferencePair
@@ -25,7 +24,7 @@ from megarl.train.roles import Reference, build_learner
 def run_preference(config: Config, resume: bool) -> None:
     """Train on the pairs of data.train; every rank of the world runs this."""
     learner = build_learner(config, total_updates=config.steps)
-    reference = Reference(config) if has_reference(config) else None
+    reference = Reference(config) if config.has_reference else None
     objective = build_pair_objective(config)
     with open_run(config, {"policy": learner}, partial(_open_data, config, learner, reference), resume=resume) as parts:
         run = parts.run

@@ -61,7 +61,7 @@ class StageProgress:
         return f"{self.stage.steps} steps" if step >= self.last_step else ""
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON values."""
+        """Return the position for a checkpoint, as JSON values."""
         return {
             "number": self.stage.number,
             "name": self.stage.name,
@@ -72,7 +72,7 @@ class StageProgress:
 
     @classmethod
     def restore(cls, stages: Sequence[Stage], state: dict[str, Any]) -> Self:
-        """Where ``state()`` was taken.
+        """Continue where ``state()`` was taken.
 
         Raises:
             CheckpointError: the run has other stages.

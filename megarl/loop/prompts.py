@@ -29,20 +29,20 @@ class Prompts:
 
 
 def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """The prompts of a run without stages; raises DataError as ``build_prompt_source`` and ``check_references``."""
-    training = build_prompt_source(config, tokenizer, row_sizes(config, tokenizer)) if config.kind == "rl" else None
+    """Read the prompts of a run without stages; raises DataError as ``build_prompt_source`` and ``check_references``."""
+    training = build_prompt_source(config, tokenizer, row_sizes(config, tokenizer)) if config.learns_from_samples else None
     held_out = build_evaluation_prompts(config, tokenizer)
     check_references(config, training.rows() if training else ())
     return Prompts(training=training, held_out=held_out)
 
 
 def prompts_of_stage(prompts: StagedPrompts, stages: Sequence[Stage], stage: Stage) -> Prompts:
-    """The prompts of a stage."""
+    """Return what a stage asks and is evaluated on."""
     return Prompts(training=prompts.source(stage), held_out=prompts.evaluation_prompts(stage), stages=stages[: stage.number + 1])
 
 
 def read_held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """The held-out prompts alone, with a curriculum those of all its stages."""
+    """Read the held-out prompts alone, with a curriculum those of all its stages."""
     check_references(config, ())
     if config.curriculum is None:
         return Prompts(training=None, held_out=build_evaluation_prompts(config, tokenizer))
@@ -51,5 +51,5 @@ def read_held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def accuracy_name(stage: Stage) -> str:
-    """The metric of the held-out prompts of a stage's lengths."""
+    """Name the metric of the held-out prompts of a stage's lengths."""
     return f"accuracy@{stage.name}"

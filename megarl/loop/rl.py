@@ -42,7 +42,8 @@ def train(parts: RunParts[RolloutManager], models: Models, observe: ObserveConfi
     parts.evaluation.at_start()
     rollout.resume(run.weight_version)
     while not run.is_over:
-        collected = rollout.collect(run.step, run.timer)
+        with run.timer.phase(rollout.phase):
+            collected = rollout.collect(run.step)
         if models.reward_model is not None:
             with run.timer.phase("reward-model"):
                 collected = add_model_rewards(collected, models.reward_model)
@@ -70,6 +71,7 @@ def train(parts: RunParts[RolloutManager], models: Models, observe: ObserveConfi
             rollout.pause()
             rollout.push_weights(run.weight_version + 1)
             rollout.resume(run.weight_version + 1)
+        run.timer.move(rollout.phase, "score", collected.score_seconds)
         metrics |= sentinels.check(collected.packed, outputs, version=run.weight_version, step=run.step + 1)
         run.advance()
         metrics |= parts.evaluation.after_step(collected.reward_mean)

@@ -10,7 +10,6 @@ from megarl.loop.main_rank import broadcast_batch, broadcast_value
 from megarl.loop.main_rank_rollouts import MainRankRollouts
 from megarl.loop.prompts import Prompts
 from megarl.loop.weight_sync import MainRankEngine, WeightSync, check_transport
-from megarl.observe.timers import PhaseTimer
 from megarl.train.learner import Learner
 from megarl.types import PackedBatch, RolloutGroup
 from megarl.weights.checkpoint import DataState
@@ -29,6 +28,7 @@ class RolloutManager:
 
     Attributes:
         outlives_updates: whether responses may be in flight while weights change.
+        phase: as what the timer counts ``collect``: ``generate``, or ``wait`` where generation runs beside training.
     """
 
     def __init__(
@@ -45,8 +45,9 @@ class RolloutManager:
         shapes = policy.weight_map.hugging_face_shapes()
         main = None if prompts is None else MainRankRollouts(config, tokenizer, shapes, warn, prompts, with_greedy=with_greedy)
         self._main = main
-        self._runs_beside_training = config.rollout.asynchronous is not None
-        self.outlives_updates = self._runs_beside_training or config.rollout.partial is not None
+        is_asynchronous = config.rollout.asynchronous is not None
+        self.outlives_updates = is_asynchronous or config.rollout.partial is not None
+        self.phase = "wait" if is_asynchronous else "generate"
         self._weight_sync = WeightSync(config, policy, MainRankEngine(main.engine, main.runner.run, warn) if main else None)
 
     def push_weights(self, version: int) -> None:
@@ -54,7 +55,7 @@ class RolloutManager:
         self._weight_sync.push(version)
 
     def pause(self) -> None:
-        """Let no request be at the engine before weights change: generation beside training waits for them or cuts them."""
+        """Let no request be at the engine before weights change: generation beside training waits for them or aborts them."""
         if self._main is not None:
             self._main.pause()
 
@@ -63,23 +64,14 @@ class RolloutManager:
         if self._main is not None:
             self._main.resume(version)
 
-    def collect(self, step: int, timer: PhaseTimer) -> Collected:
-        """Sample and score the groups of one step.
-
-        Args:
-            step: of the run.
-            timer: counts the seconds as ``generate`` and ``score``; as ``wait`` where both run beside training.
-        """
-        phase = "wait" if self._runs_beside_training else "generate"
-        with timer.phase(phase):
-            collected = None if self._main is None else self._main.collect(step)
-            packed = broadcast_batch(None if collected is None else collected.packed, PackedBatch)
-            reward_mean = broadcast_value(None if collected is None else collected.reward_mean)
-        if collected is None:
-            return Collected(packed=packed, groups=(), metrics={}, score_seconds=0.0, tickets=None, reward_mean=reward_mean)
-        if not self._runs_beside_training:
-            timer.move(phase, "score", collected.score_seconds)
-        return collected
+    def collect(self, step: int) -> Collected:
+        """Sample and score the groups of one step of the run."""
+        collected = None if self._main is None else self._main.collect(step)
+        packed = broadcast_batch(None if collected is None else collected.packed, PackedBatch)
+        reward_mean = broadcast_value(None if collected is None else collected.reward_mean)
+        return collected or Collected(
+            packed=packed, groups=(), metrics={}, score_seconds=0.0, tickets=None, reward_mean=reward_mean
+        )
 
     def evaluate(self) -> tuple[dict[str, float], tuple[RolloutGroup, ...]]:
         """Answer the held-out prompts: metrics on every rank, groups on rank 0."""

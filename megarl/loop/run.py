@@ -42,7 +42,7 @@ class Run:
         self.weight_version += 1
 
     def is_due(self, every: int) -> bool:
-        """Whether something that happens after every so many steps, 0 for never, happens after this one."""
+        """Tell whether what happens after every so many steps, 0 for never, happens after this one."""
         return every > 0 and self.step % every == 0
 
     def _announce(self, phase: str) -> None:

@@ -100,7 +100,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _open_lock(folder: Path, path: Path) -> int:
-    """The locked file; raises ConfigError where another run has it."""
+    """Lock the file; raises ConfigError where another run has it."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -135,7 +135,7 @@ def _holder(path: Path) -> dict[str, Any]:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether it is a process of this machine that still runs."""
+    """Tell whether it is a process of this machine that still runs."""
     if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
         return False
     return _start_of(holder["pid"]) == holder.get("started")

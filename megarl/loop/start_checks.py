@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megarl.config.schema import Config, ScorerConfig
+from megarl.builtin.scorers import AnswerScorer
+from megarl.config.schema import Config
 from megarl.config.tasks import EVALUATION, task_scorers, tasks_of
 from megarl.data.row_sizes import Progress, RowSizes
 from megarl.data.sources import Row, read_rows
@@ -24,17 +25,17 @@ _FORMAT = 1  # of the checks: a newer one is not satisfied by what an older one 
 
 
 def checks_folder(config: Config) -> Path:
-    """Where a run keeps what its checks found."""
+    """Return where a run keeps what its checks found."""
     return config.run_dir / "checks"
 
 
 def row_sizes(config: Config, tokenizer: PreTrainedTokenizerBase) -> RowSizes:
-    """What measures the rows of a run."""
+    """Return what measures the rows of a run."""
     return RowSizes(config, tokenizer, checks_folder(config), in_processes)
 
 
 def check_references(config: Config, rows: Iterable[Row]) -> None:
-    """Every answer of these rows and of ``evaluation.data`` can be compared with responses by its task's scorers.
+    """Check that every answer of these rows and of ``evaluation.data`` can be compared with responses by its task's scorers.
 
     Raises:
         DataError: one cannot; it names the row, the answer, and what to do.
@@ -42,7 +43,9 @@ def check_references(config: Config, rows: Iterable[Row]) -> None:
     own = task_scorers(config)
     locations: dict[str, str] = {}  # the first of those that are compared with the same
     for row in itertools.chain(rows, _held_out_rows(config)):
-        for scorer in _checked_types(own.get(row.task, config.rewards.scorers)):
+        for scorer in own.get(row.task, config.rewards.scorers):
+            if not isinstance(scorer, AnswerScorer):
+                continue
             compared = json.dumps(references.compared_with(scorer, row.reference), default=str)
             locations.setdefault(compared, row.location or row.row_id)
     items = list(locations)
@@ -61,12 +64,6 @@ def _held_out_rows(config: Config) -> Iterator[Row]:
     if config.evaluation.data is not None:
         for task in tasks_of(config.evaluation.data, EVALUATION):
             yield from read_rows(task.source, task.name)
-
-
-def _checked_types(scorers: Sequence[ScorerConfig]) -> Iterator[str]:
-    for scorer in scorers:
-        if scorer.type in references.CHECKED:
-            yield scorer.type
 
 
 def _reasons(items: Sequence[str]) -> list[str | None]:

@@ -29,7 +29,7 @@ class StopRequest:
         self._forks_ranks = forks_ranks
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
+        """Handle one of the signals."""
         if os.getpid() == self._launcher:
             self._announce(number)
             for one in STOP_SIGNALS:
@@ -71,7 +71,7 @@ def stop_on_signals(*, forks_ranks: bool) -> Iterator[None]:
 
 
 def stop_is_requested() -> bool:
-    """Whether a signal came to any rank; collective, so that all of them stop at the same step."""
+    """Tell whether a signal came to any rank; collective, so that all of them stop at the same step."""
     handler = signal.getsignal(signal.SIGTERM)
     mine = isinstance(handler, StopRequest) and handler.is_made
     anywhere = torch.tensor([int(mine)])

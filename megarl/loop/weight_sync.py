@@ -15,10 +15,10 @@ from megarl.config.schema import Config
 from megarl.engines.protocol import RolloutEngine
 from megarl.engines.server_engine import EngineSizes, ServerEngine
 from megarl.errors import ConfigError, MegaRLError, TransferError
+from megarl.families.base.engine_rules import EngineLayout
 from megarl.models.transformer_config import DTYPES
 from megarl.reshard.barrier import AbsentRankError, Barrier
 from megarl.reshard.engine_transfer import EngineTransfer, EngineTransferSettings, plan_engine_transfer
-from megarl.reshard.plan.engine_layouts import EngineLayout
 from megarl.train.learner import Learner
 
 
@@ -62,7 +62,7 @@ class WeightSync:
             ConfigError: the transport that was asked for cannot reach the engine's workers.
             MegaRLError: the engine could not be updated, not even after restarts, or a trainer rank is missing.
         """
-        if self._config.rollout.engine == "embedded" or self._settings.method == "broadcast":
+        if self._config.rollout.server is None or self._settings.method == "broadcast":
             self._push_whole_tensors(version)
             return
         for restarts_left in reversed(range(self._settings.max_restarts + 1)):
@@ -127,9 +127,8 @@ class WeightSync:
                 box = [(self._main.run(server.sizes()), _address(server.server.own_address()))]
         dist.broadcast_object_list(box, src=0)
         assert box[0] is not None
-        (sizes, address), engine = box[0], self._config.rollout.engine
-        assert engine != "embedded"
-        section = getattr(self._config.rollout, engine)
+        (sizes, address), engine, section = box[0], self._config.rollout.server_engine, self._config.rollout.server
+        assert engine is not None and section is not None
         return plan_engine_transfer(
             self._policy.weight_map,
             (self._policy.engine.chunks, self._policy.engine.layout),
@@ -183,7 +182,7 @@ def _server(main: MainRankEngine) -> ServerEngine:
 
 
 def _address(server_view: str) -> str:
-    """Of this machine, for workers and for trainer ranks on other machines: where the server is local, that of the rendezvous."""
+    """Return this machine's address for workers and ranks on others: where the server is local, that of the rendezvous."""
     if not ipaddress.ip_address(server_view).is_loopback:
         return server_view
     store = distributed_c10d._get_default_store()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megarl.config.schema import ParallelConfig
-from megarl.models.architecture import Architecture, LatentAttention, MixtureOfExperts
+from megarl.families.base.architecture import Architecture, LatentAttention, MixtureOfExperts
 
 Tensors = Mapping[str, float]  # name to bytes
 FLOAT = 4  # bytes of a float32

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from megarl.config.checks import check
-from megarl.config.models_of import models_of
+from megarl.config.models import models_of
 from megarl.config.schema import Config, RoleConfig, Section
 from megarl.errors import ConfigError
-from megarl.memory.statement import Device, longest_sequence, state_memory
+from megarl.memory.statement import Device, state_memory
 
 LEAST_GAIN = 0.99  # of the peak; what gains less is not worth a line
 SMALLEST_CHUNK = 128  # tokens; smaller chunks of logits are not worth their time
@@ -112,7 +112,7 @@ def _kinds(run: _Run) -> Iterator[Iterator[_Edit]]:
             yield from _kinds_of_role(run, name, role)
     if run.config.model.dtype == "float32":
         yield _edits("model.dtype", ["bfloat16"])
-    if run.config.kind == "rl" and run.config.rollout.engine == "embedded":
+    if run.config.samples_from_embedded:
         sequences = run.config.rollout.embedded.batch_size
         yield _edits("rollout.embedded.batch_size", [sequences // factor for factor in (2, 4, 8) if sequences >= factor])
     yield (_Edit(f"--world-size={run.world_size * factor}", _ranks(run.world_size * factor)) for factor in (2, 4, 8))
@@ -126,7 +126,7 @@ def _kinds_of_role(run: _Run, name: str, role: RoleConfig) -> Iterator[Iterator[
         yield _edits(f"{name}.recompute", list(stronger[role.recompute]))
         if not role.offload_activations:
             yield _edits(f"{name}.offload_activations", [True])
-    yield _edits(f"{name}.max_tokens_per_micro_batch", _halvings(role.max_tokens_per_micro_batch, longest_sequence(run.config)))
+    yield _edits(f"{name}.max_tokens_per_micro_batch", _halvings(role.max_tokens_per_micro_batch, run.config.step_size.unit_tokens))
     yield _edits(f"{name}.logprob_chunk_tokens", _halvings(role.logprob_chunk_tokens, SMALLEST_CHUNK))
     if learns and not parallel.distributed_optimizer:
         yield _edits(f"{name}.parallel.distributed_optimizer", [True])

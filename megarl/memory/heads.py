@@ -1,4 +1,4 @@
-"""From the last hidden states to log-probabilities or values: what is kept and what is used, in bytes of one rank."""
+"""From the last hidden states to log-probs or values: what is kept and what is used, in bytes of one rank."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class HeadShape:
 
 
 def kept(shape: HeadShape) -> float:
-    """Hidden states of the trained tokens, in float32 for values; log-probabilities, entropies, normalisers and the objective's
+    """Hidden states of the trained tokens, in float32 for values; log-probs, entropies, normalisers and the objective's
     terms."""
     element = shape.element if shape.vocabulary else FLOAT
     return shape.rows * (shape.hidden_size * element + 10 * FLOAT)
@@ -47,7 +47,7 @@ def forward(shape: HeadShape) -> float:
 
 
 def backward(shape: HeadShape) -> float:
-    """Gradients of the hidden states and, in float32, of the output layer; a chunk's log-probabilities and probabilities.
+    """Gradients of the hidden states and, in float32, of the output layer; a chunk's log-probs and probabilities.
 
     In bfloat16 also a chunk's gradient, and its share of the output layer's in both types.
     """

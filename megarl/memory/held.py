@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from megarl.config.schema import Config, ParallelConfig
 from megarl.errors import ConfigError
+from megarl.families.base.architecture import Architecture
+from megarl.families.base.weight_rules import Kind, Layers
 from megarl.memory.activations import FLOAT, INT
-from megarl.models.architecture import Architecture
 from megarl.parallel.axis_sizes import AxisSizes
 from megarl.weights.mapping import WeightMap
-from megarl.weights.rules import Kind, Layers, Parameter
+from megarl.weights.shards import Parameter
 
 PARAMETER_ALIGNMENT = 64  # elements, of where a parameter begins in the distributed optimizer's buffers (megatron-core)
 
@@ -104,7 +105,7 @@ def _own_elements(held: Elements, parallel: ParallelConfig, sizes: AxisSizes) ->
 
 
 def batch(num_tokens: int, *, reference: bool, critic: bool) -> float:
-    """Return PackedBatch, TokenScores and TrainBatch, which every rank has whole, in host memory where there are GPUs."""
+    """Return PackedBatch, TokenOutputs and TrainBatch, which every rank has whole, in host memory where there are GPUs."""
     packed = 2 * INT + 2 * FLOAT + 1  # token_ids, weight_versions; sampler_logprobs, step_rewards; loss_mask
     outputs = FLOAT * (2 + reference + 2 * critic)  # old, entropies; reference; values and returns
     trained = FLOAT * 2  # advantages, token_weights

@@ -12,11 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from megarl.config.models_of import models_of, trains_on_pairs
-from megarl.config.schema import Config, CriticConfig, RoleConfig
+from megarl.config.models import ModelOfRun, models_of
+from megarl.config.schema import Config, RoleConfig
+from megarl.families.base.architecture import Architecture, padded_vocabulary_size
+from megarl.families.registry import read_architecture
 from megarl.memory import activations, heads, held
 from megarl.memory.activations import FLOAT, LayerShape
-from megarl.models.architecture import Architecture, padded_vocabulary_size, read_architecture
 from megarl.parallel.axis_sizes import AxisSizes, axis_sizes
 from megarl.weights.mapping import WeightMap, build_weight_map
 from megarl.weights.value_head import with_value_head
@@ -26,7 +27,7 @@ ELEMENT = {"float32": 4, "bfloat16": 2}  # bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MemoryPart:
     """Some of a rank's memory.
 
     Attributes:
@@ -59,8 +60,8 @@ class RankMemory:
     num_ranks: int
     stages: dict[str, int]
     moment: str
-    held: tuple[Part, ...]
-    added: tuple[Part, ...]
+    held: tuple[MemoryPart, ...]
+    added: tuple[MemoryPart, ...]
     moments: dict[str, float]
 
     @property
@@ -111,18 +112,18 @@ class _Role:
         """Return the pipeline stage of a rank of the world; None outside the role."""
         return (rank - self.ranks.start) // (len(self.ranks) // self.sizes.pp) if rank in self.ranks else None
 
-    def offloaded(self, part: Part) -> bool:
+    def offloaded(self, part: MemoryPart) -> bool:
         """Return whether a part that the role holds is in host memory while the role is idle."""
         return self.config.offload == "all" or (self.config.offload == "optimizer" and part.name == "optimizer state")
 
-    def held_parts(self, stage: int) -> tuple[Part, ...]:
+    def held_parts(self, stage: int) -> tuple[MemoryPart, ...]:
         parallel = self.config.parallel
         counts = self.elements[stage]
-        parts = [Part(self.name, "weights", held.weights(counts, self.element), {})]
+        parts = [MemoryPart(self.name, "weights", held.weights(counts, self.element), {})]
         if self.learns:
-            parts.append(Part(self.name, "gradients", held.gradients(counts), {}))
+            parts.append(MemoryPart(self.name, "gradients", held.gradients(counts), {}))
             state = held.optimizer_state(counts, parallel, self.sizes, self.element)
-            parts.append(Part(self.name, "optimizer state", state, {}))
+            parts.append(MemoryPart(self.name, "optimizer state", state, {}))
         return tuple(parts)
 
     def gathered(self) -> float:
@@ -131,13 +132,13 @@ class _Role:
         is_used = parallel.sequence_parallel and parallel.tp > 1
         return float(self.element * self.tokens * self.architecture.hidden_size) if is_used else 0.0
 
-    def scoring(self, stage: int) -> tuple[Part, ...]:
+    def scoring(self, stage: int) -> tuple[MemoryPart, ...]:
         layers = self.layers(stage)
         widest = max((activations.forward_only(self.layer, is_moe=is_moe) for is_moe in set(layers)), default=0.0)
         head = heads.kept(self.head) + heads.forward(self.head) + 2 * self.layer.hidden if self._is_last(stage) else 0.0
         return self._largest(activations_bytes=widest, head_bytes=head, before=())
 
-    def update(self, stage: int, device: Device) -> tuple[Part, ...]:
+    def update(self, stage: int, device: Device) -> tuple[MemoryPart, ...]:
         """Return the activations of the micro-batches in flight, and the working set of a layer's or of the head's backward pass.
 
         Of activations in host memory, which on a CPU is the rank's own, a GPU has one layer's.
@@ -160,16 +161,16 @@ class _Role:
         working = max((activations.working(self.layer, is_moe=is_moe, recompute=recompute) for is_moe in set(layers)), default=0.0)
         if self.architecture.tied_embeddings and parallel.pp == 1:
             working += self.element * self.head.weight_elements  # waits for the embedding's own gradient
-        saved = Part(self.name, "activations", activations.total(tensors), tensors)
+        saved = MemoryPart(self.name, "activations", activations.total(tensors), tensors)
         return self._largest(activations_bytes=working, head_bytes=head, before=(saved,))
 
-    def reduction(self, stage: int) -> tuple[Part, ...]:
+    def reduction(self, stage: int) -> tuple[MemoryPart, ...]:
         """Return the copy of the whole gradient buffer that gloo reduces and scatters."""
-        return (Part(self.name, "gloo's copy of the gradients", held.gradients(self.elements[stage]), {}),)
+        return (MemoryPart(self.name, "gloo's copy of the gradients", held.gradients(self.elements[stage]), {}),)
 
-    def step(self, stage: int) -> tuple[Part, ...]:
+    def step(self, stage: int) -> tuple[MemoryPart, ...]:
         size = held.optimizer_step(self.elements[stage], self.config.parallel, self.sizes)
-        return (Part(self.name, "optimizer step", size, {}),)
+        return (MemoryPart(self.name, "optimizer step", size, {}),)
 
     def whole_tensors(self) -> float:
         """Return the largest tensor, gathered on rank 0, and its parts."""
@@ -187,11 +188,11 @@ class _Role:
         warmup = 2 * (pp - stage - 1) + (vpp - 1) * pp
         return min(warmup + 1, self.micro_batches * vpp) / vpp
 
-    def _largest(self, *, activations_bytes: float, head_bytes: float, before: tuple[Part, ...]) -> tuple[Part, ...]:
+    def _largest(self, *, activations_bytes: float, head_bytes: float, before: tuple[MemoryPart, ...]) -> tuple[MemoryPart, ...]:
         if head_bytes > activations_bytes:
             name = "values" if self.gives_values else "log-probability chunk"
-            return (*before, Part(self.name, name, head_bytes, {}))
-        return (*before, Part(self.name, "one layer's work", activations_bytes, {}))
+            return (*before, MemoryPart(self.name, name, head_bytes, {}))
+        return (*before, MemoryPart(self.name, "one layer's work", activations_bytes, {}))
 
 
 def state_memory(config: Config, world_size: int, device: Device) -> list[RankMemory]:
@@ -205,11 +206,11 @@ def state_memory(config: Config, world_size: int, device: Device) -> list[RankMe
     Raises:
         ConfigError: a layout does not divide the model or the world.
     """
-    roles = [_role(config, name, world_size) for name in models_of(config)]
+    roles = [_role(config, model, world_size) for model in models_of(config).values()]
     kinds: dict[tuple[tuple[int | None, ...], bool], list[int]] = {}
     for rank in range(world_size):
         stages = tuple(role.stage_of(rank) for role in roles)
-        has_engine = rank == 0 and _is_embedded(config)
+        has_engine = rank == 0 and config.samples_from_embedded
         kinds.setdefault((stages, has_engine), []).append(rank)
     result = [_rank(config, roles, stages, ranks, device, has_engine=has_engine) for (stages, has_engine), ranks in kinds.items()]
     return sorted(result, key=lambda kind: -kind.peak)
@@ -223,18 +224,17 @@ def _rank(
     # Copies of what is offloaded stay in host memory, which on a CPU is the ranks' own.
     is_own = device == "cpu"
     held_parts = [part for role, stage in present for part in role.held_parts(stage) if is_own or not role.offloaded(part)]
-    num_tokens, _ = _batch_sizes(config)
     names = {role.name for role in roles}
-    size = held.batch(num_tokens, reference="reference" in names, critic="critic" in names)
+    size = held.batch(config.step_size.tokens, reference="reference" in names, critic="critic" in names)
     if device == "cpu":
-        held_parts.append(Part("run", "batch", size, {}))
+        held_parts.append(MemoryPart("run", "batch", size, {}))
     if gathered := max((role.gathered() for role, _ in present), default=0.0):
-        held_parts.append(Part("run", "buffer of gathered activations", gathered, {}))
-    moments: dict[str, tuple[Part, ...]] = {}
+        held_parts.append(MemoryPart("run", "buffer of gathered activations", gathered, {}))
+    moments: dict[str, tuple[MemoryPart, ...]] = {}
     for role, stage in present:
         brought = tuple(part for part in role.held_parts(stage) if role.offloaded(part))
         weights = tuple(part for part in brought if part.name == "weights")
-        if config.kind == "rl" or not role.learns:
+        if config.learns_from_samples or not role.learns:
             moments[f"{role.name} scoring"] = (*weights, *role.scoring(stage))
         if role.learns:
             moments[f"{role.name} update"] = (*brought, *role.update(stage, device))
@@ -243,17 +243,17 @@ def _rank(
                 moments[f"{role.name} gradient reduction"] = (*brought, *role.reduction(stage))
     if has_engine:
         engine = held.embedded_engine(config, policy.architecture, policy.weight_map, policy.element)
-        held_parts.append(Part("engine", "weights", engine["weights"], {}))
+        held_parts.append(MemoryPart("engine", "weights", engine["weights"], {}))
         for moment, names_of_parts in (
             ("prompts", ("key-value cache of prompts", "one layer over all prompts")),
             ("sampling", ("key-value cache", "logits")),
         ):
-            moments[moment] = tuple(Part("engine", name, engine[name], {}) for name in names_of_parts)
-        moments["weight update"] = (Part("policy", "gathered tensor", policy.whole_tensors(), {}),)
-    elif config.kind == "rl" and not _is_embedded(config):
+            moments[moment] = tuple(MemoryPart("engine", name, engine[name], {}) for name in names_of_parts)
+        moments["weight update"] = (MemoryPart("policy", "gathered tensor", policy.whole_tensors(), {}),)
+    elif config.learns_from_samples and not config.samples_from_embedded:
         transfer = config.rollout.weight_transfer
         staging = 2.0 * (transfer.bucket_mib << 20) if transfer.method == "slices" else policy.whole_tensors()
-        moments["weight update"] = (Part("policy", "staging of weights", staging, {}),)
+        moments["weight update"] = (MemoryPart("policy", "staging of weights", staging, {}),)
     always = sum(part.num_bytes for part in held_parts)
     peaks = {moment: always + sum(part.num_bytes for part in parts) for moment, parts in moments.items()}
     worst = max(peaks, key=lambda moment: peaks[moment])
@@ -283,12 +283,13 @@ def state_relayout(before: Config, after: Config, world_size: int, device: Devic
     Raises:
         ConfigError: a layout does not divide the model or the world.
     """
-    roles = [(_role(before, name, world_size), _role(after, name, world_size)) for name in models_of(after)]
+    old, new = models_of(before), models_of(after)
+    roles = [(_role(before, old[name], world_size), _role(after, new[name], world_size)) for name in new if name in old]
     learners = [pair for pair in roles if pair[1].learns]
     kinds: dict[tuple[int | None, ...], list[int]] = {}
     for rank in range(world_size):
         kinds.setdefault(tuple(role.stage_of(rank) for pair in learners for role in pair), []).append(rank)
-    staging = Part("run", "staging of the move", 2.0 * (after.rollout.weight_transfer.bucket_mib << 20), {})
+    staging = MemoryPart("run", "staging of the move", 2.0 * (after.rollout.weight_transfer.bucket_mib << 20), {})
     result = []
     for ranks in kinds.values():
         rank = ranks[0]
@@ -313,7 +314,7 @@ def state_relayout(before: Config, after: Config, world_size: int, device: Devic
     return sorted(result, key=lambda kind: -kind.peak)
 
 
-def _while_one_moves(learners: list[tuple[_Role, _Role]], moving: int, rank: int, device: Device) -> Iterator[Part]:
+def _while_one_moves(learners: list[tuple[_Role, _Role]], moving: int, rank: int, device: Device) -> Iterator[MemoryPart]:
     """Yield the learners before it in new layouts, those after it in old ones, and itself in both; without old gradients."""
     for number, (old, new) in enumerate(learners):
         present = [(old, f"old {old.name}")] if number >= moving else []
@@ -328,39 +329,6 @@ def _while_one_moves(learners: list[tuple[_Role, _Role]], moving: int, rank: int
                 yield replace(part, owner=owner, num_bytes=copies * part.num_bytes)
 
 
-def longest_sequence(config: Config) -> int:
-    """Return the tokens of a step's longest sequence, of a preference run of its longest pair, which one micro-batch holds."""
-    return _batch_sizes(config)[1]
-
-
-def settings_of_roles(config: Config) -> dict[str, RoleConfig]:
-    """Return the section of every model that the run builds, by name."""
-    return {name: _settings(config, name)[0] for name in models_of(config)}
-
-
-def _is_embedded(config: Config) -> bool:
-    return config.kind == "rl" and config.rollout.engine == "embedded"
-
-
-def _batch_sizes(config: Config) -> tuple[int, int]:
-    """Return the tokens of a step and of one micro-batch, all prompts and responses as long as they may be."""
-    if trains_on_pairs(config):
-        of_pair = 2 * (config.preference.max_tokens + int(config.kind == "reward_model"))
-        return config.preference.pairs_per_step * of_pair, of_pair
-    if config.kind == "sft":
-        return config.sft.examples_per_step * config.sft.max_tokens, config.sft.max_tokens
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    return config.rollout.prompts_per_step * config.rollout.samples_per_prompt * longest, longest
-
-
-def _settings(config: Config, name: str) -> tuple[RoleConfig, Path]:
-    """Return a role's section and its model folder; what is not given is the policy's."""
-    section = getattr(config, name)
-    if section is None and name == "critic":
-        section = CriticConfig.model_validate(config.policy.model_dump())
-    return section or config.policy, getattr(section, "path", None) or config.model.path
-
-
 @lru_cache(maxsize=8)  # of hundreds of experts it takes a second, and advice asks for many layouts
 def _weight_map(path: Path, pad_multiple: int, *, gives_values: bool) -> WeightMap:
     architecture = read_architecture(path)
@@ -370,32 +338,28 @@ def _weight_map(path: Path, pad_multiple: int, *, gives_values: bool) -> WeightM
     return with_value_head(weight_map) if gives_values else weight_map
 
 
-def _role(config: Config, name: str, world_size: int) -> _Role:
-    role, path = _settings(config, name)
-    gives_values = name in ("critic", "reward_model") or config.kind == "reward_model"
-    learns = name in ("policy", "critic")
-    weight_map = _weight_map(path.resolve(), config.model.vocabulary_pad_multiple, gives_values=gives_values)
+def _role(config: Config, model: ModelOfRun, world_size: int) -> _Role:
+    role, step = model.role, config.step_size
+    weight_map = _weight_map(model.path.resolve(), config.model.vocabulary_pad_multiple, gives_values=model.gives_values)
     architecture = weight_map.architecture
     ranks = role.ranks(world_size)
     sizes = axis_sizes(role.parallel, len(ranks))
-    num_tokens, longest = _batch_sizes(config)
-    of_update = num_tokens // (config.algorithm.updates_per_step if config.kind == "rl" and learns else 1)
-    of_replica = max(longest, -(-of_update // sizes.dp))
+    of_update = step.tokens // (config.updates_per_step if model.learns else 1)
+    of_replica = max(step.unit_tokens, -(-of_update // sizes.dp))
     in_micro_batch = min(role.max_tokens_per_micro_batch, of_replica)
-    trained = config.rollout.max_new_tokens / longest if config.kind == "rl" else 1.0
     tokens = -(-in_micro_batch // sizes.cp)
     return _Role(
-        name=name,
+        name=model.name,
         config=role,
         ranks=ranks,
         architecture=architecture,
         weight_map=weight_map,
         sizes=sizes,
-        elements=held.elements(weight_map, sizes, aligned=learns and role.parallel.distributed_optimizer),
+        elements=held.elements(weight_map, sizes, aligned=model.learns and role.parallel.distributed_optimizer),
         element=ELEMENT[config.model.dtype],
-        learns=learns,
-        gives_values=gives_values,
+        learns=model.learns,
+        gives_values=model.gives_values,
         tokens=tokens,
-        rows=max(1, round(tokens * trained)),
+        rows=max(1, round(tokens * step.trained_share)),
         micro_batches=-(-of_replica // in_micro_batch),
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megarl.config.schema import ModelConfig, RoleConfig
 from megarl.errors import ConfigError
-from megarl.models.architecture import Architecture, padded_vocabulary_size
+from megarl.families.base.architecture import Architecture, padded_vocabulary_size
 from megarl.models.latent_attention import ScaledRotaryEmbedding
 from megarl.models.layer_specs import stage_spec
 from megarl.models.rope import rotary_frequencies

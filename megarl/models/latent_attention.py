@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-from megarl.config.model_facts import LATENT_NORM_EPSILON
+from megarl.families.deepseek_v3 import LATENT_NORM_EPSILON
 
 
 class ReplicatedLinear(torch.nn.Module):
@@ -37,7 +37,7 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
         return super().forward(*args, **kwargs), self.attention_factor
 
 
-class LatentAttention(MLASelfAttention):
+class LatentAttentionModule(MLASelfAttention):
     """megatron-core's MLASelfAttention, its projections built here.
 
     Upstream cuts the down projections over tensor parallel ranks (local layers) and then gathers over global process groups,

@@ -1,14 +1,16 @@
 """Rotary frequencies and their scaling, taken from transformers so that trainer and engines use the same numbers."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megarl.config.rope_scaling import NAMES
-from megarl.errors import ConfigError
-from megarl.models.architecture import Architecture
+from megarl.errors import ConfigError, one_line
+from megarl.families.base.architecture import Architecture
+from megarl.families.base.rope_scaling import NAMES
 
 
 def rotary_frequencies(architecture: Architecture) -> tuple[Tensor, float]:
@@ -18,16 +20,24 @@ def rotary_frequencies(architecture: Architecture) -> tuple[Tensor, float]:
         float32 [rotary_dim / 2] inverse frequencies, and the factor that multiplies cos and sin.
 
     Raises:
-        ConfigError: the type depends on sequence length or is unknown.
+        ConfigError: the type depends on sequence length or is unknown, or transformers refuses the config.json.
     """
-    parameters = architecture.hf_config.rope_parameters
-    rope_type = parameters.get("rope_type", "default")
+    config = _transformers_config(architecture.path)
+    rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type == "default":
         exponents = torch.arange(0, architecture.rotary_dim, 2, dtype=torch.float32) / architecture.rotary_dim
-        return 1.0 / parameters["rope_theta"] ** exponents, 1.0
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
     if rope_type not in NAMES:
         raise ConfigError(f"RoPE type {rope_type!r} is not supported; supported: {', '.join(NAMES)}")
-    return ROPE_INIT_FUNCTIONS[rope_type](architecture.hf_config, torch.device("cpu"))
+    return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+
+
+def _transformers_config(path: Path) -> PretrainedConfig:
+    """Return transformers' own config, whose RoPE functions know its defaults."""
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers checks values in its own way
+        raise ConfigError(f"model.path {path}: config.json cannot be read ({one_line(error)})") from error
 
 
 def softmax_scale(architecture: Architecture, attention_factor: float) -> float:
@@ -41,8 +51,8 @@ def softmax_scale(architecture: Architecture, attention_factor: float) -> float:
     scale: float = architecture.head_dim**-0.5
     if architecture.mla is None:
         return scale * attention_factor**2
-    parameters = architecture.hf_config.rope_parameters
+    parameters = architecture.rope_parameters
     mscale_all_dim = parameters.get("mscale_all_dim") or 0.0
-    if parameters.get("rope_type", "default") == "default" or parameters["factor"] <= 1:
+    if architecture.rope_type == "default" or parameters["factor"] <= 1:
         return scale
     return scale * (0.1 * mscale_all_dim * math.log(parameters["factor"]) + 1.0) ** 2

@@ -9,7 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megarl.models.architecture import Architecture
+from megarl.families.base.architecture import Architecture
 from megarl.models.build import CausalLM
 
 TopK = Callable[..., tuple[Tensor, Tensor]]

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megarl.config.model_facts import read_config_json
-from megarl.config.rope_scaling import normalised, with_scaling
 from megarl.config.schema import Config
 from megarl.errors import ConfigError
+from megarl.families.base.rope_scaling import normalised
+from megarl.families.registry import read_config_json, scaled_values
 
 CONFIG = "config.json"
 # Qwen2.5-1M's config.json names an attention for more positions than it was trained on. transformers and the trainer compute full
@@ -54,7 +54,7 @@ def with_scaled_model(config: Config, folder: Path, *, writes: bool) -> Config:
 
 
 def _has_other_attention(model: Path) -> bool:
-    return (model / CONFIG).is_file() and bool(read_config_json(model).get(NOT_COMPUTED))
+    return (model / CONFIG).is_file() and bool(read_config_json(model).values.get(NOT_COMPUTED))
 
 
 def scaled_folder(folder: Path, scaling: Mapping[str, Any] | None) -> Path:
@@ -67,8 +67,8 @@ def scaled_folder(folder: Path, scaling: Mapping[str, Any] | None) -> Path:
 
 def _write(source: Path, scaling: Mapping[str, Any] | None, output: Path) -> None:
     """Make the folder, which appears under its name only when it is whole; one that is as it should be is left alone."""
-    used = {name: value for name, value in read_config_json(source).items() if name != NOT_COMPUTED}
-    text = json.dumps(used if scaling is None else with_scaling(used, scaling), indent=2) + "\n"
+    used = {name: value for name, value in read_config_json(source).values.items() if name != NOT_COMPUTED}
+    text = json.dumps(used if scaling is None else scaled_values(used, scaling), indent=2) + "\n"
     try:
         links = {file.name: file.absolute() for file in source.iterdir() if file.name != CONFIG}
         if _holds(output, text, links):

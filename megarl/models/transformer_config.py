@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megarl.config.schema import ModelConfig, ParallelConfig, RoleConfig
-from megarl.models.architecture import Architecture, LatentAttention, MixtureOfExperts
+from megarl.families.base.architecture import Architecture, LatentAttention, MixtureOfExperts
 from megarl.models.rope import softmax_scale
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,7 +48,8 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
+        # marks norms that ranks of tp hold alike, whose gradients megatron-core sums over them
+        qk_layernorm=architecture.qk_norm == "head",
         attention_dropout=0.0,
         hidden_dropout=0.0,
         softmax_scale=softmax_scale(architecture, attention_factor),
@@ -98,6 +99,7 @@ def _parallel(parallel: ParallelConfig) -> dict[str, Any]:
 
 def _experts(moe: MixtureOfExperts, with_transformer_engine: bool) -> dict[str, Any]:
     """No token is dropped and no load-balancing loss is added: the gradient is the objective's alone."""
+    is_limited = moe.num_groups > moe.top_k_groups
     return {
         "num_moe_experts": moe.num_experts,
         "moe_layer_freq": [int(is_moe) for is_moe in moe.is_moe_layer],
@@ -107,8 +109,8 @@ def _experts(moe: MixtureOfExperts, with_transformer_engine: bool) -> dict[str, 
         "moe_router_score_function": moe.score_function,
         # softmax over the chosen logits alone is the softmax over all, divided by the sum of the chosen
         "moe_router_pre_softmax": moe.score_function == "softmax" and not moe.normalise_top_k,
-        "moe_router_num_groups": moe.num_groups,
-        "moe_router_group_topk": moe.top_k_groups,
+        "moe_router_num_groups": moe.num_groups if is_limited else None,
+        "moe_router_group_topk": moe.top_k_groups if is_limited else None,
         "moe_router_topk_scaling_factor": moe.scaling_factor if moe.scaling_factor != 1 else None,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",

@@ -62,7 +62,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def groups_by_task(groups: Sequence[RolloutGroup]) -> dict[str, list[RolloutGroup]]:
-    """The groups of each task, tasks in alphabetical order."""
+    """Sort the groups by task, tasks in alphabetical order."""
     tasks = sorted({group.prompt.task for group in groups})
     return {task: [group for group in groups if group.prompt.task == task] for task in tasks}
 
@@ -90,7 +90,7 @@ def pass_rates(groups: Sequence[RolloutGroup], threshold: float, samples_per_pro
 
 
 def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """What is watched of episodes; nothing without an environment.
+    """Measure episodes; nothing without an environment.
 
     Returns:
         ``turns_mean`` and ``turns_max`` (of the policy), ``out_of_turns_share`` (episodes that ended at max_turns),

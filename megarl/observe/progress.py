@@ -83,7 +83,7 @@ class RunProgress:
 
 
 def headlines(metrics: Mapping[str, float], accuracy: float | None) -> str:
-    """The few metrics worth a glance; the loss only where there is no reward (in RL its value says nothing)."""
+    """Show the few metrics worth a glance; the loss only where there is no reward (in RL its value says nothing)."""
     names = [name for name in HEADLINES if name in metrics and not (name == "loss" and "reward_mean" in metrics)]
     parts = [f"{name} {metrics[name]:.4g}" for name in names]
     if accuracy is not None:
@@ -112,6 +112,6 @@ class _Display(Progress):
         super().update(self._task, completed=step, eta=eta, refresh=True)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bar, then the status."""
+        """Yield the bar, then the status."""
         yield from super().get_renderables()
         yield Text(self._status, style="dim")

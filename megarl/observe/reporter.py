@@ -13,7 +13,7 @@ class Reporter:
     """The reporter of the ranks that say nothing; rank 0 has a ``MainReporter``."""
 
     def message(self, line: str) -> None:
-        """Print one line."""
+        """Print one line for people."""
 
     def open_files(self, resume_step: int | None) -> None:
         """Open the run's logs: the run is accepted from here on.
@@ -80,7 +80,7 @@ class MainReporter(Reporter):
         self._progress.message(line)
 
     def open_files(self, resume_step: int | None) -> None:
-        """As Reporter's."""
+        """Open the logs in the run folder."""
         if resume_step is not None:
             for name in LOGS:
                 read_log(self._folder / name, resume_step)  # all of them, before one is written over
@@ -93,16 +93,16 @@ class MainReporter(Reporter):
         self._rollouts = RolloutWriter(self._folder, observe.rollouts_per_step)
 
     def first_value(self, name: str, last_step: int) -> float | None:
-        """As Reporter's."""
+        """Look the metric up in metrics.jsonl."""
         return first_value(self._folder / "metrics.jsonl", name, last_step)
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """As Reporter's."""
+        """Write a line of metrics.jsonl."""
         assert self._metrics is not None
         self._metrics.write(step, metrics)
 
     def evaluation_responses(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        """As Reporter's."""
+        """Write a file of responses."""
         assert self._rollouts is not None
         self._rollouts.write(step, groups, kind="evaluation")
 
@@ -114,7 +114,7 @@ class MainReporter(Reporter):
         groups: Sequence[RolloutGroup] = (),
         tickets: Tickets | None = None,
     ) -> None:
-        """As Reporter's."""
+        """Write the step into every log, and show it."""
         assert self._metrics is not None and self._rollouts is not None
         self._metrics.write(step, metrics, seconds)
         self._rollouts.write(step, groups)
@@ -123,5 +123,5 @@ class MainReporter(Reporter):
         self._progress.update(step, metrics, seconds)
 
     def close(self) -> None:
-        """As Reporter's."""
+        """Close the logs and end the display."""
         self._closing.close()

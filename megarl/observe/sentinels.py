@@ -96,7 +96,7 @@ class EntropyFloor:
         self._below = False
 
     def check(self, entropy: float, step: int) -> str | None:
-        """A warning of one line when ``entropy`` (nats) has just fallen below the floor, else None."""
+        """Return a warning of one line when ``entropy`` (nats) has just fallen below the floor, else None."""
         first = self._first = entropy if self._first is None else self._first
         was_below, self._below = self._below, entropy < max(self._floor, self._share * first)
         if was_below or not self._below:

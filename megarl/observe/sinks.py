@@ -68,7 +68,7 @@ class MetricsWriter:
 
 
 def first_value(path: Path, name: str, last_step: int) -> float | None:
-    """The metric in the first line of metrics.jsonl that has it; None where none up to a step has.
+    """Return the metric in the first line of metrics.jsonl that has it; None where none up to a step has.
 
     Raises:
         CheckpointError: a line is not one of this log.
@@ -78,7 +78,7 @@ def first_value(path: Path, name: str, last_step: int) -> float | None:
 
 
 def read_log(path: Path, last_step: int) -> list[bytes]:
-    """The lines of a log up to a step, without a last line that a kill cut short.
+    """Read the lines of a log up to a step, without a last line that a kill cut short.
 
     Raises:
         CheckpointError: another line is not one of this log.
@@ -184,7 +184,7 @@ class RolloutWriter:
 
 
 def _in_turn(groups: Sequence[RolloutGroup]) -> Iterator[ScoredRollout]:
-    """All responses, the first of each group, then the second of each ..."""
+    """Yield all responses, the first of each group, then the second of each ..."""
     for same_index in zip_longest(*(group.rollouts for group in groups)):
         yield from (scored for scored in same_index if scored is not None)
 

@@ -17,7 +17,6 @@ class PhaseTimer:
         self._clock = clock
         self._on_phase = on_phase
         self._seconds: dict[str, float] = {}
-        self._moved: dict[str, float] = {}
         self._active: str | None = None
         self._step_start = clock()
 
@@ -40,15 +39,14 @@ class PhaseTimer:
         """Count ``seconds`` of phase ``source`` as ``target``, for work that was measured inside the phase (scoring)."""
         assert 0 <= seconds <= self._seconds[source], f"{seconds} s of the {self._seconds[source]} s of {source}"
         self._seconds[source] -= seconds
-        self._moved[target] = self._moved.get(target, 0.0) + seconds
+        if seconds > 0:
+            self._seconds[target] = self._seconds.get(target, 0.0) + seconds
 
     def step_breakdown(self) -> dict[str, float]:
         """Return the seconds by phase since the last call or construction, the rest as ``other``, and start the next step."""
         assert self._active is None, f"step ends inside phase {self._active}"
         now = self._clock()
-        phases = dict(self._seconds)
-        for name, seconds in self._moved.items():
-            phases[name] = phases.get(name, 0.0) + seconds
+        phases = self._seconds
         other = now - self._step_start - sum(phases.values())
-        self._seconds, self._moved, self._step_start = {}, {}, now
+        self._seconds, self._step_start = {}, now
         return {**phases, "other": other}

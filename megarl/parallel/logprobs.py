@@ -1,4 +1,4 @@
-"""Log-probability and entropy of chosen tokens from hidden states, without ever holding all logits.
+"""Log-prob and entropy of chosen tokens from hidden states, without ever holding all logits.
 
 The output layer is vocab-parallel: each tensor parallel rank holds a slice of the vocabulary. Rows (response tokens) are
 worked on in chunks; the backward pass computes each chunk's logits again. At any time one chunk's float32 logits exist, so
@@ -120,7 +120,7 @@ def vocab_parallel_logprobs(
     chunk_tokens: int = 1024,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the log-probability of each target and entropy of its distribution, both differentiable.
+    """Return the log-prob of each target and entropy of its distribution, both differentiable.
 
     The gradient returned for ``hidden`` is this rank's vocabulary slice's share: the caller sums it over the group (as
     megatron-core's ``copy_to_tensor_model_parallel_region`` and ``gather_from_sequence_parallel_region`` do).
@@ -135,7 +135,7 @@ def vocab_parallel_logprobs(
         group: tensor parallel group; None means one rank.
 
     Returns:
-        float32 [rows] log-probabilities and float32 [rows] entropies, in nats.
+        float32 [rows] log-probs and float32 [rows] entropies, in nats.
     """
     rank = 0 if group is None else group.rank()
     vocabulary_start = rank * weight.size(0)

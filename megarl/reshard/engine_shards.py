@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megarl.config.checks.engine import NEVER_TIED
 from megarl.errors import ConfigError, WeightsError
-from megarl.models.architecture import Architecture
-from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.families.base.architecture import Architecture
+from megarl.families.base.engine_rules import EngineLayout
+from megarl.families.registry import family_of
+from megarl.reshard.plan.engine_layouts import engine_shard_layout
 from megarl.reshard.plan.shard_layout import tensor_table
 from megarl.weights.export import copy_side_files
 from megarl.weights.files.convert import (
@@ -76,13 +77,16 @@ def _check_loadable(architecture: Architecture, layout: EngineLayout) -> None:
             f"vllm ep {layout.ep} with tp {layout.tp}: vLLM tells shards apart by tp rank only, and its data parallel ranks need "
             f"different experts; use tp {layout.ep} or ep {layout.tp}"
         )
-    if architecture.tied_embeddings and (layout.engine, architecture.family) in NEVER_TIED:
+    family = family_of(architecture.family)
+    if architecture.tied_embeddings and layout.engine in family.never_tied_by:
         raise ConfigError(
             f"{layout.engine} does not tie the embeddings of {architecture.family}, as config.json does; use the other engine"
         )
     dense_layers = architecture.moe is not None and not all(architecture.moe.is_moe_layer)
-    if layout.engine == "sglang" and architecture.family == "qwen3_moe" and dense_layers:
-        raise ConfigError("sglang gives every layer of qwen3_moe experts, config.json (mlp_only_layers) does not; use vllm")
+    if dense_layers and layout.engine in family.experts_everywhere_in:
+        raise ConfigError(
+            f"{layout.engine} gives every layer of {architecture.family} experts, config.json (mlp_only_layers) does not; use vllm"
+        )
 
 
 def _state_dict_name(name: str, architecture: Architecture, layout: EngineLayout) -> str:

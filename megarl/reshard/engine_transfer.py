@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from megarl.errors import ConfigError, TransferError, listed
+from megarl.families.base.engine_rules import EngineLayout
 from megarl.models.build import CausalLM
 from megarl.parallel.axis_sizes import axis_sizes
 from megarl.parallel.layout import Layout
@@ -21,7 +22,7 @@ from megarl.reshard.engine_transports import Crew, GroupTransport, SharedTranspo
 from megarl.reshard.megatron import TransferSettings
 from megarl.reshard.packed_messages import FlatPart, PackedMessage, digest, flat_parts
 from megarl.reshard.plan.balance import Machines
-from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.reshard.plan.engine_layouts import engine_shard_layout
 from megarl.reshard.plan.plan import Plan, build_plan
 from megarl.reshard.plan.shard_layout import megatron_shard_layout, tensor_table
 from megarl.reshard.receive_plan import element_size, receive_plan

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from megarl.families.base.weight_rules import Kind
 from megarl.models.build import CausalLM
 from megarl.parallel.axis_sizes import axis_sizes
 from megarl.parallel.layout import Layout
@@ -28,7 +29,6 @@ from megarl.reshard.plan.plan import build_plan
 from megarl.reshard.plan.shard_layout import ShardLayout, TensorTable, megatron_shard_layout, optimizer_table, tensor_table
 from megarl.reshard.point_to_point import PointToPoint
 from megarl.weights.mapping import WeightMap
-from megarl.weights.rules import Kind
 from megarl.weights.transfer import global_parameters
 
 

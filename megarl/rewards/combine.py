@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megarl.config.schema import RewardsConfig, ScorerConfig
+from megarl.builtin.scorers import BaseScorer, DocumentQAScorer, PythonScorer, RewardServerScorer, WorkerScorer
+from megarl.builtin.scorers.document_qa import RuleScore
+from megarl.config.schema import RewardsConfig
 from megarl.errors import ConfigError, RewardError, one_line
-from megarl.rewards.document_qa import RuleScore
-from megarl.rewards.hybrid import HybridScore, HybridScorer, verdict_specs
+from megarl.rewards.hybrid import HybridScore, HybridScorer, verdict_name, verdict_reader
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
 from megarl.rewards.reward_server import RewardServer
-from megarl.rewards.scorers import ScorerSpec, compile_pattern, import_function
 from megarl.rewards.steps import split_steps, step_ends
 from megarl.rewards.worker import checked_scores
 from megarl.types import Rollout, ScoredRollout
@@ -30,12 +30,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TaskScorer:
-    """One scorer of a task: as it is logged (``name``), weighted, and known to the workers (``spec``)."""
+    """One scorer of a task; ``key`` is unique in the run: its name, behind its task's if the task has its own (``sums/exact``)."""
 
-    name: str
-    weight: float
-    step_separator: str | None
-    spec: ScorerSpec
+    key: str
+    section: BaseScorer
 
 
 class RewardScorer:
@@ -48,7 +46,7 @@ class RewardScorer:
     def __init__(
         self,
         config: RewardsConfig,
-        task_scorers: Mapping[str, Sequence[ScorerConfig]],
+        task_scorers: Mapping[str, Sequence[BaseScorer]],
         decode: Callable[[Sequence[int]], str],
     ) -> None:
         """Prepare all scorers.
@@ -63,32 +61,25 @@ class RewardScorer:
         """
         self._config = config
         self._decode = decode
-        self._default = _with_specs(config.scorers, prefix="")
-        self._of_task = {task: _with_specs(scorers, prefix=f"{task}/") for task, scorers in task_scorers.items()}
-        specs = [scorer.spec for scorers in (self._default, *self._of_task.values()) for scorer in scorers]
-        self._async_functions: dict[str, AsyncScorer] = {}
-        for spec in specs:
-            compile_pattern(spec)
-            if spec.type == "python" and _is_async(function := import_function(spec)):
-                self._async_functions[spec.name] = function
-        lists = [(self._default, config.scorers), *((self._of_task[task], task_scorers[task]) for task in task_scorers)]
+        self._default = _with_keys(config.scorers, prefix="")
+        self._of_task = {task: _with_keys(scorers, prefix=f"{task}/") for task, scorers in task_scorers.items()}
+        sections = {one.key: one.section for scorers in (self._default, *self._of_task.values()) for one in scorers}
+        self._async_functions: dict[str, AsyncScorer] = {
+            key: function
+            for key, section in sections.items()
+            if isinstance(section, PythonScorer) and _is_async(function := section.load())
+        }
         self._servers = {
-            one.spec.name: RewardServer(scorer, one.spec.name)
-            for own, scorers in lists
-            for one, scorer in zip(own, scorers, strict=True)
-            if scorer.type == "reward_server"
+            key: RewardServer(section, key) for key, section in sections.items() if isinstance(section, RewardServerScorer)
         }
-        judges = {
-            one.spec.name: scorer.judge
-            for own, scorers in lists
-            for one, scorer in zip(own, scorers, strict=True)
-            if scorer.type == "document_qa"
-        }
-        num_workers = min(config.concurrency, len(os.sched_getaffinity(0)))
+        judges = {key: section.judge for key, section in sections.items() if isinstance(section, DocumentQAScorer)}
         on_event_loop = self._async_functions.keys() | self._servers.keys()
-        in_workers = [spec for spec in specs if spec.name not in on_event_loop]
-        self._pool = WorkerPool([*in_workers, *verdict_specs(judges)], num_workers, config.sandbox)
-        self._hybrids = {name: HybridScorer(name, judge, config.timeout, self._pool) for name, judge in judges.items()}
+        in_workers: dict[str, WorkerScorer] = {key: section for key, section in sections.items() if key not in on_event_loop}
+        modules = [module for key in in_workers if (module := sections[key].user_module) is not None]
+        in_workers |= {verdict_name(key): verdict_reader(judge) for key, judge in judges.items() if judge is not None}
+        num_workers = min(config.concurrency, len(os.sched_getaffinity(0)))
+        self._pool = WorkerPool(in_workers, num_workers, config.sandbox, modules)
+        self._hybrids = {key: HybridScorer(key, judge, config.timeout, self._pool) for key, judge in judges.items()}
         self._responses = asyncio.Semaphore(config.concurrency)
         self._failure_counts: Counter[str] = Counter()
 
@@ -134,23 +125,23 @@ class RewardScorer:
         for scorer, outcome in zip(scorers, outcomes, strict=True):
             failure = outcome.failure if isinstance(outcome, HybridScore) else outcome
             if isinstance(failure, ScorerFailure):
-                self._failure_counts[scorer.spec.name] += 1
-                failures.append(f"{scorer.spec.name} failed on {rollout.name}: {failure}")
+                self._failure_counts[scorer.key] += 1
+                failures.append(f"{scorer.key} failed on {rollout.name}: {failure}")
             if isinstance(outcome, HybridScore):
-                parts |= outcome.parts(scorer.name)
+                parts |= outcome.parts(scorer.section.log_name)
             elif isinstance(outcome, list):
-                parts[scorer.name] = sum(outcome) / len(outcome) if outcome else 0.0
+                parts[scorer.section.log_name] = sum(outcome) / len(outcome) if outcome else 0.0
                 for token, reward in self._at_tokens(scorer, outcome, rollout):
-                    step_rewards[token] = step_rewards.get(token, 0.0) + scorer.weight * reward
+                    step_rewards[token] = step_rewards.get(token, 0.0) + scorer.section.weight * reward
             elif isinstance(outcome, float):
-                parts[scorer.name] = outcome
+                parts[scorer.section.log_name] = outcome
         for line in failures:
             logger.warning("%s", line)
         if failures and self._config.on_failure == "stop":
             raise RewardError(f"scorer {failures[0]}; set rewards.on_failure to drop or zero to go on without it")
         if failures and self._config.on_failure == "drop":
             return None
-        reward = sum(scorer.weight * parts.get(scorer.name, 0.0) for scorer in scorers)
+        reward = sum(scorer.section.weight * parts.get(scorer.section.log_name, 0.0) for scorer in scorers)
         return ScoredRollout(
             rollout=rollout,
             reward=float(reward),
@@ -169,8 +160,8 @@ class RewardScorer:
 
     def _at_tokens(self, scorer: _TaskScorer, scores: Sequence[float], rollout: Rollout) -> Iterator[tuple[int, float]]:
         """The scores of a response's steps with the index of the last token of each."""
-        assert scorer.step_separator is not None
-        steps = split_steps(rollout.text, scorer.step_separator)
+        assert scorer.section.step_end is not None
+        steps = split_steps(rollout.text, scorer.section.step_end)
         return zip(step_ends(steps, rollout.token_ids, self._decode, rollout.prompt.prefill), scores, strict=True)
 
     async def _run_all(self, scorers: Sequence[_TaskScorer], rollout: Rollout) -> list[Outcome]:
@@ -182,8 +173,8 @@ class RewardScorer:
         return [task.result() for task in tasks]
 
     async def _run(self, scorer: _TaskScorer, rollout: Rollout) -> Outcome:
-        name, reference = scorer.spec.name, rollout.prompt.reference
-        response = rollout.text if scorer.step_separator is None else split_steps(rollout.text, scorer.step_separator)
+        name, reference, step_end = scorer.key, rollout.prompt.reference, scorer.section.step_end
+        response = rollout.text if step_end is None else split_steps(rollout.text, step_end)
         try:
             if name in self._hybrids:
                 return await self._hybrids[name].score(rollout)
@@ -208,30 +199,15 @@ class RewardScorer:
             raise ScorerFailure(one_line(error)) from error
 
 
-def _with_specs(scorers: Sequence[ScorerConfig], prefix: str) -> list[_TaskScorer]:
-    """The scorers with what the workers are told of them; ``prefix`` tells apart scorers of different tasks."""
-    names = Counter(scorer.name or scorer.type for scorer in scorers)
+def _with_keys(scorers: Sequence[BaseScorer], prefix: str) -> list[_TaskScorer]:
+    """Give each scorer its key; ``prefix`` tells apart scorers of different tasks. Raises ConfigError for one that is wrong."""
+    names = Counter(scorer.log_name for scorer in scorers)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ConfigError(f"{names[repeated[0]]} scorers have the name '{repeated[0]}'; give each a name of its own")
-    return [
-        _TaskScorer(
-            name=scorer.name or scorer.type,
-            weight=scorer.weight,
-            step_separator=scorer.step_separator,
-            spec=ScorerSpec(
-                name=prefix + (scorer.name or scorer.type),
-                type=scorer.type,
-                pattern=scorer.pattern,
-                tags=tuple(scorer.tags),
-                ngram=scorer.ngram,
-                script=scorer.script,
-                extract=scorer.extract,
-                match=tuple(scorer.match),
-                function=scorer.function,
-            ),
-        )
-        for scorer in scorers
-    ]
+    for scorer in scorers:
+        for line in scorer.mistakes():
+            raise ConfigError(f"scorer '{prefix}{scorer.log_name}': {line}")
+    return [_TaskScorer(key=prefix + scorer.log_name, section=scorer) for scorer in scorers]
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

@@ -1,10 +1,10 @@
 """Which tasks of reasoning_gym take an answer for a program, and their refusal where there is no sandbox."""
 
-from megarl.config.models_of import samples_responses
+from megarl.builtin.scorers import ReasoningGymScorer
+from megarl.builtin.scorers.reasoning_gym import READING_TASKS
 from megarl.config.schema import Config, ReasoningGymSource
 from megarl.config.tasks import placed_tasks, scorers_of
 from megarl.errors import ConfigError
-from megarl.rewards.reading_tasks import READING_TASKS
 from megarl.workers.sandbox import find_sandbox
 
 
@@ -14,18 +14,18 @@ def refuse_evaluating_tasks(config: Config) -> None:
     Raises:
         ConfigError: a task of its data does so, and the machine has no bubblewrap that works.
     """
-    if not samples_responses(config) or find_sandbox().program is not None:
+    if not config.samples_responses or find_sandbox().program is not None:
         return
     for path, task in placed_tasks(config):
         source = task.source
         if not isinstance(source, ReasoningGymSource) or source.task in READING_TASKS:
             continue
-        if any(scorer.type == "reasoning_gym" for scorer in scorers_of(config, task)):
+        if any(isinstance(scorer, ReasoningGymScorer) for scorer in scorers_of(config, task)):
             raise ConfigError(f"{path}.task: {refusal(source.task)}")
 
 
 def refusal(task: str) -> str:
-    """Why a task's answers are not scored here, and what helps."""
+    """Say why a task's answers are not scored here, and what helps."""
     return (
         f"scoring {task} executes the answer as code, but {find_sandbox().reason}; install bubblewrap 0.8 or newer "
         "(docs/sandbox.md) or take another task"

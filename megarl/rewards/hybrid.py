@@ -1,14 +1,12 @@
 """QwenLong-L1's hybrid reward (arXiv 2505.17667): a rule's score or a judge's, whichever is higher."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megarl.builtin.scorers.document_qa import RuleScore, VerdictReader, gold_answers
 from megarl.config.schema import JudgeConfig
 from megarl.errors import RewardError
-from megarl.rewards.document_qa import RuleScore, gold_answers
 from megarl.rewards.judge import Judge, JudgeFailure
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
-from megarl.rewards.scorers import ScorerSpec
 from megarl.types import Rollout
 
 
@@ -106,10 +104,6 @@ def verdict_name(name: str) -> str:
     return f"{name}_judge"  # that of its part in the log, so that no other scorer of the list has it
 
 
-def verdict_specs(specs: Mapping[str, JudgeConfig | None]) -> list[ScorerSpec]:
-    """Readers of verdicts for the judges of all scorers, by the scorer's name."""
-    return [
-        ScorerSpec(name=verdict_name(name), type="verdict", pattern=judge.verdict, function=None, positive=judge.positive)
-        for name, judge in specs.items()
-        if judge is not None
-    ]
+def verdict_reader(judge: JudgeConfig) -> VerdictReader:
+    """Return what the workers are told of a judge."""
+    return VerdictReader(pattern=judge.verdict, positive=judge.positive)

@@ -1,12 +1,12 @@
 """Scorers in worker processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from megarl.builtin.scorers import WorkerScorer
+from megarl.builtin.scorers.document_qa import RuleScore
 from megarl.config.schema import SandboxConfig
 from megarl.errors import RewardError
-from megarl.rewards.document_qa import RuleScore
-from megarl.rewards.scorers import ScorerSpec
 from megarl.rewards.worker import Score, read_score
 from megarl.workers.answers import clean
 from megarl.workers.pool import ProcessPool, WorkerFailure
@@ -20,17 +20,27 @@ class ScorerFailure(Exception):
 class WorkerPool:
     """Up to ``num_workers`` processes, each with all scorers."""
 
-    def __init__(self, specs: Sequence[ScorerSpec], num_workers: int, sandbox: SandboxConfig) -> None:
-        self._has_scorers = bool(specs)
+    def __init__(
+        self, scorers: Mapping[str, WorkerScorer], num_workers: int, sandbox: SandboxConfig, modules: Iterable[str] = ()
+    ) -> None:
+        """Prepare the processes.
+
+        Args:
+            scorers: by the name that ``score`` takes.
+            num_workers: most processes.
+            sandbox: what they may do.
+            modules: of the user, that scorers import.
+        """
+        self._has_scorers = bool(scorers)
         self._processes = ProcessPool(
             "megarl.rewards.worker:build_scorers",
-            (list(specs), find_sandbox().program is not None),
+            (dict(scorers), find_sandbox().program is not None),
             num_workers,
             kind="a scorer",
             error=RewardError,
             sandbox=sandbox,
             section="rewards.sandbox",
-            modules=[spec.function.partition(":")[0] for spec in specs if spec.function is not None],
+            modules=modules,
         )
 
     async def check(self) -> None:
@@ -45,7 +55,7 @@ class WorkerPool:
     async def score(
         self, name: str, response: str | Sequence[str], reference: Mapping[str, Any], timeout: float
     ) -> Score | RuleScore:
-        """The score of the scorer of that name: a number, a list of them for steps, or a RuleScore of type document_qa.
+        """Return the score of the scorer of that name: a number, a list of them for steps, or a RuleScore of type document_qa.
 
         ``timeout`` seconds count from when a worker takes the request.
 

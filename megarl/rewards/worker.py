@@ -7,34 +7,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megarl.rewards.document_qa import RuleScore
-from megarl.rewards.scorers import ScorerSpec, build_scorer
+from megarl.builtin.scorers import WorkerScorer
+from megarl.builtin.scorers.document_qa import RuleScore
+from megarl.workers.isolation import isolated
 
 Request = tuple[str, str | Sequence[str], Mapping[str, Any]]
 Score = float | list[float]
 
 
-def build_scorers(argument: tuple[Sequence[ScorerSpec], bool]) -> Callable[[Request], Any]:
-    """The function that answers requests ``(name of scorer, response, reference)`` with the score, as JSON has it.
+def build_scorers(argument: tuple[Mapping[str, WorkerScorer], bool]) -> Callable[[Request], Any]:
+    """Make the function that answers requests ``(name of scorer, response, reference)`` with the score, as JSON has it.
 
-    The argument is the scorers, and whether this process is in a sandbox.
+    The argument is the scorers by name, and whether this process is in a sandbox.
 
     For a scorer of steps, a list of steps is in the place of the response, and a list of numbers in that of the score. One of type
     document_qa gives the fields of a RuleScore: its judge is asked outside the workers.
     """
-    specs, is_sandboxed = argument
-    scorers = {spec.name: build_scorer(spec, is_sandboxed=is_sandboxed) for spec in specs}
+    scorers, is_sandboxed = argument
+    functions = {name: scorer.build(isolated if is_sandboxed else None) for name, scorer in scorers.items()}
 
     def score(request: Request) -> Any:
         name, response, reference = request
-        result = scorers[name](response, reference)
+        result = functions[name](response, reference)
         return asdict(result) if isinstance(result, RuleScore) else checked_scores(result, response)
 
     return score
 
 
 def read_score(answer: Any, response: str | Sequence[str]) -> Score | RuleScore:
-    """A worker's answer, which may be a response's own work; ValueError when it is no score."""
+    """Read a worker's answer, which may be a response's own work; ValueError when it is no score."""
     if not isinstance(answer, dict):
         return checked_scores(answer, response)
     score, found = answer.get("score"), answer.get("answer")
@@ -44,7 +45,7 @@ def read_score(answer: Any, response: str | Sequence[str]) -> Score | RuleScore:
 
 
 def checked_score(value: object) -> float:
-    """A scorer's return value as a float; ValueError when it is not a finite number."""
+    """Return a scorer's value as a float; ValueError when it is not a finite number."""
     try:
         number = float(value) if isinstance(value, numbers.Real) else math.nan
     except OverflowError:
@@ -55,7 +56,7 @@ def checked_score(value: object) -> float:
 
 
 def checked_scores(value: object, response: str | Sequence[str]) -> Score:
-    """What a scorer returned for a response, or for a list of steps; ValueError when it is not one finite number for each."""
+    """Return what a scorer gave for a response, or for a list of steps; ValueError when it is not one finite number for each."""
     if isinstance(response, str):
         return checked_score(value)
     if not isinstance(value, list | tuple) or len(value) != len(response):

@@ -14,16 +14,16 @@ from megarl.types import Prompt
 
 
 class AsynchronousCollector(ResumableCollector):
-    """Keeps groups under way on the event loop's thread, whatever the thread that calls it does meanwhile.
+    """Keeps groups in flight on the event loop's thread, whatever the thread that calls it does meanwhile.
 
-    Groups outstanding and in training are at most ``rollout.asynchronous.max_staleness`` + 1 steps' groups: the bound of AReaL
+    Groups pending and in training are at most ``rollout.asynchronous.max_staleness`` + 1 steps' groups: the bound of AReaL
     (arXiv 2505.24298, section 5.1) on groups begun. ``pending.next_batch`` says which are trained on next.
 
     A failure of any group ends the run at the next call.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        """As Collector's."""
+        """Take what Collector takes."""
         super().__init__(*arguments, **settings)
         assert self._rollout.asynchronous is not None
         self._settings = self._rollout.asynchronous
@@ -51,7 +51,7 @@ class AsynchronousCollector(ResumableCollector):
         self._fill()
 
     async def pause(self) -> None:
-        """Let no request be at the engine, for a weight update: they are cut, or waited for.
+        """Let no request be at the engine, for a weight update: they are aborted, or waited for.
 
         Raises:
             MegaRLError: what went wrong with a group meanwhile.
@@ -83,7 +83,7 @@ class AsynchronousCollector(ResumableCollector):
         return self._step_result(batch, stats)
 
     async def close(self) -> None:
-        """End all work; what was under way is lost unless a checkpoint has it."""
+        """End all work; what was in flight is lost unless a checkpoint has it."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -41,7 +41,7 @@ class CollectStats:
     failures: list[str] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
-        """The numbers, by name for the log."""
+        """Return the numbers by their names in the log."""
         numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "failures"}
         return {f"rollout/{name}": float(value) for name, value in numbers.items()} | {
             "rollout/failures": float(len(self.failures))

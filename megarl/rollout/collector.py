@@ -12,8 +12,8 @@ from megarl.engines.protocol import Generation, RolloutEngine, SamplingParams
 from megarl.errors import CheckpointError, RolloutError
 from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.episodes import EpisodePlayer
-from megarl.rollout.leftover_groups import LeftoverGroup, fill_step, groups_per_task
 from megarl.rollout.lock_step import EpisodeKey
+from megarl.rollout.pending_groups import LeftoverGroup, fill_step, groups_per_task
 from megarl.rollout.requests import LIMIT_KEYS, Request, RequestFailed, RequestMaker, run_together
 from megarl.rollout.saved_groups import PromptOf, Saved, load_group, refuse_damage, save_group
 from megarl.rollout.wave import Wave
@@ -131,7 +131,7 @@ class Collector:
         """End what is in flight: nothing."""
 
     def state(self) -> Saved:
-        """The groups that wait for the next step as JSON values, for a checkpoint."""
+        """Return the groups that wait for the next step as JSON values, for a checkpoint."""
         leftover = [{"step": one.step, "group": save_group(one.group)} for one in self.leftover]
         return {"surplus": leftover, "outstanding": None}
 
@@ -191,7 +191,7 @@ class Collector:
         raise RolloutError(f"{failure}, after {self._rollout.max_retries} retries ({LIMIT_KEYS}, rollout.max_retries)") from cause
 
     async def _generate(self, request: Request, deadline: float, wave: Wave) -> list[Rollout]:
-        """The samples, and behind them the greedy response where one is wanted; asked for at the same time."""
+        """Ask at the same time for the samples and, behind them, the greedy response where one is wanted."""
         async with asyncio.timeout_at(deadline):
             if self._player is not None:
                 return await self._play(self._player, request, wave)
@@ -201,7 +201,7 @@ class Collector:
         return self._rollouts(request, list(chain.from_iterable(answers)))
 
     def _rollouts(self, request: Request, generations: Sequence[Generation]) -> list[Rollout]:
-        """The request's responses of one turn, the greedy one last."""
+        """Make rollouts of the request's responses of one turn, the greedy one last."""
         return [
             Rollout(
                 prompt=request.prompt,
@@ -218,9 +218,9 @@ class Collector:
         ]
 
     async def _play(self, player: EpisodePlayer, request: Request, wave: Wave) -> list[Rollout]:
-        """The same as episodes, each with requests of its own."""
+        """Play the responses as episodes, each with requests of its own."""
         # The embedded engine decodes what it is asked for together; where servers batch, waiting for the slowest only costs.
-        takes_turns_together = self._rollout.engine == "embedded"
+        takes_turns_together = self._rollout.server is None
 
         async def play(episode: EpisodeKey, index: int, settings: SamplingParams) -> Rollout:
             async def generate(token_ids: tuple[int, ...], sampling: SamplingParams) -> Generation:

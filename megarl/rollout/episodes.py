@@ -1,12 +1,11 @@
 """A response in several turns: the policy and an environment in turn."""
 
-import hashlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from megarl.engines.protocol import Generation, SamplingParams
+from megarl.engines.protocol import Generation, SamplingParams, derived_seed
 from megarl.environments.run import EnvironmentFailure, Environments
 from megarl.types import NO_VERSION, Episode, FinishReason, Prompt, Rollout, Turn
 
@@ -33,7 +32,7 @@ class _Trajectory:
     seconds: float = 0.0
 
     def add_turn(self, generation: Generation, text: str) -> None:
-        """A turn of the policy."""
+        """Add a turn of the policy."""
         self.token_ids += generation.token_ids
         self.from_policy += [True] * len(generation.token_ids)
         self.logprobs += generation.logprobs
@@ -42,7 +41,7 @@ class _Trajectory:
         self.turns.append(Turn(speaker="policy", text=text))
 
     def add_observation(self, token_ids: Sequence[int]) -> None:
-        """The tokens of the environment's message."""
+        """Add the tokens of the environment's message."""
         version = self.weight_versions[-1] if self.weight_versions else NO_VERSION
         self.token_ids += token_ids
         self.from_policy += [False] * len(token_ids)
@@ -79,7 +78,7 @@ class EpisodePlayer:
         self._prefill = prefill
 
     async def play(self, prompt: Prompt, sample_index: int, sampling: SamplingParams, generate: Generate) -> Rollout:
-        """One episode.
+        """Play one episode.
 
         It ends when the environment says so, after the last turn, when a turn ran into ``sampling.max_new_tokens`` (which the
         environment then does not see), and when the next message would leave no token to answer it; the latter two count as
@@ -119,7 +118,7 @@ class EpisodePlayer:
     async def _play(
         self, trajectory: _Trajectory, prompt: Prompt, sample_index: int, sampling: SamplingParams, generate: Generate
     ) -> None:
-        seed = derived_seed(sampling.seed, f"{sample_index}/environment")
+        seed = derived_seed(sampling.seed, sample_index, "environment")
         state, observation = await _timed(self._environments.reset(prompt.text, prompt.reference, seed), trajectory)
         if observation is not None and not self._read(trajectory, observation, None, sampling.max_new_tokens):
             return
@@ -128,7 +127,7 @@ class EpisodePlayer:
                 sampling,
                 num_samples=1,
                 max_new_tokens=sampling.max_new_tokens - len(trajectory.token_ids),
-                seed=derived_seed(sampling.seed, f"{sample_index}/{turn}"),
+                seed=derived_seed(sampling.seed, sample_index, turn),
             )
             generation = await generate((*prompt.token_ids, *trajectory.token_ids), request)
             prefill = self._prefill if trajectory.token_ids else prompt.prefill
@@ -163,9 +162,3 @@ async def _timed(call: Awaitable[T], trajectory: _Trajectory) -> T:
         return await call
     finally:
         trajectory.seconds += time.monotonic() - started
-
-
-def derived_seed(seed: int, purpose: str) -> int:
-    """62 bits, stable across runs, machines and Python versions."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2

@@ -20,26 +20,26 @@ class LockStep:
         self._waiting: dict[EpisodeKey, asyncio.Future[None]] = {}
 
     def enqueue(self) -> None:
-        """A prompt waits for a place."""
+        """Count a prompt that waits for a slot."""
         self._num_queued += 1
 
     def admit(self, episodes: Iterable[EpisodeKey]) -> None:
-        """It got one."""
+        """Count its episodes as played: it has a slot."""
         self._num_queued -= 1
         self._playing.update(episodes)
 
     def give_up(self) -> None:
-        """It waits no longer."""
+        """Forget a prompt that waits no longer."""
         self._num_queued -= 1
         self._advance()
 
     def leave(self, episodes: Iterable[EpisodeKey]) -> None:
-        """It gave its place back."""
+        """Forget its episodes: it gave its slot back."""
         self._playing.difference_update(episodes)
         self._advance()
 
     def finish(self, episode: EpisodeKey) -> None:
-        """An episode has no more turns."""
+        """Forget an episode that has no more turns."""
         self._playing.discard(episode)
         self._advance()
 

@@ -1,8 +1,11 @@
-"""The store of groups that were begun and not yet trained on: whole ones in wait, and those with responses in flight."""
+"""Groups that outlive a step: the store of those begun and not yet trained on, and whole ones that are left over."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from megarl.config.schema import Config
+from megarl.config.tasks import TRAIN, tasks_of
 from megarl.engines.protocol import Generation
 from megarl.rollout.saved_groups import PromptOf, Saved, load_group, load_prompt, load_sample, save_group, save_prompt, save_sample
 from megarl.types import FinishReason, Prompt, RolloutGroup, Tickets
@@ -54,7 +57,7 @@ class PendingGroups:
         self._dropped: list[tuple[int, str]] = []
 
     def begin(self, prompt: Prompt, version: int, num_samples: int) -> PendingGroup:
-        """A new group of ``num_samples`` responses."""
+        """Begin a group of ``num_samples`` responses."""
         group = PendingGroup(
             ticket=self.num_begun, prompt=prompt, begun_version=version, samples=[NOTHING_YET for _ in range(num_samples)]
         )
@@ -80,7 +83,7 @@ class PendingGroups:
         self._dropped.append(group.name)
 
     def state(self) -> Saved:
-        """All of it as JSON values, for a checkpoint. Groups dropped since the last ``take`` are named by the next."""
+        """Return all of it as JSON values, for a checkpoint. Groups dropped since the last ``take`` are named by the next."""
         return {"num_begun": self.num_begun, "dropped": list(self._dropped), "groups": [_save(group) for group in self.groups]}
 
     def restore(self, state: Saved, prompt_of: PromptOf) -> None:
@@ -111,7 +114,7 @@ def _load(saved: Saved, prompt_of: PromptOf) -> PendingGroup:
 
 
 def joined(first: Generation, more: Generation, max_new_tokens: int) -> Generation:
-    """A response and what it went on with; it is whole when it ended, or has ``max_new_tokens``."""
+    """Join a response and what it went on with; it is whole when it ended, or has ``max_new_tokens``."""
     token_ids = first.token_ids + more.token_ids
     is_cut = more.finish_reason is FinishReason.LENGTH and len(token_ids) < max_new_tokens
     return replace(
@@ -124,7 +127,7 @@ def joined(first: Generation, more: Generation, max_new_tokens: int) -> Generati
 
 
 def next_batch(groups: Sequence[PendingGroup], version: int, max_staleness: int, size: int) -> list[PendingGroup] | None:
-    """The groups to train on next, or None while those that must not wait longer are not whole.
+    """Choose the groups to train on next; None while those that must not wait longer are not whole.
 
     The oldest whole groups are taken, but only when every group can still be trained on within ``max_staleness`` updates of its
     begin, ``size`` groups at each. There always is such a batch once all are whole, while no more than (v + max_staleness + 1)
@@ -146,3 +149,39 @@ def next_batch(groups: Sequence[PendingGroup], version: int, max_staleness: int,
         if num_chosen < min(num_due - ahead * size, size):
             return None
     return chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftoverGroup:
+    """A group that can be trained on, and the step that sampled it."""
+
+    step: int
+    group: RolloutGroup
+
+
+def groups_per_task(config: Config) -> int | None:
+    """Return how many groups of each task a step has when tasks are balanced; None when they are not."""
+    if config.data.sampling.mixture != "balanced":
+        return None
+    return config.rollout.prompts_per_step // len(tasks_of(config.data.train, TRAIN))
+
+
+def fill_step(waiting: Sequence[LeftoverGroup], num_groups: int, per_task: int | None) -> list[LeftoverGroup]:
+    """Choose the groups that a step trains on, the oldest first; fewer than ``num_groups`` while some are missing.
+
+    Args:
+        waiting: oldest first.
+        num_groups: groups of a step.
+        per_task: groups of each task in a step, which then come in turn (a, b, a, b ...), so that mini-batches are balanced too;
+            None takes them as they come.
+    """
+    if per_task is None:
+        return list(waiting[:num_groups])
+    taken: list[tuple[int, LeftoverGroup]] = []
+    counts: Counter[str] = Counter()
+    for one in waiting:
+        task = one.group.prompt.task
+        if counts[task] < per_task:
+            taken.append((counts[task], one))
+            counts[task] += 1
+    return [one for _, one in sorted(taken, key=lambda item: (item[0], item[1].group.prompt.task))]

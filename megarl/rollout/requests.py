@@ -1,13 +1,12 @@
 """Requests for the responses to a prompt: how each is sampled, from which seed, and how they run at the same time."""
 
 import asyncio
-import hashlib
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megarl.config.schema import Config
-from megarl.engines.protocol import SamplingParams
+from megarl.engines.protocol import SamplingParams, derived_seed
 from megarl.rollout.lock_step import EpisodeKey
 from megarl.types import GREEDY_INDEX, Prompt
 
@@ -66,8 +65,8 @@ class RequestMaker:
         return self._config.rollout.samples_per_prompt + self._with_greedy
 
     def training(self, prompt: Prompt, purpose: str, step: int, position: int) -> Request:
-        """A group to train on. Its seed depends on the run's and on ``purpose``, ``step`` and ``position``."""
-        seed, rollout = self._seed_of(purpose, step, position), self._config.rollout
+        """Ask for a group to train on. Its seed depends on the run's and on ``purpose``, ``step`` and ``position``."""
+        seed, rollout = derived_seed(self._config.seed, purpose, step, position), self._config.rollout
         return Request(
             prompt=prompt,
             samples=self._sampling(rollout.samples_per_prompt, rollout.temperature, seed),
@@ -75,8 +74,8 @@ class RequestMaker:
         )
 
     def evaluation(self, prompt: Prompt, position: int) -> Request:
-        """The responses of an evaluation; its seed does not depend on the step, so that evaluations compare."""
-        seed, settings = self._seed_of("evaluate", 0, position), self._config.evaluation
+        """Ask for the responses of an evaluation; its seed does not depend on the step, so that evaluations compare."""
+        seed, settings = derived_seed(self._config.seed, "evaluate", 0, position), self._config.evaluation
         samples = self._sampling(settings.samples_per_prompt, settings.temperature, seed)
         return Request(prompt=prompt, samples=samples, greedy=None)
 
@@ -96,11 +95,6 @@ class RequestMaker:
             repetition_stop=rollout.repetition_stop,
             seed=seed,
         )
-
-    def _seed_of(self, purpose: str, step: int, position: int) -> int:
-        """62 bits, stable across runs, machines and Python versions; engines may add a sample index within 63."""
-        digest = hashlib.blake2b(f"{self._config.seed}/{purpose}/{step}/{position}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 2
 
 
 async def run_together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -1,4 +1,4 @@
-"""Groups whose responses are made in several requests, cut and resumed, with weights that change in between."""
+"""Groups whose responses are made in several requests, aborted and resumed, with weights that change in between."""
 
 import asyncio
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from megarl.types import FinishReason, Prompt, RolloutGroup
 class ResumableCollector(Collector):
     """What asynchronous and partial rollouts have in common. A group's seeds depend on the run's seed and its ticket.
 
-    The time limit (``rollout.request_timeout``) counts for each request of a group, from its start to its end or cut, and for the
+    The time limit (``rollout.request_timeout``) counts for each request of a group, from its start to its end or abort, and for the
     scoring.
 
     Attributes:
@@ -27,14 +27,14 @@ class ResumableCollector(Collector):
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        """As Collector's."""
+        """Take what Collector takes."""
         super().__init__(*arguments, **settings)
         self.pending = PendingGroups()
         self._is_cutting = False
         self._filtered: list[RolloutGroup] = []  # since the last step
 
     def state(self) -> Saved:
-        """Those groups as JSON values, for a checkpoint; on the event loop, where nothing else happens meanwhile."""
+        """Return those groups as JSON values, for a checkpoint; on the event loop, where nothing else happens meanwhile."""
         return super().state() | {"outstanding": self.pending.state()}
 
     def restore(self, state: Saved, prompt_of: PromptOf) -> None:
@@ -67,7 +67,7 @@ class ResumableCollector(Collector):
         return self._requests.training(group.prompt, "ticket", 0, group.ticket)
 
     async def _extend(self, group: PendingGroup, budget: int, wave: Wave) -> None:
-        """Let every unfinished response grow by up to ``budget`` tokens, or up to a cut; with retries.
+        """Let every unfinished response grow by up to ``budget`` tokens, or up to an abort; with retries.
 
         Raises:
             RolloutError: the engine died, or gave no answer after all retries.
@@ -97,10 +97,10 @@ class ResumableCollector(Collector):
         raise RolloutError(f"{failure}, after {retries} retries ({LIMIT_KEYS}, rollout.max_retries)") from cause
 
     async def _until_requests_may_be_sent(self, prompt: Prompt) -> None:
-        """Nothing to wait for, where no weights change while groups are under way."""
+        """Return at once: no weights change while groups are in flight."""
 
     def _parts(self, group: PendingGroup, budget: int) -> list[tuple[list[int], SamplingParams]]:
-        """The requests for a group's unfinished responses, and which responses each is for.
+        """Return the requests for a group's unfinished responses, and which responses each is for.
 
         All samples of a new group are one request, so that the engine reads their prompt once.
         """

@@ -26,7 +26,7 @@ _COMPRESSION = 1  # log-probabilities hardly get smaller, and the rest does at a
 
 @contextmanager
 def refuse_damage() -> Iterator[None]:
-    """Loads of saved groups.
+    """Load saved groups within the block.
 
     Raises:
         CheckpointError: they are not what was saved.
@@ -41,12 +41,12 @@ def refuse_damage() -> Iterator[None]:
 
 
 def save_prompt(prompt: Prompt) -> Saved:
-    """Its id, and a digest of its tokens."""
+    """Save its id and a digest of its tokens."""
     return {"prompt_id": prompt.prompt_id, "digest": _digest(prompt)}
 
 
 def load_prompt(saved: Mapping[str, Any], prompt_of: PromptOf) -> Prompt:
-    """The prompt of that id.
+    """Return the prompt of the saved id.
 
     Raises:
         CheckpointError: it has other tokens than the one that was saved.
@@ -61,7 +61,7 @@ def load_prompt(saved: Mapping[str, Any], prompt_of: PromptOf) -> Prompt:
 
 
 def save_group(group: RolloutGroup) -> Saved:
-    """A whole group."""
+    """Save a whole group."""
     return {
         **save_prompt(group.prompt),
         "rollouts": [_save_scored(scored) for scored in group.rollouts],
@@ -70,7 +70,7 @@ def save_group(group: RolloutGroup) -> Saved:
 
 
 def load_group(saved: Saved, prompt_of: PromptOf) -> RolloutGroup:
-    """The group of ``save_group``, of which every batch is the same as of the one that was saved."""
+    """Load the group of ``save_group``, of which every batch is the same as of the one that was saved."""
     prompt = load_prompt(saved, prompt_of)
     return RolloutGroup(
         prompt=prompt,
@@ -80,12 +80,12 @@ def load_group(saved: Saved, prompt_of: PromptOf) -> RolloutGroup:
 
 
 def save_sample(sample: Generation) -> Saved:
-    """A response, or what there is of one; its log-probabilities in float32."""
+    """Save a response, or what there is of one; its log-probabilities in float32."""
     return _save_tokens(sample, ("token_ids", "logprobs", "weight_versions"))
 
 
 def load_sample(saved: Saved) -> Generation:
-    """The response of ``save_sample``."""
+    """Load the response of ``save_sample``."""
     return Generation(**_load_tokens(saved, ("token_ids", "logprobs", "weight_versions")))
 
 

@@ -22,10 +22,9 @@ from megarl.models.flops import sequence_flops
 from megarl.parallel.layout import Layout
 from megarl.parallel.logprobs import sum_over_group
 from megarl.parallel.megatron_fixes import PipelineCommunicator
-from megarl.train.activation_offload import ActivationOffload
 from megarl.train.heads import Head
 from megarl.train.micro_batch import MicroBatch, build_micro_batch
-from megarl.train.offload import Offloaded
+from megarl.train.offload import ActivationOffload, Offloaded
 from megarl.types import PackedBatch, TrainBatch
 
 LossParts = tuple[Tensor, Tensor, Any]  # loss, tokens that megatron-core would divide by, and what is kept of a micro-batch
@@ -87,7 +86,7 @@ class TrainingEngine:
         return wrapped
 
     def forward_only(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """What the head gives for every trained token, without gradients; collective over the world.
+        """Compute what the head gives for every trained token, without gradients; collective over the world.
 
         Returns:
             For each of the head's outputs a float32 CPU tensor [num_tokens], 0 where ``loss_mask`` is False; equal on all ranks.
@@ -95,7 +94,7 @@ class TrainingEngine:
         return self.share_outputs(self.compute_outputs(batch))
 
     def share_outputs(self, outputs: Tensor) -> tuple[Tensor, ...]:
-        """Outputs from the role's ranks to all ranks of the world, as ``forward_only`` returns them."""
+        """Give the outputs of the role's ranks to all ranks of the world, as ``forward_only`` returns them."""
         if not self.layout.is_whole_world:
             dist.broadcast(outputs, src=self.layout.ranks.start)
         return tuple(outputs)

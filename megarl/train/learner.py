@@ -70,13 +70,13 @@ class Learner:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Within it weights, gradients and optimizer state can be used."""
+        """Let weights, gradients and optimizer state be used within the block."""
         with self.state_on_device(), self._gradients.on_device():
             yield
 
     @contextmanager
     def state_on_device(self) -> Iterator[None]:
-        """Within it weights and optimizer state can be used: what a learner takes along into another layout."""
+        """Let weights and optimizer state be used within the block: what a learner takes along into another layout."""
         with self.engine.weights.on_device(), self._optimizer_state.on_device():
             yield
 
@@ -85,7 +85,7 @@ class Learner:
         self._gradients.empty()
 
     def update(self, batch: TrainBatch, objective: ObjectiveFunction) -> UpdateResult | None:
-        """One optimizer step on one batch; None on a rank outside the role, which does not wait for it (see ``share_results``)."""
+        """Make one optimizer step; None on a rank outside the role, which does not wait for it (see ``share_results``)."""
         if not self.engine.layout.is_member:
             return None
         num_tokens = int(batch.packed.loss_mask.sum())
@@ -121,7 +121,7 @@ class Learner:
             )
 
     def hugging_face_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights as whole Hugging Face tensors on rank 0; every rank must exhaust it."""
+        """Yield the weights as whole Hugging Face tensors on rank 0; every rank must exhaust it."""
         with self.engine.weights.on_device():
             yield from hugging_face_tensors(self.engine.chunks, self.weight_map, self.engine.layout, self._dtype)
 
@@ -129,7 +129,7 @@ class Learner:
         return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": self.engine.layout.groups.dp_cp}
 
     def sharded_weights(self) -> dict[str, Any]:
-        """The model's part of ``sharded_state``, like that a view of what must be on the device until it is saved or loaded."""
+        """Return the model's part of ``sharded_state``: a view of what must be on the device until it is saved or loaded."""
         return {
             f"model{number}": chunk.sharded_state_dict(metadata=self._metadata()) for number, chunk in enumerate(self.engine.chunks)
         }
@@ -140,7 +140,7 @@ class Learner:
             chunk.load_state_dict(state[f"model{number}"])
 
     def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
-        """Model, optimizer, scheduler and random state as megatron-core's sharded state dict; collective.
+        """Return model, optimizer, scheduler and random state as megatron-core's sharded state dict; collective.
 
         A rank outside the role has only what is equal on all ranks: rank 0 writes that, whatever its roles.
 
@@ -185,6 +185,6 @@ class Learner:
 
 
 def share_results(model: Learner, results: Sequence[UpdateResult | None]) -> list[UpdateResult]:
-    """What ``update`` gave on the model's ranks, on every rank of the world; collective."""
+    """Give every rank of the world what ``update`` gave on the model's ranks; collective."""
     layout = model.engine.layout
     return layout.share([result for result in results if result is not None] if layout.is_member else None)

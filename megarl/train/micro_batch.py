@@ -37,7 +37,7 @@ class MicroBatch:
 
 
 def padded_lengths(lengths: Sequence[int], layout: Layout) -> list[int]:
-    """Each length rounded up to equal zigzag chunks, and the last one further so that every tp rank holds equally many tokens."""
+    """Round each length up to equal zigzag chunks, and the last one further so that every tp rank holds equally many tokens."""
     multiple = layout.sequence_multiple
     padded = [-(-length // multiple) * multiple for length in lengths]
     padded[-1] += -sum(padded) % layout.tokens_multiple
@@ -92,7 +92,7 @@ def build_micro_batch(batch: PackedBatch, sequences: Sequence[int], layout: Layo
 
 
 def _replayed_experts(batch: PackedBatch, source: Tensor, layout: Layout) -> Tensor | None:
-    """The experts of the tokens whose routers this rank computes: under sequence parallelism its part of the cp rank's tokens.
+    """Return the experts of the tokens whose routers this rank computes: under sequence parallelism a part of the cp rank's.
 
     Args:
         source: int64 [tokens / cp], where each of the cp rank's tokens stands in the batch; -1 for padding.

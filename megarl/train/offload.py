@@ -1,4 +1,4 @@
-"""Tensors of a model that wait in host memory while other models work."""
+"""What waits in host memory: a model's tensors while other models work, and activations until their backward pass."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, UntypedStorage
+
+SMALLEST_ACTIVATION = 4096  # bytes; a smaller tensor stays: a copy would take longer than its memory is worth
 
 
 class Offloaded:
@@ -77,10 +79,56 @@ class Offloaded:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:
-    """The storages behind some tensors, each once, by its identity."""
+    """Return the storages behind some tensors, each once, by its identity."""
     return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
 def _bytes_of(storage: UntypedStorage) -> Tensor:
     """uint8 [bytes of the storage], in its memory."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+class ActivationOffload:
+    """Copies what autograd saves to host memory, and back when the backward pass asks for it.
+
+    torch's save_on_cpu would copy the weights too, and wait for each copy. Here copies to the host run beside the computation;
+    those back do not. With full recomputation only the inputs of layers are saved, and so copied. On CPU it is done with plain
+    copies.
+
+    Args:
+        stays: gives tensors that are there anyway: the weights, which linear layers save too.
+    """
+
+    def __init__(self, stays: Callable[[], Iterable[Tensor]]) -> None:
+        self._stays = stays
+        self._copying = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Let a forward pass be made within the block; its backward pass may come later."""
+        own = storages(self._stays())
+
+        def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+            is_small = tensor.numel() * tensor.element_size() < SMALLEST_ACTIVATION
+            if is_small or tensor.untyped_storage()._cdata in own:
+                return tensor.device, tensor
+            return tensor.device, self._to_host(tensor)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, self._back):
+            yield
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        host = torch.empty_like(tensor, device="cpu", pin_memory=self._copying is not None)
+        if self._copying is None:
+            return host.copy_(tensor)
+        self._copying.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copying):
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._copying)
+        return host
+
+    def _back(self, packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, tensor = packed
+        if self._copying is not None:
+            torch.cuda.current_stream().wait_stream(self._copying)
+        return tensor.to(device, non_blocking=True)

@@ -1,16 +1,16 @@
 """The models of a run: policy and critic, which learn, and reference and reward model, which do not."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch import Tensor
 
-from megarl.config.schema import Config, CriticConfig, RewardModelConfig, RoleConfig
+from megarl.config.models import ModelOfRun, critic_of, policy_of, reference_of, reward_model_of
+from megarl.config.schema import Config, RewardModelConfig
 from megarl.data.packing import with_scored_ends
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.models.build import ValueModel, build_model_chunks, use_transformer_engine
 from megarl.models.routing_replay import replay_routing
 from megarl.models.transformer_config import DTYPES
@@ -28,16 +28,17 @@ from megarl.weights.value_head import value_head_source, with_value_head
 
 
 def _build_engine(
-    config: Config, role: RoleConfig, path: Path, *, trainable: bool, with_weights: bool = True, replays_routing: bool = False
+    config: Config, model: ModelOfRun, *, with_weights: bool = True, replays_routing: bool = False
 ) -> tuple[TrainingEngine, WeightMap]:
     """``with_weights``: the model's; without, something else must write all of its parameters."""
+    role, path = model.role, model.path
     architecture = read_architecture(path)
     weight_map = build_weight_map(
         architecture, config.model.vocabulary_pad_multiple, use_transformer_engine(config.model.transformer_impl)
     )
     layout = build_layout(role.parallel, role.ranks(dist.get_world_size()))
     source: WeightSource | None = None  # made before the model: sizes that the weights do not have may not fit into memory
-    if with_weights and config.model.init == "random" and path == config.model.path:
+    if with_weights and model.is_random:
         source = RandomSource(weight_map, config.seed)
     elif with_weights and not is_distributed_checkpoint(path):
         source = SafetensorsSource(path, weight_map)
@@ -48,48 +49,43 @@ def _build_engine(
         load_megatron_weights(chunks, path, layout)
     if replays_routing:
         replay_routing(chunks, architecture)
-    temperature = config.rollout.temperature if config.kind == "rl" else 1.0
-    head = LogProbHead(role=role, layout=layout, vocabulary_size=architecture.vocabulary_size, temperature=temperature)
-    return TrainingEngine(chunks, role, layout, head=head, trainable=trainable), weight_map
+    head = LogProbHead(
+        role=role, layout=layout, vocabulary_size=architecture.vocabulary_size, temperature=config.trained_temperature
+    )
+    return TrainingEngine(chunks, role, layout, head=head, trainable=model.learns), weight_map
 
 
-def _build_value_model(
-    config: Config, role: RoleConfig, path: Path | None, *, trainable: bool, with_weights: bool = True
-) -> tuple[TrainingEngine, WeightMap]:
-    """A critic or reward model. One that learns may start without a head; one that does not is complete.
+def _build_value_model(config: Config, model: ModelOfRun, *, with_weights: bool = True) -> tuple[TrainingEngine, WeightMap]:
+    """Build a critic or reward model. One that learns may start without a head; one that does not is complete.
 
     Args:
         config: the run.
-        role: layout and sizes.
-        path: folder of its weights; the policy's starting weights when None.
-        trainable: whether it learns.
+        model: that is built.
         with_weights: read or draw them; without, something else must write all of them.
     """
-    folder = path or config.model.path
-    architecture = replace(read_architecture(folder), tied_embeddings=False)  # it has no output layer that could be tied
+    role = model.role
+    architecture = replace(read_architecture(model.path), tied_embeddings=False)  # it has no output layer that could be tied
     with_transformer_engine = use_transformer_engine(config.model.transformer_impl)
     weight_map = with_value_head(build_weight_map(architecture, config.model.vocabulary_pad_multiple, with_transformer_engine))
     layout = build_layout(role.parallel, role.ranks(dist.get_world_size()))
     source: WeightSource
-    if config.model.init == "random" and path is None:
+    if model.is_random:
         source = RandomSource(weight_map, config.seed)
-    elif trainable:
-        source = value_head_source(folder, weight_map, config.seed)
+    elif model.learns:
+        source = value_head_source(model.path, weight_map, config.seed)
     else:
-        source = SafetensorsSource(folder, weight_map)
+        source = SafetensorsSource(model.path, weight_map)
     chunks = build_model_chunks(architecture, config.model, role, layout, config.seed, ValueModel)
     if with_weights:
         load_weights(chunks, source, weight_map, layout)
-    return TrainingEngine(chunks, role, layout, head=ValueHead(role=role, layout=layout), trainable=trainable), weight_map
+    return TrainingEngine(chunks, role, layout, head=ValueHead(role=role, layout=layout), trainable=model.learns), weight_map
 
 
 class Reference:
     """The frozen model that the policy is compared with. Every rank must build it."""
 
     def __init__(self, config: Config) -> None:
-        role = config.reference or config.policy
-        path = (config.reference.path if config.reference else None) or config.model.path
-        self.engine, _ = _build_engine(config, role, path, trainable=False)
+        self.engine, _ = _build_engine(config, reference_of(config))
         self.engine.weights.release()
 
 
@@ -98,11 +94,11 @@ class RewardModel:
 
     def __init__(self, config: Config, role: RewardModelConfig) -> None:
         self.weight = role.weight
-        self.engine, _ = _build_value_model(config, role, role.path, trainable=False)
+        self.engine, _ = _build_value_model(config, reward_model_of(config, role))
         self.engine.weights.release()
 
     def rewards(self, packed: PackedBatch) -> Tensor:
-        """Its score of each sequence, read at the last token as transformers does: float32 [num_sequences] on the CPU."""
+        """Return its score of each sequence, read at the last token as transformers does: float32 [num_sequences] on the CPU."""
         ends = with_scored_ends(packed)
         (scores,) = self.engine.forward_only(ends)
         return scores[ends.loss_mask]
@@ -119,12 +115,7 @@ class Policy(Learner):
 
     def __init__(self, config: Config, total_updates: int, *, with_weights: bool = True) -> None:
         engine, weight_map = _build_engine(
-            config,
-            config.policy,
-            config.model.path,
-            trainable=True,
-            with_weights=with_weights,
-            replays_routing=config.rollout.routing_replay,
+            config, policy_of(config), with_weights=with_weights, replays_routing=config.rollout.routing_replay
         )
         super().__init__(engine, weight_map, DTYPES[config.model.dtype], config.optimizer, total_updates)
 
@@ -141,12 +132,13 @@ class Critic(Learner):
     has_value_head = True
 
     def __init__(self, config: Config, total_updates: int, *, with_weights: bool = True) -> None:
-        role = config.critic or CriticConfig.model_validate(config.policy.model_dump())
-        engine, weight_map = _build_value_model(config, role, role.path, trainable=True, with_weights=with_weights)
-        super().__init__(engine, weight_map, DTYPES[config.model.dtype], role.optimizer or config.optimizer, total_updates)
+        critic = critic_of(config)
+        engine, weight_map = _build_value_model(config, critic, with_weights=with_weights)
+        assert critic.optimizer is not None
+        super().__init__(engine, weight_map, DTYPES[config.model.dtype], critic.optimizer, total_updates)
 
     def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
-        """As the policy's, with keys of its own, so that one checkpoint holds both."""
+        """Return the state as a policy's, with keys of its own, so that one checkpoint holds both."""
         state = super().sharded_state(is_loading=is_loading)
         add_prefix_for_sharding(state, "critic.")
         return state
@@ -163,17 +155,17 @@ class LearningRewardModel(Learner):
     has_value_head = True
 
     def __init__(self, config: Config, total_updates: int) -> None:
-        engine, weight_map = _build_value_model(config, config.policy, None, trainable=True)
+        engine, weight_map = _build_value_model(config, policy_of(config))
         super().__init__(engine, weight_map, DTYPES[config.model.dtype], config.optimizer, total_updates)
 
 
 def build_learner(config: Config, total_updates: int) -> Learner:
-    """The model that a run without a critic trains. Every rank must build it."""
-    return LearningRewardModel(config, total_updates) if config.kind == "reward_model" else Policy(config, total_updates)
+    """Build the model that a run without a critic trains; every rank must."""
+    return LearningRewardModel(config, total_updates) if config.trains_reward_model else Policy(config, total_updates)
 
 
 def compute_outputs(policy: Learner, reference: Reference | None, critic: Critic | None, packed: PackedBatch) -> TokenOutputs:
-    """What all models say of the batch before the updates. Models on disjoint ranks work at the same time."""
+    """Compute what all models say of the batch before the updates. Models on disjoint ranks work at the same time."""
     engines = [None if model is None else model.engine for model in (policy, reference, critic)]
     computed = [None if engine is None else engine.compute_outputs(packed) for engine in engines]
     shared = [
@@ -191,5 +183,5 @@ def compute_outputs(policy: Learner, reference: Reference | None, critic: Critic
 
 
 def is_main_rank() -> bool:
-    """True on the rank that owns prompts, engines, files and the display."""
+    """Tell whether this is the rank that owns prompts, engines, files and the display."""
     return dist.get_rank() == 0

@@ -5,19 +5,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megarl.errors import WeightsError, listed
-from megarl.models.architecture import Architecture, padded_vocabulary_size
-from megarl.weights.families import deepseek_v3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
-from megarl.weights.rules import Family, Kind, Layers, LeftOut, Parameter, Rule, Shard, Start, shard_of
-
-FAMILIES: dict[str, Family] = {
-    "llama": llama.FAMILY,
-    "mistral": mistral.FAMILY,
-    "qwen2": qwen2.FAMILY,
-    "qwen3": qwen3.FAMILY,
-    "qwen3_moe": qwen3_moe.FAMILY,
-    "mixtral": mixtral.FAMILY,
-    "deepseek_v3": deepseek_v3.FAMILY,
-}
+from megarl.families.base.architecture import Architecture, padded_vocabulary_size
+from megarl.families.base.weight_rules import Kind, Layers, LeftOut, Rule, Start
+from megarl.families.registry import family_of
+from megarl.weights.shards import Parameter, Shard, shard_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +72,8 @@ def build_weight_map(architecture: Architecture, pad_multiple: int, with_transfo
     Raises:
         WeightsError: the table takes one Hugging Face tensor, or names one Megatron parameter, twice.
     """
-    family = FAMILIES[architecture.family]
-    parameters = list(_apply(family.rules(architecture), architecture, with_transformer_engine))
+    family = family_of(architecture.family)
+    parameters = list(_apply(family.weight_rules(architecture), architecture, with_transformer_engine))
     _check_single_use(architecture.family, parameters)
     by_name = {parameter.megatron: parameter for parameter in parameters}
     return WeightMap(architecture, by_name, pad_multiple, family.left_out(architecture))
@@ -116,6 +107,7 @@ def _parameter(rule: Rule, layer: int | None, expert: int | None, with_transform
         start=tuple(part.start for part in parts),
         is_copy=rule.is_copy,
         is_buffer=rule.is_buffer,
+        fused=rule.fused,
     )
 
 

@@ -7,12 +7,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.errors import WeightsError, listed
+from megarl.families.base.weight_rules import Layers
 from megarl.models.build import CausalLM
 from megarl.parallel.axis_sizes import axis_sizes
 from megarl.parallel.layout import Layout
 from megarl.weights.files.sources import WeightSource
 from megarl.weights.mapping import WeightMap
-from megarl.weights.rules import Layers, Parameter
+from megarl.weights.shards import Parameter
 
 
 def global_parameters(chunks: list[CausalLM], weight_map: WeightMap, layout: Layout) -> dict[str, Tensor]:

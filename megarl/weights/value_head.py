@@ -9,11 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megarl.weights.families.blocks import LM_HEAD
+from megarl.families.base.weight_blocks import LM_HEAD
+from megarl.families.base.weight_rules import Kind, Layers, LeftOut, Start
 from megarl.weights.files.safetensors_files import SafetensorsFolder
 from megarl.weights.files.sources import RandomSource, SafetensorsSource, WeightSource
 from megarl.weights.mapping import WeightMap
-from megarl.weights.rules import Kind, Layers, LeftOut, Parameter, Slice, Start
+from megarl.weights.shards import Parameter, Slice
 
 HEAD = "score.weight"
 OUTPUT_LAYER = "output_layer.weight"

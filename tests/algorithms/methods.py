@@ -77,12 +77,12 @@ class Reference:
         ]
 
     def advantages(self) -> list[list[float]]:
-        kl, scores = self.config.kl, self.batch.scores
+        kl, outputs = self.config.kl, self.batch.outputs
         penalties = [
-            [-kl.coefficient * float(scores.old[p] - scores.reference[p]) if kl.place == "reward" else 0.0 for p in one]
+            [-kl.coefficient * float(outputs.old[p] - outputs.reference[p]) if kl.place == "reward" else 0.0 for p in one]
             for one in self.trained()
         ]
-        values = [[float(scores.values[p]) for p in one] for one in self.trained()]
+        values = [[float(outputs.values[p]) for p in one] for one in self.trained()]
         gae = (values, self.config.gae.discount, self.config.gae.trace_decay)
         advantages = references.token_advantages(
             self.config.advantage,
@@ -106,7 +106,7 @@ class Reference:
         config, clip = self.config, self.config.clip
         settings = {"low": clip.low, "high": clip.high, "dual": clip.dual or 0.0, "tau": config.mirror_descent_tau}
         old, reference, sampler = (
-            values.tolist() for values in (self.batch.scores.old, self.batch.scores.reference, self.batch.packed.sampler_logprobs)
+            values.tolist() for values in (self.batch.outputs.old, self.batch.outputs.reference, self.batch.packed.sampler_logprobs)
         )
         rows = []
         for positions, advantages in zip(self.trained(), self.advantages(), strict=True):

@@ -27,7 +27,7 @@ class Ragged:
     """
 
     packed: PackedBatch
-    scores: TokenOutputs
+    outputs: TokenOutputs
     trained: list[list[int]]
 
     def steps(self) -> list[list[tuple[int, float]]]:
@@ -78,9 +78,9 @@ def ragged(seed: int, dtype: torch.dtype = torch.float64, spread: float = 0.3) -
     )
     entropies = torch.rand(len(text), generator=generator, dtype=torch.float64) * mask
     values = torch.randn(len(text), generator=generator, dtype=torch.float64) * mask
-    scores = TokenOutputs(old=old.to(dtype), entropies=entropies.to(dtype), reference=reference.to(dtype), values=values.to(dtype))
+    outputs = TokenOutputs(old=old.to(dtype), entropies=entropies.to(dtype), reference=reference.to(dtype), values=values.to(dtype))
     trained = [[p for p in range(starts[i], starts[i + 1]) if mask[p]] for i in range(len(SEQUENCES))]
-    return Ragged(packed=packed, scores=scores, trained=trained)
+    return Ragged(packed=packed, outputs=outputs, trained=trained)
 
 
 def assert_tokens(actual: Tensor, expected: list[list[float]], batch: Ragged, tolerance: float) -> None:

@@ -25,7 +25,7 @@ def inputs_of(batch: Ragged, token_rewards: torch.Tensor) -> AdvantageInput:
         task_ids=packed.task_ids,
         cu_seqlens=packed.cu_seqlens,
         loss_mask=packed.loss_mask,
-        values=batch.scores.values,
+        values=batch.outputs.values,
         discount=0.9,
         trace_decay=0.8,
     )
@@ -37,11 +37,11 @@ def inputs_of(batch: Ragged, token_rewards: torch.Tensor) -> AdvantageInput:
 def test_advantages(name: str, penalised: bool, dtype: torch.dtype) -> None:
     for seed in range(5):
         batch = ragged(seed, dtype)
-        penalties = (batch.scores.reference - batch.scores.old) * 0.3 if penalised else torch.zeros_like(batch.scores.old)
+        penalties = (batch.outputs.reference - batch.outputs.old) * 0.3 if penalised else torch.zeros_like(batch.outputs.old)
         actual = ADVANTAGES[name].function(inputs_of(batch, penalties))
         assert actual.dtype == dtype
         token_rewards, values = (
-            [[x[p] for p in positions] for positions in batch.trained] for x in (penalties.tolist(), batch.scores.values.tolist())
+            [[x[p] for p in positions] for positions in batch.trained] for x in (penalties.tolist(), batch.outputs.values.tolist())
         )
         rewards, greedy = batch.packed.rewards.tolist(), batch.packed.greedy_rewards.tolist()
         known = {"tasks": TASKS, "steps": batch.steps(), "positions": batch.trained}
@@ -79,7 +79,7 @@ def test_a_kl_penalty_is_not_blown_up_where_rewards_are_equal(name: str) -> None
 @pytest.mark.parametrize("name", ["group_mean", "group_mean_std", "leave_one_out", "group_mean_batch_std"])
 def test_equal_rewards_and_groups_of_one_teach_nothing(name: str) -> None:
     batch = ragged(0)
-    actual = ADVANTAGES[name].function(inputs_of(batch, torch.zeros_like(batch.scores.old)))
+    actual = ADVANTAGES[name].function(inputs_of(batch, torch.zeros_like(batch.outputs.old)))
     for group in (EQUAL_REWARD_GROUP, 3):
         members = [i for i in range(len(GROUPS)) if GROUPS[i] == group]
         assert all(abs(actual[p]) < 1e-9 for i in members for p in batch.trained[i])
@@ -87,7 +87,7 @@ def test_equal_rewards_and_groups_of_one_teach_nothing(name: str) -> None:
 
 def test_rloo_is_the_mean_baseline_times_g_over_g_minus_1() -> None:
     batch = ragged(1)
-    inputs = inputs_of(batch, torch.zeros_like(batch.scores.old))
+    inputs = inputs_of(batch, torch.zeros_like(batch.outputs.old))
     sizes = torch.tensor([GROUPS.count(group) for group in GROUPS], dtype=torch.float64)
     factor = spread_over_tokens(sizes / (sizes - 1).clamp(min=1), inputs.cu_seqlens, inputs.loss_mask)
     by_mean = ADVANTAGES["group_mean"].function(inputs)

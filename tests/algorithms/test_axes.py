@@ -19,6 +19,7 @@ from megarl.algorithms.surrogates import RATIOS, SURROGATES
 from megarl.algorithms.values import clipped_value_loss, explained_variance
 from megarl.config.schema import AlgorithmConfig
 from megarl.errors import ConfigError, TrainingError
+from megarl.types import TrainBatch
 from methods import objective_of
 from ragged import GREEDY_LENGTHS, GROUPS, LONGEST, SEQUENCES, ragged
 
@@ -72,7 +73,7 @@ def test_adapted_coefficient(kl: float, factor: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_sampler_weights(method: str, level: str, dtype: torch.dtype) -> None:
     batch = ragged(3, dtype)
-    packed, old = batch.packed, batch.scores.old
+    packed, old = batch.packed, batch.outputs.old
     weights = sampler_weights(
         old, packed.sampler_logprobs, packed.cu_seqlens, packed.loss_mask, method=method, level=level, cap=1.2
     )
@@ -129,6 +130,11 @@ def test_value_loss_and_explained_variance() -> None:
     assert float(explained_variance(values, torch.ones(40))) == 0.0
 
 
+def advantages_of(batch: TrainBatch) -> torch.Tensor:
+    assert batch.sampled is not None
+    return batch.sampled.advantages
+
+
 def algorithm_of(**settings: Any) -> Algorithm:
     return Algorithm(AlgorithmConfig.model_validate(settings), LONGEST)
 
@@ -136,15 +142,15 @@ def algorithm_of(**settings: Any) -> Algorithm:
 def test_mini_batches_have_their_own_normaliser_and_share_the_advantages() -> None:
     batch = ragged(5)
     choices = {"aggregation": "token_mean", "sampler_correction": {"method": "tis"}}
-    (whole,) = algorithm_of(**choices).prepare(batch.packed, batch.scores, 0).batches
-    parts = algorithm_of(**choices, updates_per_step=5).prepare(batch.packed, batch.scores, 0).batches
+    (whole,) = algorithm_of(**choices).prepare(batch.packed, batch.outputs, 0).batches
+    parts = algorithm_of(**choices, updates_per_step=5).prepare(batch.packed, batch.outputs, 0).batches
     assert [part.packed.num_sequences for part in parts] == [2] * 5
     for name in ("advantages", "sampler_weights"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+        assert torch.equal(torch.cat([getattr(part.sampled, name) for part in parts]), getattr(whole.sampled, name))
     for name in ("truncated", "greedy_rewards", "greedy_lengths"):
         assert torch.equal(torch.stack([getattr(part.packed, name) for part in parts]), getattr(batch.packed, name).view(5, 2))
-    for name, scores in (("old_logprobs", batch.scores.old), ("reference_logprobs", batch.scores.reference)):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), scores)
+    assert torch.equal(torch.cat([part.sampled.old_logprobs for part in parts if part.sampled]), batch.outputs.old)
+    assert torch.equal(torch.cat([part.reference_logprobs for part in parts]), batch.outputs.reference)
     for part in parts:
         trained = int(part.packed.loss_mask.sum())
         assert part.token_weights.sum().item() == pytest.approx(1.0 if trained else 0.0)
@@ -153,14 +159,13 @@ def test_mini_batches_have_their_own_normaliser_and_share_the_advantages() -> No
 def test_clip_fractions() -> None:
     batch = ragged(6)
     algorithm = algorithm_of(clip={"low": 0.1, "high": 0.3})
-    prepared = algorithm.prepare(batch.packed, batch.scores, 0).batches[0]
-    logprobs = batch.scores.old + 0.4 * torch.randn(batch.scores.old.shape, generator=torch.Generator().manual_seed(0))
-    sums = objective_of(algorithm, prepared, logprobs, batch.scores.entropies, ALL).metrics
-    advantages = prepared.advantages
-    assert advantages is not None
+    prepared = algorithm.prepare(batch.packed, batch.outputs, 0).batches[0]
+    logprobs = batch.outputs.old + 0.4 * torch.randn(batch.outputs.old.shape, generator=torch.Generator().manual_seed(0))
+    sums = objective_of(algorithm, prepared, logprobs, batch.outputs.entropies, ALL).metrics
+    advantages = advantages_of(prepared)
     low = high = 0
     for p in (p for one in batch.trained for p in one):
-        ratio = math.exp(float(logprobs[p]) - float(batch.scores.old[p]))
+        ratio = math.exp(float(logprobs[p]) - float(batch.outputs.old[p]))
         low += ratio < 0.9 and float(advantages[p]) < 0
         high += ratio > 1.3 and float(advantages[p]) > 0
     assert low > 0 and high > 0
@@ -172,21 +177,21 @@ def test_length_reward_is_by_what_the_batch_says_of_correctness() -> None:
     batch = ragged(7)
     correct = torch.tensor([True, False, False, True, False, True, False, True, False, False])
     settings = {"preset": "kimi_k1_5", "reward_shaping": {"length_start": 0, "length_weight": 1.0}}
-    told = algorithm_of(**settings).prepare(replace(batch.packed, correct=correct), batch.scores, 0)
+    told = algorithm_of(**settings).prepare(replace(batch.packed, correct=correct), batch.outputs, 0)
     lengths = [len(one) for one in batch.trained]
     bonus = [references.kimi_length_reward(i, lengths, correct.tolist(), GROUPS) for i in ALL]
     assert told.metrics["length_reward_mean"] == pytest.approx(sum(bonus) / len(bonus))
-    opposite = algorithm_of(**settings).prepare(replace(batch.packed, correct=~correct), batch.scores, 0)
+    opposite = algorithm_of(**settings).prepare(replace(batch.packed, correct=~correct), batch.outputs, 0)
     assert opposite.metrics["length_reward_mean"] != pytest.approx(sum(bonus) / len(bonus))
 
 
 def test_length_reward_waits_for_its_first_step() -> None:
     batch = ragged(7)
     algorithm = algorithm_of(preset="kimi_k1_5", reward_shaping={"length_start": 3})
-    early, late = (algorithm.prepare(batch.packed, batch.scores, step) for step in (2, 3))
-    plain = algorithm_of(advantage="group_mean").prepare(batch.packed, batch.scores, 2)
-    assert torch.equal(early.batches[0].advantages, plain.batches[0].advantages)  # type: ignore[arg-type]
-    assert not torch.equal(late.batches[0].advantages, plain.batches[0].advantages)  # type: ignore[arg-type]
+    early, late = (algorithm.prepare(batch.packed, batch.outputs, step) for step in (2, 3))
+    plain = algorithm_of(advantage="group_mean").prepare(batch.packed, batch.outputs, 2)
+    assert torch.equal(advantages_of(early.batches[0]), advantages_of(plain.batches[0]))
+    assert not torch.equal(advantages_of(late.batches[0]), advantages_of(plain.batches[0]))
     assert "length_reward_mean" in late.metrics and "length_reward_mean" not in early.metrics
 
 
@@ -195,10 +200,10 @@ def test_adaptive_kl_follows_the_measured_kl_and_is_restored(place: str) -> None
     batch = ragged(8)
     kl = {"place": place, "estimator": "k1", "coefficient": 0.2, "target": 0.01}
     algorithm = algorithm_of(kl=kl)
-    responses = [sum(float(batch.scores.old[p] - batch.scores.reference[p]) for p in one) for one in batch.trained]
+    responses = [sum(float(batch.outputs.old[p] - batch.outputs.reference[p]) for p in one) for one in batch.trained]
     error = min(max((sum(responses) / len(responses) - 0.01) / 0.01, -0.2), 0.2)
-    assert algorithm.prepare(batch.packed, batch.scores, 0).metrics["kl_coefficient"] == 0.2
-    algorithm.finish_step(batch.packed, batch.scores)
+    assert algorithm.prepare(batch.packed, batch.outputs, 0).metrics["kl_coefficient"] == 0.2
+    algorithm.finish_step(batch.packed, batch.outputs)
     assert algorithm.kl_coefficient == pytest.approx(0.2 * (1 + 0.1 * error)) != 0.2
     restored = algorithm_of(kl=kl)
     restored.restore(algorithm.state())
@@ -206,7 +211,7 @@ def test_adaptive_kl_follows_the_measured_kl_and_is_restored(place: str) -> None
     fixed = algorithm_of(kl=kl | {"target": None, "coefficient": 0.7})
     fixed.restore(algorithm.state())
     assert fixed.kl_coefficient == 0.7, "a coefficient changed in the config of a resumed run counts"
-    fixed.finish_step(batch.packed, batch.scores)
+    fixed.finish_step(batch.packed, batch.outputs)
     assert fixed.kl_coefficient == 0.7
 
 
@@ -215,39 +220,38 @@ def test_entropy_control_takes_negatives_out_and_is_restored() -> None:
     settings = {"preset": "aepo", "entropy_control": {"low": 0.1, "high": 0.2}}
     algorithm = algorithm_of(**settings)
     plain = (
-        algorithm_of(advantage="group_mean_task_std", aggregation="token_mean").prepare(batch.packed, batch.scores, 0).batches[0]
+        algorithm_of(advantage="group_mean_task_std", aggregation="token_mean").prepare(batch.packed, batch.outputs, 0).batches[0]
     )
-    masked = algorithm.prepare(batch.packed, batch.scores, 0)
-    assert plain.advantages is not None and masked.batches[0].advantages is not None
-    assert masked.metrics["negatives_masked"] == 1.0 and (plain.advantages < 0).any()
-    assert torch.equal(masked.batches[0].advantages, plain.advantages.clamp(min=0))
+    masked = algorithm.prepare(batch.packed, batch.outputs, 0)
+    assert masked.metrics["negatives_masked"] == 1.0 and (advantages_of(plain) < 0).any()
+    assert torch.equal(advantages_of(masked.batches[0]), advantages_of(plain).clamp(min=0))
     assert torch.equal(masked.batches[0].token_weights, plain.token_weights)
     restored = algorithm_of(**settings)
     restored.restore(algorithm.state())
-    between = replace(batch.scores, entropies=torch.full_like(batch.scores.entropies, 0.15))
+    between = replace(batch.outputs, entropies=torch.full_like(batch.outputs.entropies, 0.15))
     assert restored.prepare(batch.packed, between, 0).metrics["negatives_masked"] == 1.0
     assert algorithm_of(**settings).prepare(batch.packed, between, 0).metrics["negatives_masked"] == 0.0
 
 
 def test_truncated_responses_leave_the_loss_but_not_the_group() -> None:
     batch = ragged(10)
-    kept = algorithm_of().prepare(batch.packed, batch.scores, 0).batches[0]
-    masked = algorithm_of(mask_truncated=True).prepare(batch.packed, batch.scores, 0).batches[0]
+    kept = algorithm_of().prepare(batch.packed, batch.outputs, 0).batches[0]
+    masked = algorithm_of(mask_truncated=True).prepare(batch.packed, batch.outputs, 0).batches[0]
     cut = {p for i, one in enumerate(batch.trained) if batch.packed.truncated[i] for p in one}
-    assert cut and kept.advantages is not None and masked.advantages is not None
-    for p in range(kept.advantages.numel()):
-        assert float(masked.advantages[p]) == (0.0 if p in cut else float(kept.advantages[p]))
+    assert cut
+    for p in range(advantages_of(kept).numel()):
+        assert float(advantages_of(masked)[p]) == (0.0 if p in cut else float(advantages_of(kept)[p]))
         assert (float(masked.token_weights[p]) == 0.0) == (p in cut or not batch.packed.loss_mask[p])
 
 
 def test_functions_of_the_users_own() -> None:
     batch = ragged(11)
     algorithm = algorithm_of(advantage="own_functions:batch_median", surrogate="own_functions:unclipped")
-    prepared = algorithm.prepare(batch.packed, batch.scores, 0).batches[0]
+    prepared = algorithm.prepare(batch.packed, batch.outputs, 0).batches[0]
     rewards = batch.packed.rewards
     expected = (rewards - rewards.median()).repeat_interleave(batch.packed.sequence_lengths) * batch.packed.loss_mask
-    torch.testing.assert_close(prepared.advantages, expected)
-    loss = objective_of(algorithm, prepared, batch.scores.old, batch.scores.entropies, ALL).loss
+    torch.testing.assert_close(advantages_of(prepared), expected)
+    loss = objective_of(algorithm, prepared, batch.outputs.old, batch.outputs.entropies, ALL).loss
     assert float(loss) == pytest.approx(-float((expected * prepared.token_weights).sum()))
 
 
@@ -255,8 +259,7 @@ def test_an_advantage_of_the_users_own_reads_the_greedy_rewards() -> None:
     batch = ragged(11)
     algorithm = algorithm_of(advantage="own_functions:BETTER_THAN_GREEDY", reward_shaping={"overlong_buffer": 0.5})
     assert algorithm.needs_greedy_response
-    actual = algorithm.prepare(batch.packed, batch.scores, 0).batches[0].advantages
-    assert actual is not None
+    actual = advantages_of(algorithm.prepare(batch.packed, batch.outputs, 0).batches[0])
     for i, positions in enumerate(batch.trained):
         sampled, greedy = (
             float(rewards[i]) + references.soft_overlong(length, LONGEST, 0.5 * LONGEST)
@@ -276,7 +279,7 @@ def test_greedy_rewards_that_nobody_asked_for_are_no_numbers() -> None:
     batch = ragged(11)
     packed = replace(batch.packed, greedy_rewards=torch.full_like(batch.packed.greedy_rewards, math.nan))
     with pytest.raises(TrainingError, match=r"algorithm.advantage greedy_baseline: gave .* finite numbers"):
-        algorithm_of(advantage="greedy_baseline").prepare(packed, batch.scores, 0)
+        algorithm_of(advantage="greedy_baseline").prepare(packed, batch.outputs, 0)
 
 
 def test_users_functions_that_cannot_be_used() -> None:
@@ -290,8 +293,8 @@ def test_users_functions_that_cannot_be_used() -> None:
     with pytest.raises(
         TrainingError, match=r"algorithm.advantage own_functions:infinite: gave a tensor of shape .* finite numbers"
     ):
-        algorithm_of(advantage="own_functions:infinite").prepare(batch.packed, batch.scores, 0)
+        algorithm_of(advantage="own_functions:infinite").prepare(batch.packed, batch.outputs, 0)
     algorithm = algorithm_of(surrogate="own_functions:no_surrogate")
-    prepared = algorithm.prepare(batch.packed, batch.scores, 0).batches[0]
+    prepared = algorithm.prepare(batch.packed, batch.outputs, 0).batches[0]
     with pytest.raises(TrainingError, match=r"algorithm.surrogate own_functions:no_surrogate: gave Tensor; return .*Surrogate"):
-        objective_of(algorithm, prepared, batch.scores.old, batch.scores.entropies, ALL)
+        objective_of(algorithm, prepared, batch.outputs.old, batch.outputs.entropies, ALL)

@@ -17,7 +17,7 @@ def random_like(values: torch.Tensor, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize(("discount", "decay"), [(1.0, 0.95), (0.9, 0.8), (0.9, 0.0), (0.99, 1.0), (1.0, 1.0)])
 def test_against_the_definition(discount: float, decay: float, dtype: torch.dtype) -> None:
     batch = ragged(0, dtype)
-    rewards, values = random_like(batch.scores.old, 1), random_like(batch.scores.old, 2)
+    rewards, values = random_like(batch.outputs.old, 1), random_like(batch.outputs.old, 2)
     actual = generalised_advantages(
         rewards, values, batch.packed.cu_seqlens, batch.packed.loss_mask, discount=discount, trace_decay=decay
     )
@@ -52,7 +52,7 @@ def test_length_adaptive_and_decoupled_decay() -> None:
     lengths = torch.tensor([0, 1, 20, 40, 1000])
     assert length_adaptive_trace_decay(lengths, 0.05).tolist() == pytest.approx([0.0, 0.0, 0.0, 0.5, 0.98])
     batch = ragged(4)
-    rewards, values = random_like(batch.scores.old, 5), random_like(batch.scores.old, 6)
+    rewards, values = random_like(batch.outputs.old, 5), random_like(batch.outputs.old, 6)
     decays = length_adaptive_trace_decay(torch.tensor([len(one) for one in batch.trained]), 0.5)
     for decay in (decays, 1.0):  # VAPO: the policy's, then the critic's
         actual = generalised_advantages(
@@ -80,7 +80,7 @@ def test_chunks(length: int) -> None:
 
 def test_blocks_of_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = ragged(7)
-    rewards, values = random_like(batch.scores.old, 8), random_like(batch.scores.old, 9)
+    rewards, values = random_like(batch.outputs.old, 8), random_like(batch.outputs.old, 9)
     decay = torch.linspace(0, 1, len(batch.trained), dtype=torch.float64)
     results = []
     for tokens in (1, 12, 1 << 20):

@@ -68,7 +68,7 @@ def compute(
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Loss and its gradients by summing the micro-batches, as the engine does."""
     algorithm = Algorithm(config, LONGEST)
-    (train_batch,) = algorithm.prepare(batch.packed, batch.scores, step=0).batches
+    (train_batch,) = algorithm.prepare(batch.packed, batch.outputs, step=0).batches
     logprobs, entropies = logprobs.clone().requires_grad_(), entropies.clone().requires_grad_()
     losses = [objective_of(algorithm, train_batch, logprobs, entropies, part).loss for part in parts]
     total = torch.stack(losses).sum()
@@ -86,14 +86,14 @@ def test_value_and_gradient(name: str, dtype: torch.dtype) -> None:
     for seed in range(3):
         batch = ragged(seed, dtype)
         generator = torch.Generator().manual_seed(seed + 100)
-        noise = 0.3 * torch.randn(batch.scores.old.shape, generator=generator, dtype=torch.float64)
-        logprobs = (batch.scores.old.double() + noise).to(dtype)
+        noise = 0.3 * torch.randn(batch.outputs.old.shape, generator=generator, dtype=torch.float64)
+        logprobs = (batch.outputs.old.double() + noise).to(dtype)
         reference = Reference(batch, config, masks_negative=name == "aepo")
-        values, entropies = logprobs.double().tolist(), batch.scores.entropies.double().tolist()
+        values, entropies = logprobs.double().tolist(), batch.outputs.entropies.double().tolist()
         expected = reference.loss(values, values, entropies)
         expected_gradient = torch.tensor(reference.gradient(values, entropies), dtype=torch.float64)
         for parts in MICRO_BATCHES:
-            loss, gradient, entropy_gradient = compute(batch, config, logprobs, batch.scores.entropies, parts)
+            loss, gradient, entropy_gradient = compute(batch, config, logprobs, batch.outputs.entropies, parts)
             assert loss == pytest.approx(expected, rel=tolerance, abs=tolerance)
             torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=tolerance)
             assert bool(entropy_gradient.any()) == (config.entropy_coefficient > 0)
@@ -105,14 +105,14 @@ def test_numeric_gradient(name: str) -> None:
     config = AlgorithmConfig.model_validate(CASES[name])
     batch = ragged(1)
     algorithm = Algorithm(config, LONGEST)
-    (train_batch,) = algorithm.prepare(batch.packed, batch.scores, step=0).batches
-    logprobs = batch.scores.old + 0.2 * torch.randn(
-        batch.scores.old.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    (train_batch,) = algorithm.prepare(batch.packed, batch.outputs, step=0).batches
+    logprobs = batch.outputs.old + 0.2 * torch.randn(
+        batch.outputs.old.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
     )
     everything = list(range(len(SEQUENCES)))
     assert torch.autograd.gradcheck(
         lambda x, e: objective_of(algorithm, train_batch, x, e, everything).loss,
-        (logprobs.requires_grad_(), batch.scores.entropies.clone().requires_grad_()),
+        (logprobs.requires_grad_(), batch.outputs.entropies.clone().requires_grad_()),
     )
 
 
@@ -126,7 +126,7 @@ def test_a_correction_of_a_whole_response_weighs_its_loss(name: str, method: str
     plain = gradient_of(settings, batch, 0.3)
     corrected = gradient_of(settings | {"sampler_correction": {"method": method, "cap": cap}}, batch, 0.3)
     for positions in batch.trained:
-        log_ratio = sum(float(batch.scores.old[p] - batch.packed.sampler_logprobs[p]) for p in positions)
+        log_ratio = sum(float(batch.outputs.old[p] - batch.packed.sampler_logprobs[p]) for p in positions)
         weight = {"tis": min(math.exp(log_ratio), cap), "mis": math.exp(log_ratio) if math.exp(log_ratio) <= cap else 0.0}[method]
         for p in positions:
             assert float(corrected[p]) == pytest.approx(weight * float(plain[p]), rel=1e-5, abs=1e-9)
@@ -147,12 +147,12 @@ def kimi_example(sampler: list[float], correction: dict[str, Any]) -> tuple[floa
         rewards=torch.zeros(1, dtype=torch.float64),
         routed_experts=no_routing(3),
     )
-    batch = Ragged(packed=packed, scores=TokenOutputs(old=old, entropies=0 * old, reference=None, values=None), trained=[[1, 2]])
+    batch = Ragged(packed=packed, outputs=TokenOutputs(old=old, entropies=0 * old, reference=None, values=None), trained=[[1, 2]])
     config = AlgorithmConfig.model_validate(
         {"preset": "kimi_k1_5", "mirror_descent_tau": 2.0, "sampler_correction": correction, "reward_shaping": {"length_weight": 0}}
     )
     moved = old + torch.tensor([0.0, 0.3, -0.4], dtype=torch.float64)
-    loss, gradient, _ = compute(batch, config, moved, batch.scores.entropies, [[0]])
+    loss, gradient, _ = compute(batch, config, moved, batch.outputs.entropies, [[0]])
     return loss, gradient[1:].tolist()
 
 
@@ -173,10 +173,10 @@ def test_mirror_descent_points_at_the_old_policy_whatever_the_weights() -> None:
 
 
 def gradient_of(settings: dict[str, Any], batch: Ragged, noise: float) -> torch.Tensor:
-    logprobs = batch.scores.old + noise * torch.randn(
-        batch.scores.old.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64
+    logprobs = batch.outputs.old + noise * torch.randn(
+        batch.outputs.old.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64
     )
-    return compute(batch, AlgorithmConfig.model_validate(settings), logprobs, batch.scores.entropies, MICRO_BATCHES[1])[1]
+    return compute(batch, AlgorithmConfig.model_validate(settings), logprobs, batch.outputs.entropies, MICRO_BATCHES[1])[1]
 
 
 def test_dapo_with_equal_clips_and_no_shaping_is_token_mean_grpo() -> None:

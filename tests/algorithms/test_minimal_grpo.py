@@ -69,9 +69,9 @@ def test_loss_and_gradient_are_the_library_s(example: ModuleType, seed: int) -> 
         greedy_rewards=torch.zeros(num_responses),
         greedy_lengths=torch.zeros(num_responses, dtype=torch.int64),
     )
-    scores = TokenOutputs(old=packed(old, mask), entropies=packed(0 * old, mask), reference=packed(reference, mask), values=None)
-    (train_batch,) = algorithm.prepare(batch, scores, step=0).batches
-    objective = objective_of(algorithm, train_batch, packed(logprobs, mask), scores.entropies, range(num_responses))
+    outputs = TokenOutputs(old=packed(old, mask), entropies=packed(0 * old, mask), reference=packed(reference, mask), values=None)
+    (train_batch,) = algorithm.prepare(batch, outputs, step=0).batches
+    objective = objective_of(algorithm, train_batch, packed(logprobs, mask), outputs.entropies, range(num_responses))
     (expected,) = torch.autograd.grad(objective.loss, logprobs)
 
     # the library's token weights are float32

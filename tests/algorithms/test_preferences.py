@@ -154,10 +154,10 @@ def test_loss_of_a_reward_model(pairs: list[int]) -> None:
     objective = reward_objective(values[index], data, config=config)
     objective.loss.backward()
     ends = [end - 1 for end in packed.cu_seqlens[1:].tolist()]
-    scores, gradient = values.tolist(), [0.0] * packed.token_ids.numel()
+    outputs, gradient = values.tolist(), [0.0] * packed.token_ids.numel()
     loss = accuracy = 0.0
     for pair in pairs:
-        chosen, rejected = scores[ends[2 * pair]], scores[ends[2 * pair + 1]]
+        chosen, rejected = outputs[ends[2 * pair]], outputs[ends[2 * pair + 1]]
         p = sigmoid(chosen - rejected - 0.3)
         loss += (-math.log(p) + 0.05 * (chosen + rejected) ** 2) / 4
         gradient[ends[2 * pair]] = (-(1 - p) + 0.1 * (chosen + rejected)) / 4

@@ -19,19 +19,19 @@ CAP = 1.5
 def make_batch(seed: int) -> tuple[PackedBatch, TokenOutputs]:
     """Ragged responses whose tokens are 0 to 3 versions old, older ones first, with wide gaps to the trainer."""
     batch = ragged(seed, dtype=torch.float32)
-    packed, scores = batch.packed, batch.scores
+    packed, outputs = batch.packed, batch.outputs
     generator = torch.Generator().manual_seed(seed)
     age = torch.randint(0, 4, packed.token_ids.shape, generator=generator)
     gap = torch.randn(packed.token_ids.shape, generator=generator) * (0.1 + age)
     versions = torch.where(packed.loss_mask, VERSION - age, -1)
-    return replace(packed, weight_versions=versions, sampler_logprobs=(scores.old + gap) * packed.loss_mask), scores
+    return replace(packed, weight_versions=versions, sampler_logprobs=(outputs.old + gap) * packed.loss_mask), outputs
 
 
 @pytest.mark.parametrize("method", ["none", "tis", "mis"])
 def test_histogram_and_gaps_are_those_of_a_loop(method: str) -> None:
-    packed, scores = make_batch(3)
+    packed, outputs = make_batch(3)
     config = AlgorithmConfig.model_validate({"sampler_correction": {"method": method, "cap": CAP}, "updates_per_step": 1})
-    prepared = Algorithm(config, max_new_tokens=16).prepare(packed, scores, VERSION)
+    prepared = Algorithm(config, max_new_tokens=16).prepare(packed, outputs, VERSION)
     metrics = staleness_metrics(prepared.batches, VERSION)
 
     ages, before, after = [], {k: [] for k in range(4)}, {k: [] for k in range(4)}
@@ -39,7 +39,7 @@ def test_histogram_and_gaps_are_those_of_a_loop(method: str) -> None:
         if not packed.loss_mask[token]:
             continue
         age = VERSION - int(packed.weight_versions[token])
-        log_ratio = float(scores.old[token]) - float(packed.sampler_logprobs[token])
+        log_ratio = float(outputs.old[token]) - float(packed.sampler_logprobs[token])
         ratio = math.exp(log_ratio)
         weight = {"none": 1.0, "tis": min(ratio, CAP), "mis": ratio if ratio <= CAP else 0.0}[method]
         ages.append(age)
@@ -65,9 +65,9 @@ def test_weights_are_token_by_token_whatever_version_sampled_them() -> None:
 
 @pytest.mark.parametrize("limit", [0, 2, 3])
 def test_tokens_beyond_the_limit_are_left_out_and_counted(limit: int) -> None:
-    packed, scores = make_batch(4)
+    packed, outputs = make_batch(4)
     config = AlgorithmConfig.model_validate({"sampler_correction": {"method": "tis", "max_staleness": limit}})
-    prepared = Algorithm(config, max_new_tokens=16).prepare(packed, scores, VERSION)
+    prepared = Algorithm(config, max_new_tokens=16).prepare(packed, outputs, VERSION)
     (batch,) = prepared.batches
     is_stale = [bool(m) and VERSION - int(v) > limit for m, v in zip(packed.loss_mask, packed.weight_versions, strict=True)]
     assert prepared.metrics["stale_tokens_masked"] == sum(is_stale)
@@ -78,7 +78,7 @@ def test_tokens_beyond_the_limit_are_left_out_and_counted(limit: int) -> None:
 
 
 def test_nothing_is_said_of_a_step_without_tokens() -> None:
-    packed, scores = make_batch(5)
+    packed, outputs = make_batch(5)
     packed = replace(packed, loss_mask=torch.zeros_like(packed.loss_mask))
-    prepared = Algorithm(AlgorithmConfig(), max_new_tokens=16).prepare(packed, scores, VERSION)
+    prepared = Algorithm(AlgorithmConfig(), max_new_tokens=16).prepare(packed, outputs, VERSION)
     assert staleness_metrics(prepared.batches, VERSION) == {}

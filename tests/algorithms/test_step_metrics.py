@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megarl.algorithms.algorithm import Algorithm
-from megarl.algorithms.metrics import METRICS, Part, combined, step_metrics
+from megarl.algorithms.metrics import BatchMetrics, combined, step_metrics
 from megarl.config.schema import AlgorithmConfig
 from megarl.data.packing import no_routing
 from megarl.types import PackedBatch, TokenOutputs, UpdateResult
@@ -53,14 +53,10 @@ def test_skipped_and_empty_updates_count_as_such_and_leave_the_rest_alone(norm: 
 
 def test_pairs_of_several_batches_are_one_set_of_pairs() -> None:
     parts = [
-        Part(metrics={"accuracy": 1.0, "entropy": 3.0}, num_tokens=10, num_sequences=6),
-        Part(metrics={"accuracy": 0.0, "entropy": 1.0}, num_tokens=30, num_sequences=2),
+        BatchMetrics(metrics={"accuracy": 1.0, "entropy": 3.0}, num_tokens=10, num_sequences=6),
+        BatchMetrics(metrics={"accuracy": 0.0, "entropy": 1.0}, num_tokens=30, num_sequences=2),
     ]
     assert combined(parts) == pytest.approx({"accuracy": 0.75, "entropy": 1.5})
-
-
-def test_every_metric_says_what_it_is() -> None:
-    assert all(metric.unit and metric.meaning for metric in METRICS.values())
 
 
 # Probabilities of a vocabulary of four in twentieths, so that a batch can hold every token as often as the policy samples it.
@@ -97,9 +93,9 @@ def whole_distribution(settings: dict[str, Any], new: tuple[float, ...], referen
         greedy_rewards=torch.zeros(20),
         greedy_lengths=torch.zeros(20, dtype=torch.int64),
     )
-    scores = TokenOutputs(old=logprobs(OLD), entropies=torch.zeros(40), reference=logprobs(reference), values=None)
+    outputs = TokenOutputs(old=logprobs(OLD), entropies=torch.zeros(40), reference=logprobs(reference), values=None)
     algorithm = Algorithm(AlgorithmConfig.model_validate(settings), LONGEST)
-    prepared = algorithm.prepare(packed, scores, 0)
+    prepared = algorithm.prepare(packed, outputs, 0)
     objective = objective_of(algorithm, prepared.batches[0], logprobs(new), torch.zeros(40), list(range(20)))
     return prepared.metrics | {"kl_old": float(objective.metrics["kl_old"]) / 20}
 

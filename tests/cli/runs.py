@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from megarl.cli import main
+from megarl.metrics import find_metric
 from megarl.weights.checkpoint import whole_checkpoints
 
 MEGARL = Path(sys.executable).with_name("megarl")
@@ -82,8 +83,10 @@ def megarl_here(*arguments: object) -> int:
 
 
 def logged(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
-    """Step and metrics of each line of metrics.jsonl, without durations."""
+    """Step and metrics of each line of metrics.jsonl, without durations; every metric is one of docs/metrics.md."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    unknown = {name for line in lines for name in line["metrics"] if find_metric(name) is None}
+    assert not unknown, f"not in megarl/metrics.py: {unknown}"
     return [
         (line["step"], {name: value for name, value in line["metrics"].items() if not name.endswith("seconds")}) for line in lines
     ]

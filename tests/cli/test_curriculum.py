@@ -153,7 +153,7 @@ def test_evaluation_of_the_last_checkpoint_is_the_runs_own(staged: Path) -> None
     assert launch_evaluation(shorter, checkpoint, num_ranks=RANKS)["accuracy@short"] == evaluated["accuracy@short"]
 
 
-def test_responses_under_way_go_on_in_the_next_stage(workspace: Path, tmp_path: Path) -> None:
+def test_responses_in_flight_go_on_in_the_next_stage(workspace: Path, tmp_path: Path) -> None:
     """Generation beside training: every group that a stage began is trained on once, some of them in the stage after."""
     rollout = {
         "prompts_per_step": 4,

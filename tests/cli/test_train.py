@@ -177,7 +177,7 @@ def test_remax_trains_against_greedy_responses_and_is_resumed(workspace: Path, t
     assert any(metrics["rollout/dropped_filtered"] > 0 for metrics in steps)
 
 
-def test_a_mixture_with_surplus_and_priorities_is_resumed(workspace: Path, tmp_path: Path) -> None:
+def test_a_mixture_with_leftover_groups_and_priorities_is_resumed(workspace: Path, tmp_path: Path) -> None:
     """Two balanced tasks with scorers of their own, rows drawn by success, surplus groups, and responses ended for repetition."""
     (tmp_path / "model").symlink_to(workspace / "model")
     options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}

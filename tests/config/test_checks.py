@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from megarl.config.checks import check
-from megarl.config.model_facts import read_model_facts
+from megarl.config.load import describe
 from megarl.config.schema import Config
 from megarl.errors import ConfigError
+from megarl.families.registry import read_architecture
 from small_model import MODEL
 
 RL: dict[str, Any] = {
@@ -57,6 +59,15 @@ def failures(config: Config, world_size: int = 1) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         check(config, world_size)
     return str(caught.value).split("\n")
+
+
+def mistakes(model: Path, *settings: str, **top: Any) -> list[str]:
+    """What is wrong with a config, found when it is read or, where nothing is, when it is checked."""
+    try:
+        config = build(model, *settings, **top)
+    except ValidationError as error:
+        return [describe(detail, "run.yaml").removeprefix("run.yaml: ") for detail in error.errors()]
+    return failures(config)
 
 
 @pytest.fixture
@@ -423,8 +434,8 @@ def test_run(model: Path, case: tuple[Any, ...]) -> None:
     ],
 )
 def test_scorer_fields(model: Path, scorer: dict[str, Any], expected: str) -> None:
-    config = build(model, "rewards.scorers=" + json.dumps([{"type": "exact", "name": "first"}, scorer]))
-    assert_lines(failures(config), [f"rewards.scorers.1.{expected}"])
+    lines = mistakes(model, "rewards.scorers=" + json.dumps([{"type": "exact", "name": "first"}, scorer]))
+    assert_lines(lines, [f"rewards.scorers.1.{expected}"])
 
 
 ENVIRONMENT = {"type": "calculator"}
@@ -474,11 +485,11 @@ ENVIRONMENTS: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
 
 @pytest.mark.parametrize(("environment", "top", "expected"), ENVIRONMENTS)
 def test_environments(model: Path, environment: dict[str, Any], top: dict[str, Any], expected: str | None) -> None:
-    config = build(model, "rollout.environment=" + json.dumps(ENVIRONMENT | environment), **top)
+    setting = "rollout.environment=" + json.dumps(ENVIRONMENT | environment)
     if expected is None:
-        check(config, 1)
+        check(build(model, setting, **top), 1)
     else:
-        assert failures(config) == [expected]
+        assert mistakes(model, setting, **top) == [expected]
 
 
 def test_scorers_together(model: Path, tmp_path: Path) -> None:
@@ -705,7 +716,7 @@ def test_uneven_pipeline_stages(model: Path, parallel: dict[str, Any], expected:
 
 
 def test_old_llama_has_as_many_key_value_heads_as_heads(tmp_path: Path) -> None:
-    assert read_model_facts(write_model(tmp_path / "model", model_type="llama", num_key_value_heads=None)).num_key_value_heads == 8
+    assert read_architecture(write_model(tmp_path / "model", model_type="llama", num_key_value_heads=None)).num_kv_heads == 8
 
 
 def test_model_folder(tmp_path: Path) -> None:

@@ -223,3 +223,44 @@ def test_dump_and_load_give_the_same_config(file: Path, tmp_path: Path) -> None:
 def test_save_into_a_missing_folder(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         save_config(load_config(file), tmp_path / "absent" / "config.yaml")
+
+
+SAVED_BEFORE = """
+rewards:
+  scorers:
+  - {type: regex, name: null, weight: 1.0, pattern: a, tags: [], ngram: null, script: null, extract: null, match: [], judge: null,
+     function: null, step_separator: null, url: null, engine: null, api_key_env: null}
+rollout:
+  environment: {type: calculator, function: null, options: {}, max_turns: 3}
+"""
+
+
+def test_a_config_that_lists_the_keys_of_every_type_is_read(file: Path) -> None:
+    """So earlier versions saved the config of a run."""
+    file.write_text(VALID.partition("rewards:")[0] + SAVED_BEFORE)
+    config = load_config(file)
+    (scorer,) = config.rewards.scorers
+    assert scorer.model_dump(exclude_unset=True) == {"type": "regex", "name": None, "weight": 1.0, "pattern": "a"}
+    assert config.rollout.environment is not None and config.rollout.environment.max_turns == 3
+
+
+@pytest.mark.parametrize(
+    ("scorer", "line"),
+    [
+        (
+            "{type: python, function: 'a:b', pattern: x}",
+            "rewards.scorers.0.pattern: 'x' has no use for type python; remove it or use type exact or regex or math or "
+            "reasoning_gym or document_qa or format",
+        ),
+        ("{type: exact, ngram: 0}", "rewards.scorers.0.ngram: 0 has no use for type exact; remove it or use type repetition"),
+        ("{type: repetition}", "rewards.scorers.0.ngram: is required for type repetition; give for example 4"),
+        ("{type: math, patern: a}", "rewards.scorers.0.patern: unknown key; the nearest valid key is rewards.scorers.0.pattern"),
+        (
+            "{type: math, judge: {url: 'http://j', model: m}}",
+            "rewards.scorers.0.judge: has no use for type math; remove it or use type document_qa",
+        ),
+    ],
+)
+def test_keys_of_other_types(file: Path, scorer: str, line: str) -> None:
+    text = VALID.partition("rewards:")[0] + f"rewards: {{scorers: [{scorer}]}}\n"
+    assert errors_of(file, text) == [f"run.yaml: {line}"]

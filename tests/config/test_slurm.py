@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megarl.builtin.scorers import DocumentQAScorer
 from megarl.config.load import load_config
 from megarl.config.stages import configs_of
 from megarl.engines.vllm import VllmEngine
@@ -114,7 +115,8 @@ def test_ranks_and_servers_are_what_the_config_needs(script: Path, tmp_path: Pat
     assert {server.options["nodelist"] for server in servers} == {f"node{given['nodes']}"}
     assert sum(int(server.options["gpus-per-node"]) for server in servers) <= int(given["gpus-per-node"])
     urls = [f"http://node{given['nodes']}:{server.flag('--port')}" for server in servers]
-    judges = [scorer.judge for scorer in config.rewards.scorers if scorer.judge is not None]
+    scorers = [scorer for scorer in config.rewards.scorers if isinstance(scorer, DocumentQAScorer)]
+    judges = [scorer.judge for scorer in scorers if scorer.judge is not None]
     assert urls == [config.rollout.vllm.url, *(judge.url.removesuffix("/v1") for judge in judges)]
     assert [server.flag("--model") for server in servers] == [str(config.model.path), *(judge.model for judge in judges)]
 

@@ -59,6 +59,8 @@ def start_and_load(config: Config, folder: Path) -> None:
     [
         ("qwen2", ["tp=2", "pp=2,vpp=2", "tp=4,pp=2"]),
         ("llama", ["tp=2,pp=2"]),
+        ("phi3", ["tp=2,pp=2"]),
+        ("olmo2", ["tp=4"]),
         ("qwen3_moe", ["dp=2,ep=2", "tp=2,pp=2,ep=2,etp=1"]),
         ("deepseek_v3", ["tp=2,pp=2"]),
     ],

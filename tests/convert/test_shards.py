@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from tools import SMALL_FILES, assert_same, make_model, refusal, tensors_of, tool
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "reshard"))
@@ -27,6 +27,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 2},  # tied embeddings and, at tp 4, key-value heads that two ranks share
     "qwen3": {},
     "mistral": {},
+    "phi3": {"num_key_value_heads": 2},
+    "olmo2": {},
     "mixtral": {},
     "qwen3_moe": {"num_experts": 4, "mlp_only_layers": []},
     "deepseek_v3": {},
@@ -77,6 +79,8 @@ def shards_of(folder: Path, rank: int) -> Tensors:
         ("llama", [(2, 1)]),
         ("mistral", [(2, 1)]),
         ("qwen3", [(4, 1)]),
+        ("phi3", [(4, 1)]),
+        ("olmo2", [(2, 1)]),
         ("qwen2", [(1, 1), (2, 1), (4, 1)]),
         ("mixtral", [(4, 1), (2, 2)]),
         ("qwen3_moe", [(1, 1), (2, 2)]),

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megarl.weights import mapping, rules
+from megarl.families.base.weight_rules import Kind
+from megarl.weights import mapping, shards
 from tools import make_model, tensors_of, tool
 
 Tensors = dict[str, Tensor]
@@ -92,39 +93,39 @@ def test_differences_are_found(
     assert line.startswith(f"{name}: {int(differs.sum())} elements differ, by up to {gap:.3g}; first at {first}: ")
 
 
-def broken_qkv(shard: rules.Shard) -> rules.Shard:
+def broken_qkv(shard: shards.Shard) -> shards.Shard:
     """Two heads' keys exchanged."""
     slices = list(shard.slices)
     slices[1], slices[4] = slices[4], slices[1]
-    return rules.Shard(tuple(slices), shard.dim, shard.padding)
+    return shards.Shard(tuple(slices), shard.dim, shard.padding)
 
 
-def broken_gate_up(shard: rules.Shard) -> rules.Shard:
-    return rules.Shard(shard.slices[::-1], shard.dim, shard.padding)
+def broken_gate_up(shard: shards.Shard) -> shards.Shard:
+    return shards.Shard(shard.slices[::-1], shard.dim, shard.padding)
 
 
-def broken_rows(shard: rules.Shard) -> rules.Shard:
+def broken_rows(shard: shards.Shard) -> shards.Shard:
     """The last row of the tensor twice, the first never."""
     first = shard.slices[0]
-    last = rules.Slice(first.name, first.dim, first.stop - 1, first.stop)
-    return rules.Shard((last, rules.Slice(first.name, first.dim, first.start + 1, first.stop)), shard.dim, shard.padding)
+    last = shards.Slice(first.name, first.dim, first.stop - 1, first.stop)
+    return shards.Shard((last, shards.Slice(first.name, first.dim, first.start + 1, first.stop)), shard.dim, shard.padding)
 
 
 @pytest.mark.parametrize(
     ("kind", "broken"),
-    [(rules.Kind.QKV, broken_qkv), (rules.Kind.GATE_UP, broken_gate_up), (rules.Kind.VOCABULARY, broken_rows)],
+    [(Kind.QKV, broken_qkv), (Kind.GATE_UP, broken_gate_up), (Kind.VOCABULARY, broken_rows)],
 )
 def test_a_wrong_weight_map_is_found(
     converted: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    kind: rules.Kind,
-    broken: Callable[[rules.Shard], rules.Shard],
+    kind: Kind,
+    broken: Callable[[shards.Shard], shards.Shard],
 ) -> None:
     """A checkpoint that was made with one mistake in the map does not pass with the right map, nor the other way round."""
     right = mapping.shard_of
 
-    def wrong(parameter: rules.Parameter, *sizes: object) -> rules.Shard:
+    def wrong(parameter: shards.Parameter, *sizes: object) -> shards.Shard:
         shard = right(parameter, *sizes)
         return broken(shard) if parameter.kind is kind else shard
 

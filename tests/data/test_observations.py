@@ -6,7 +6,7 @@ import pytest
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Tokenizer
 
-from megarl.config.schema import EnvironmentConfig
+from megarl.builtin.environments import CalculatorEnvironment
 from megarl.data.template import ObservationTemplate
 from megarl.errors import DataError
 
@@ -41,7 +41,7 @@ def make_tokenizer(chat_template: str | None) -> Qwen2Tokenizer:
 
 
 def template(tokenizer: Qwen2Tokenizer, **settings: Any) -> ObservationTemplate:
-    return ObservationTemplate(tokenizer, EnvironmentConfig.model_validate({"type": "calculator"} | settings))
+    return ObservationTemplate(tokenizer, CalculatorEnvironment.model_validate(settings))
 
 
 @pytest.mark.parametrize("role", ["user", "tool"])

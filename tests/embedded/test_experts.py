@@ -13,7 +13,7 @@ from megarl.config.schema import EmbeddedEngineConfig
 from megarl.engines.embedded import EmbeddedEngine
 from megarl.engines.protocol import Generation
 from megarl.errors import RolloutError, WeightsError
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.weights.mapping import build_weight_map
 from tiny import write_tiny_model
 from tiny_rollout import sampling

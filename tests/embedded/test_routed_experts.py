@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import Config, EmbeddedEngineConfig
 from megarl.engines.build import build_engine
 from megarl.engines.embedded import EmbeddedEngine
 from megarl.engines.protocol import Generation
 from megarl.engines.routed_experts import reported_experts
 from megarl.errors import RolloutError
+from megarl.families.registry import read_architecture
 from tiny import chosen_experts, write_tiny_model
 from tiny_rollout import generate_all, sampling
 
@@ -48,20 +48,20 @@ def test_embedded_reports_what_transformers_chooses(tmp_path: Path, family: str)
 
 def test_a_report_keeps_the_layers_with_experts(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, "qwen3_moe")  # 6 experts, 2 a token, none in layer 1 of 4
-    facts = read_model_facts(tmp_path).experts
-    assert facts is not None
+    moe = read_architecture(tmp_path).moe
+    assert moe is not None
     report = numpy.array([[[3, 0], [0, 0], [5, 4], [1, 2]], [[1, 0], [0, 0], [2, 4], [5, 2]]], numpy.uint8)
     expected = [[[0, 3], [4, 5], [1, 2]], [[0, 1], [2, 4], [2, 5]]]
-    assert reported_experts("vLLM", report, 3, facts).tolist() == expected
-    assert reported_experts("SGLang", report.reshape(-1).astype(numpy.int32), 3, facts).tolist() == expected
+    assert reported_experts("vLLM", report, 3, moe).tolist() == expected
+    assert reported_experts("SGLang", report.reshape(-1).astype(numpy.int32), 3, moe).tolist() == expected
     with pytest.raises(RolloutError, match=r"^vLLM reports no experts, and rollout\.routing_replay needs them"):
-        reported_experts("vLLM", None, 3, facts)
+        reported_experts("vLLM", None, 3, moe)
     with pytest.raises(RolloutError, match=r"^vLLM reports experts of shape \(2, 4, 2\), not \[.*\] = \(3, 4, 2\)"):
-        reported_experts("vLLM", report, 4, facts)
+        reported_experts("vLLM", report, 4, moe)
     for wrong in (6, 0):  # no such expert, one expert twice
         report[1, 0, 0] = wrong
         with pytest.raises(RolloutError, match=r"^vLLM reports experts that are not 2 different ones of 0\.\.5"):
-            reported_experts("vLLM", report, 3, facts)
+            reported_experts("vLLM", report, 3, moe)
 
 
 def test_vllm_on_cpu_is_refused(tmp_path: Path) -> None:

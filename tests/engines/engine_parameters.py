@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megarl.engines.environment import default_python
-from megarl.models.architecture import read_architecture
-from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.families.base.engine_rules import EngineLayout
+from megarl.families.registry import read_architecture
+from megarl.reshard.plan.engine_layouts import engine_shard_layout
 from megarl.reshard.plan.shard_layout import ShardLayout, tensor_table
 from megarl.weights.mapping import build_weight_map
 from tiny import CLASSES

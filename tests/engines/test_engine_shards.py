@@ -10,8 +10,8 @@ import torch
 
 from engine_parameters import check_loaded, free_port, run_in_engine, write_numbered_model
 from megarl.engines import sglang, vllm
+from megarl.families.base.engine_rules import EngineLayout
 from megarl.reshard.engine_shards import write_engine_shards
-from megarl.reshard.plan.engine_layouts import EngineLayout
 from megarl.weights.files.convert import Options
 from real_engines import ARGUMENTS, all_gone, make_engine, server_processes
 from tiny import write_tiny_model
@@ -26,7 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek_v3 without the query's latent": DEEPSEEK | {"q_lora_rank": None},
     "mixtral": {"num_key_value_heads": 1},
     "qwen3_moe": {"mlp_only_layers": []},
-} | {family: {} for family in ("llama", "mistral", "qwen2", "qwen3")}
+} | {family: {} for family in ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2")}
 WITH_EXPERTS = list(MODELS)[:4]
 
 

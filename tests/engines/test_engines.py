@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from megarl.builtin.environments.protocol import Step
 from megarl.config.schema import RepetitionStopConfig
 from megarl.engines.protocol import Generation, SamplingParams, resumed
 from megarl.engines.server_engine import ServerEngine
-from megarl.environments.protocol import Step
 from megarl.errors import RolloutError, WeightsError
 from megarl.rollout.episodes import EpisodePlayer
 from megarl.rollout.pending_groups import joined
@@ -219,7 +219,7 @@ def test_an_update_waits_for_the_requests_in_flight(served: Served) -> None:
         assert worst_gap(served.model(seed), [LONG_PROMPT], [group], 1.0) <= 1e-4
 
 
-def test_a_response_cut_at_an_update_goes_on_with_the_new_weights(served: Served) -> None:
+def test_a_response_aborted_at_an_update_goes_on_with_the_new_weights(served: Served) -> None:
     """Each token's version and log-probability are those of the weights that sampled it."""
     engine, params = served.engine, sampling(max_new_tokens=120, temperature=0.7)
     prompts = [(1, 2, 3), (4, 5), LONG_PROMPT[:30]]

@@ -8,7 +8,7 @@ import pytest
 
 from engine_parameters import check_loaded, run_in_engine, write_numbered_model
 from megarl.engines.sglang import CPU_FOLDER
-from megarl.reshard.plan.engine_layouts import EngineLayout
+from megarl.families.base.engine_rules import EngineLayout
 from tiny import CLASSES
 from tiny_deepseek import DEEPSEEK_KEYS
 

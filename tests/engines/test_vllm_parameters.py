@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine_parameters import check_loaded, free_port, run_in_engine, write_numbered_model
-from megarl.reshard.plan.engine_layouts import EngineLayout
+from megarl.families.base.engine_rules import EngineLayout
 from tiny import CLASSES
 
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -20,7 +20,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("tp", "ep", "families"),
-    [(1, 1, sorted(CLASSES)), (2, 1, ("deepseek_v3", "mixtral", "qwen2")), (2, 2, ("deepseek_v3", "qwen3_moe"))],
+    [(1, 1, sorted(CLASSES)), (2, 1, ("deepseek_v3", "mixtral", "qwen2", "phi3", "olmo2")), (2, 2, ("deepseek_v3", "qwen3_moe"))],
 )
 def test_vllm_loads_what_plans_write(tmp_path: Path, tp: int, ep: int, families: Sequence[str]) -> None:
     for family in families:

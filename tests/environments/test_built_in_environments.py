@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import reasoning_gym
 
-from megarl.environments.calculator import Calculator, calculate
-from megarl.environments.tower_of_hanoi import TowerOfHanoi
+from megarl.builtin.environments.calculator import Calculator, calculate
+from megarl.builtin.environments.tower_of_hanoi import TowerOfHanoi
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from megarl.config.schema import EnvironmentConfig
-from megarl.environments.protocol import Step
+from megarl.builtin.environments import PythonEnvironment
+from megarl.builtin.environments.protocol import Step
 from megarl.environments.run import EnvironmentFailure, Environments, open_environments
 from megarl.errors import ConfigError
 
@@ -35,7 +35,7 @@ def _no_process_is_left() -> Iterator[None]:
 
 
 def run(name: str, use: Callable[[Environments], Awaitable[Any]], **settings: Any) -> Any:
-    config = EnvironmentConfig.model_validate({"type": "python", "function": f"user_environments:{name}"} | settings)
+    config = PythonEnvironment.model_validate({"function": f"user_environments:{name}"} | settings)
 
     async def main() -> Any:
         environments = open_environments(config)
@@ -148,4 +148,4 @@ def test_a_cancelled_step_ends_its_worker_and_never_answers_the_next() -> None:
 )
 def test_wrong_classes_and_options_are_found_at_the_start(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        open_environments(EnvironmentConfig(type="python", function=f"user_environments:{name}", options=options))
+        open_environments(PythonEnvironment(function=f"user_environments:{name}", options=options))

@@ -16,8 +16,8 @@ import torch
 from megarl.config.schema import Config, RolloutConfig
 from megarl.engines.embedded import EmbeddedEngine
 from megarl.engines.protocol import SamplingParams
+from megarl.families.registry import read_architecture
 from megarl.memory.statement import Device, RankMemory, state_memory, state_relayout
-from megarl.models.architecture import read_architecture
 from megarl.weights.mapping import build_weight_map
 
 ROOT = Path(__file__).parents[2]

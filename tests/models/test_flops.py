@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.models.flops import sequence_flops
 from megarl.models.transformer_config import transformer_config
 from tiny import VOCABULARY_SIZE, tiny_config, write_tiny_model

@@ -8,10 +8,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megarl.config.schema import ParallelConfig
-from megarl.models.architecture import Architecture, read_architecture
+from megarl.families.base.architecture import Architecture
+from megarl.families.base.engine_rules import EngineLayout
+from megarl.families.registry import read_architecture
 from megarl.parallel.axis_sizes import axis_sizes
 from megarl.reshard.plan.balance import Machines
-from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.reshard.plan.engine_layouts import engine_shard_layout
 from megarl.reshard.plan.plan import build_plan
 from megarl.reshard.plan.shard_layout import ShardLayout, TensorTable, megatron_shard_layout, optimizer_table, tensor_table
 from megarl.weights.mapping import WeightMap, build_weight_map
@@ -33,11 +35,11 @@ def random_architecture(rng: random.Random, family: str, folder: Path) -> Archit
         "num_hidden_layers": 4,
         "num_attention_heads": kv_heads * rng.choice((4, 8)) if kv_heads < 4 else 8,
         "num_key_value_heads": kv_heads,
-        "head_dim": rng.choice((2, 3)),
+        "head_dim": rng.choice((2, 4)),
         "moe_intermediate_size": rng.choice((8, 16)),
         "tie_word_embeddings": rng.random() < 0.5,
     }
-    if family == "qwen2":
+    if family in ("qwen2", "phi3", "olmo2"):
         del sizes["head_dim"]
         sizes["hidden_size"] = sizes["num_attention_heads"] * 2
     if family == "qwen3_moe":

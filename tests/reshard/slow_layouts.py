@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megarl.models.architecture import Architecture
+from megarl.families.base.architecture import Architecture
 
 Tensors = dict[str, Tensor]
 
@@ -57,7 +57,7 @@ def hugging_face_tensors(a: Architecture) -> Tensors:
 
 def layer_shapes(a: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
     h, q, kv = a.hidden_size, a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(norm_names(a), (h,))
     if a.mla:
         m = a.mla
         shapes["self_attn.kv_a_proj_with_mqa.weight"] = (m.kv_lora_rank + m.qk_rope_head_dim, h)
@@ -71,6 +71,9 @@ def layer_shapes(a: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
             shapes["self_attn.q_a_proj.weight"] = (m.q_lora_rank, h)
             shapes["self_attn.q_a_layernorm.weight"] = (m.q_lora_rank,)
             shapes["self_attn.q_b_proj.weight"] = (query, m.q_lora_rank)
+    elif a.family == "phi3":
+        shapes["self_attn.qkv_proj.weight"] = (q + 2 * kv, h)
+        shapes["self_attn.o_proj.weight"] = (h, q)
     else:
         for name, rows in (("q", q), ("k", kv), ("v", kv)):
             shapes[f"self_attn.{name}_proj.weight"] = (rows, h)
@@ -78,7 +81,11 @@ def layer_shapes(a: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
                 shapes[f"self_attn.{name}_proj.bias"] = (rows,)
         shapes["self_attn.o_proj.weight"] = (h, q)
         if a.qk_norm:
-            shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (a.head_dim,)
+            is_olmo = a.family == "olmo2"
+            shapes["self_attn.q_norm.weight"] = (q if is_olmo else a.head_dim,)
+            shapes["self_attn.k_norm.weight"] = (kv if is_olmo else a.head_dim,)
+    if a.family == "phi3":
+        return shapes | {"mlp.gate_up_proj.weight": (2 * a.ffn_size, h), "mlp.down_proj.weight": (h, a.ffn_size)}
     if not a.is_moe_layer(layer):
         return shapes | swiglu_shapes("mlp.", a.ffn_size, h)
     moe = a.moe
@@ -90,6 +97,25 @@ def layer_shapes(a: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
     for expert in range(moe.num_experts):
         shapes |= swiglu_shapes(f"{mlp}experts.{expert}.", moe.ffn_size, h, *expert_names(a))
     return shapes
+
+
+def norm_names(a: Architecture) -> tuple[str, str]:
+    """Of a layer's two norms on disk."""
+    if a.family == "olmo2":
+        return "post_attention_layernorm.weight", "post_feedforward_layernorm.weight"
+    return "input_layernorm.weight", "post_attention_layernorm.weight"
+
+
+def layer_source(tensors: Tensors, a: Architecture, layer: int) -> Tensors:
+    """The tensors of one layer, names relative to it; each projection by itself."""
+    source = {name.split(".", 3)[3]: t for name, t in tensors.items() if name.startswith(f"model.layers.{layer}.")}
+    if a.family == "phi3":
+        q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        query, key, value = source.pop("self_attn.qkv_proj.weight").split([q, kv, kv])
+        gate, up = source.pop("mlp.gate_up_proj.weight").chunk(2)
+        source |= {"self_attn.q_proj.weight": query, "self_attn.k_proj.weight": key, "self_attn.v_proj.weight": value}
+        source |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
+    return source
 
 
 def swiglu_shapes(
@@ -148,7 +174,7 @@ def megatron_rank(tensors: Tensors, a: Architecture, s: MegatronSizes, rank: int
         embedding = tensors["model.embed_tokens.weight"]
         held["embedding.word_embeddings.weight"] = padded_part(embedding, pad_multiple * s.tp, tp_rank, s.tp)
     for layer in megatron_layers(a.num_layers, s, pp_rank):
-        source = {name.split(".", 3)[3]: t for name, t in tensors.items() if name.startswith(f"model.layers.{layer}.")}
+        source = layer_source(tensors, a, layer)
         attention = megatron_latent_attention(source, tp_rank, s.tp) if a.mla else megatron_attention(source, a, tp_rank, s.tp)
         mlp = (
             megatron_moe(source, a, tp_rank, s.tp, etp_rank, etp, ep_rank, s.ep)
@@ -156,8 +182,9 @@ def megatron_rank(tensors: Tensors, a: Architecture, s: MegatronSizes, rank: int
             else megatron_mlp(source, "mlp.", "mlp.", tp_rank, s.tp)
         )
         mine = attention | mlp
-        mine["input_layernorm.weight"] = source["input_layernorm.weight"]
-        mine["pre_mlp_layernorm.weight"] = source["post_attention_layernorm.weight"]
+        theirs = norm_names(a)
+        ours = theirs if a.family == "olmo2" else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+        mine |= {our: source[name] for our, name in zip(ours, theirs, strict=True)}
         held |= {f"decoder.layers.{layer}.{name}": tensor for name, tensor in mine.items()}
     if pp_rank == s.pp - 1:
         held["decoder.final_layernorm.weight"] = tensors["model.norm.weight"]
@@ -173,9 +200,9 @@ def megatron_attention(source: Tensors, a: Architecture, tp_rank: int, tp: int) 
         groups = [source[f"self_attn.{name}_proj.{kind}"].chunk(a.num_kv_heads) for name in "qkv"]
         fused = torch.cat([torch.cat([q, k, v]) for q, k, v in zip(*groups, strict=True)])
         held[f"self_attention.linear_qkv.{kind}"] = part(fused, 0, tp_rank, tp)
-    if a.qk_norm:
-        held["self_attention.q_layernorm.weight"] = source["self_attn.q_norm.weight"]
-        held["self_attention.k_layernorm.weight"] = source["self_attn.k_norm.weight"]
+    for name in "qk" if a.qk_norm else "":
+        weight = source[f"self_attn.{name}_norm.weight"]
+        held[f"self_attention.{name}_layernorm.weight"] = part(weight, 0, tp_rank, tp) if a.family == "olmo2" else weight
     return held
 
 
@@ -238,14 +265,14 @@ def engine_rank(tensors: Tensors, a: Architecture, s: EngineSizes, rank: int) ->
     if not a.tied_embeddings:
         held["lm_head.weight"] = padded_part(tensors["lm_head.weight"], 64, dense_rank, dense)
     for layer in range(a.num_layers):
-        source = {name.split(".", 3)[3]: t for name, t in tensors.items() if name.startswith(f"model.layers.{layer}.")}
+        source = layer_source(tensors, a, layer)
         mine = engine_latent_attention(source, sglang, tp_rank, s.tp) if a.mla else engine_attention(source, a, tp_rank, s.tp)
         if a.is_moe_layer(layer):
             shared = (0, 1) if not sglang and s.ep > s.tp > 1 else (dense_rank, dense)
             mine |= engine_moe(source, a, s, own, shared)
         else:
             mine |= engine_mlp(source, "mlp.", dense_rank, dense)
-        for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        for name in norm_names(a):
             mine[name] = source[name]
         held |= {f"model.layers.{layer}.{name}": tensor for name, tensor in mine.items()}
     return held

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.families.base.engine_rules import EngineLayout
 from megarl.reshard.plan.balance import Machines
-from megarl.reshard.plan.engine_layouts import EngineLayout
 from megarl.reshard.plan.plan import Plan, plan_transfer
 from megarl.reshard.plan.report import LinkSpeeds, PlanReport, report
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megarl.algorithms.algorithm import Algorithm
 from megarl.cli.parity import parse_layout, synthetic_batch, with_layout
 from megarl.config.schema import Config
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.models.build import CausalLM, build_model_chunks
 from megarl.parallel.launch import run_local_ranks
 from megarl.parallel.layout import Layout, build_layout
@@ -88,8 +88,8 @@ def update(policy: Policy, config: Config) -> tuple[dict[str, Tensor], float]:
     before = {name: tensor.clone() for name, tensor in policy.hugging_face_tensors()}
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     old, entropies = policy.engine.forward_only(packed)
-    scores = TokenOutputs(old=old + 0.1, entropies=entropies, reference=old - 0.2, values=None)
-    result = policy.update(algorithm.prepare(packed, scores, step=0).batches[0], algorithm.objective)
+    outputs = TokenOutputs(old=old + 0.1, entropies=entropies, reference=old - 0.2, values=None)
+    result = policy.update(algorithm.prepare(packed, outputs, step=0).batches[0], algorithm.objective)
     return {name: tensor - before[name] for name, tensor in policy.hugging_face_tensors()}, result.gradient_norm
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from cases import PAD_MULTIPLE, megatron, random_architecture
+from megarl.families.base.engine_rules import EngineLayout
 from megarl.reshard.plan.balance import Machines
-from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.reshard.plan.engine_layouts import engine_shard_layout
 from megarl.reshard.plan.plan import Plan, build_plan
 from megarl.reshard.plan.shard_layout import tensor_table
 from megarl.reshard.point_to_point import PointToPoint

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megarl.config.schema import RewardsConfig, ScorerConfig
+from megarl.config.schema import RewardsConfig
 from megarl.errors import ConfigError, RewardError
 from megarl.rewards.combine import RewardScorer
 from megarl.types import GREEDY_INDEX, FinishReason, Prompt, Rollout
@@ -57,7 +57,7 @@ def decode(token_ids):
 
 
 def make_scorer(scorers, task_scorers=None, **settings):
-    own = {task: [ScorerConfig.model_validate(one) for one in of_task] for task, of_task in (task_scorers or {}).items()}
+    own = {task: RewardsConfig(scorers=of_task).scorers for task, of_task in (task_scorers or {}).items()}
     return RewardScorer(RewardsConfig(scorers=scorers, **settings), own, decode)
 
 
@@ -225,9 +225,9 @@ def test_a_worker_ends_with_the_run_even_while_its_scorer_loops(pipe, tmp_path):
         "import asyncio, sys\n"
         "from megarl.config.schema import SandboxConfig\n"
         "from megarl.rewards.process_pool import WorkerPool\n"
-        "from megarl.rewards.scorers import ScorerSpec\n"
-        "spec = ScorerSpec(name='s', type='python', function='user_rewards:loops_on_request')\n"
-        f"pool = WorkerPool([spec], 1, SandboxConfig(readable=[{pipe!r}]))\n"
+        "from megarl.builtin.scorers import PythonScorer\n"
+        "scorer = PythonScorer(function='user_rewards:loops_on_request')\n"
+        f"pool = WorkerPool({{'s': scorer}}, 1, SandboxConfig(readable=[{pipe!r}]), ['user_rewards'])\n"
         f"asyncio.run(pool.score('s', 'loop', {{'started': {pipe!r}}}, 1000))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -7,17 +7,21 @@ import string
 
 import pytest
 
-from megarl.errors import ConfigError
-from megarl.rewards.document_qa import contains, exact_match, gold_answers, normalise, token_f1
-from megarl.rewards.scorers import ScorerSpec, build_scorer
+from megarl.builtin.scorers.document_qa import (
+    DocumentQAScorer,
+    VerdictReader,
+    contains,
+    exact_match,
+    gold_answers,
+    normalise,
+    token_f1,
+)
 
 pytestmark = pytest.mark.timeout(60)
 
 
 def scorer(*match, extract=None, pattern=None):
-    return build_scorer(
-        ScorerSpec(name="qa", type="document_qa", pattern=pattern, function=None, extract=extract, match=tuple(match))
-    )
+    return DocumentQAScorer(pattern=pattern, extract=extract, match=list(match)).build(None)
 
 
 def squad_normalise(text):
@@ -144,7 +148,7 @@ def test_bad_gold_answers_are_failures(answers):
 
 
 def test_verdicts():
-    verdict = build_scorer(ScorerSpec(name="v", type="verdict", pattern=r"\[\[(\w+)\]\]", function=None, positive="YES"))
+    verdict = VerdictReader(pattern=r"\[\[(\w+)\]\]", positive="YES").build(None)
     assert verdict("It said [[NO]], but [[yes]]", {}) == 1
     assert verdict("[[YES]] or [[NO]]: [[NO]]", {}) == 0
     with pytest.raises(ValueError, match="no verdict"):
@@ -152,8 +156,8 @@ def test_verdicts():
 
 
 def test_a_pattern_without_group_is_refused():
-    with pytest.raises(ConfigError, match="has no group"):
-        scorer(pattern="Answer")
+    (line,) = DocumentQAScorer(pattern="Answer").mistakes()
+    assert line.startswith("pattern: 'Answer' has no group")
 
 
 @pytest.mark.parametrize("text", ["\\boxed{" * 200_000, "<answer>" * 200_000, "the answer is " * 200_000, "a, " * 400_000])

@@ -4,10 +4,12 @@ import asyncio
 
 import pytest
 from aiohttp import web
+from pydantic import ValidationError
 
 from judge_server import completion, serve
 from megarl.config.checks.run import check_run
-from megarl.config.schema import Config, RewardsConfig, ScorerConfig
+from megarl.config.load import describe
+from megarl.config.schema import Config, RewardsConfig
 from megarl.errors import RewardError
 from megarl.rewards.combine import RewardScorer
 from megarl.types import FinishReason, Prompt, Rollout
@@ -235,7 +237,7 @@ def test_tasks_have_judges_of_their_own():
         async with serve(lambda index, body: "[[YES]] grade: F") as general, serve(lambda index, body: "[[NO]] grade: A") as law:
             own = scorer_settings(law.url, verdict=r"grade: (\w)", positive="A") | {"weight": 3.0}
             never = scorer_settings(law.url, verdict=r"(maybe)")
-            task_scorers = {"law": [ScorerConfig.model_validate(own)], "odd": [ScorerConfig.model_validate(never)]}
+            task_scorers = {"law": RewardsConfig(scorers=[own]).scorers, "odd": RewardsConfig(scorers=[never]).scorers}
             config = RewardsConfig(scorers=[scorer_settings(general.url)], on_failure="zero")
             scorer = RewardScorer(config, task_scorers, str)
             try:
@@ -267,7 +269,10 @@ def test_a_prompt_without_question_is_a_failure():
 def mistakes(*scorers, **rollout_settings):
     data = {"train": {"type": "reasoning_gym", "task": "chain_sum"}}
     config = {"kind": "rl", "steps": 1, "model": {"path": "m"}, "data": data, "rewards": {"scorers": list(scorers)}}
-    return list(check_run(Config.model_validate({**config, "rollout": rollout_settings})))
+    try:
+        return list(check_run(Config.model_validate({**config, "rollout": rollout_settings})))
+    except ValidationError as error:
+        return [describe(detail, "run.yaml") for detail in error.errors()]
 
 
 def test_scorers_of_tasks_are_checked_too():

@@ -6,13 +6,12 @@ import time
 import pytest
 
 from math_cases import GOLDS
-from megarl.rewards.math_scorer import why_ungradable
-from megarl.rewards.scorers import ScorerSpec, build_scorer
+from megarl.builtin.scorers.math import MathScorer, why_ungradable
 
 
 @pytest.fixture(scope="module")
 def math():
-    return build_scorer(ScorerSpec(name="math", type="math"))
+    return MathScorer().build(None)
 
 
 @pytest.mark.parametrize(("gold", "right", "wrong"), GOLDS, ids=[gold for gold, _, _ in GOLDS])

@@ -1,12 +1,17 @@
 import pytest
 import reasoning_gym
 
+from megarl.builtin.scorers import ReasoningGymScorer
+from megarl.config.schema import RewardsConfig
 from megarl.errors import ConfigError
-from megarl.rewards.scorers import ScorerSpec, build_scorer
+from megarl.rewards.combine import RewardScorer
+from megarl.workers.isolation import isolated
 
 
-def scorer(type, pattern=None, function=None, **fields):
-    return build_scorer(ScorerSpec(name=type, type=type, pattern=pattern, function=function, **fields))
+def scorer(type, pattern=None, **fields):
+    given = {} if pattern is None else {"pattern": pattern}
+    (section,) = RewardsConfig.model_validate({"scorers": [{"type": type, **given, **fields}]}).scorers
+    return section.build(None)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +99,7 @@ def test_math_extracts_the_first_group_and_refuses_a_bad_reference(math):
 )
 def test_reasoning_gym_own_answers_score_one_and_wrong_ones_less(task):
     # countdown executes answers; these are harmless
-    score = build_scorer(ScorerSpec(name="score", type="reasoning_gym"), is_sandboxed=True)
+    score = ReasoningGymScorer().build(isolated)
     for entry in reasoning_gym.create_dataset(task, size=5, seed=7):
         reference = {"answer": entry["answer"], "task": task, "options": {}, "entry": entry}
         assert score(f"  {entry['answer']}\n", reference) == 1
@@ -119,22 +124,19 @@ def test_reasoning_gym_needs_its_own_rows():
 
 
 @pytest.mark.parametrize(
-    ("type", "pattern", "function", "expected"),
+    ("type", "fields", "expected"),
     [
-        ("regex", None, None, "has no pattern"),
-        ("exact", "(", None, "is not a regular expression"),
-        ("math", "Answer: .*", None, "has no group"),
-        ("python", None, None, "has no function"),
-        ("python", "(a)", "math:sqrt", "takes no pattern"),
-        ("python", None, "math.sqrt", "is not module:function"),
-        ("python", None, "no_such_module:f", "No module named 'no_such_module'"),
-        ("python", None, "math:root", "has no attribute 'root'"),
-        ("python", None, "math:pi", "is a float, not a function"),
+        ("exact", {"pattern": "("}, "is not a regular expression"),
+        ("math", {"pattern": "Answer: .*"}, "has no group"),
+        ("python", {"function": "math.sqrt"}, "is not module:function"),
+        ("python", {"function": "no_such_module:f"}, "No module named 'no_such_module'"),
+        ("python", {"function": "math:root"}, "has no attribute 'root'"),
+        ("python", {"function": "math:pi"}, "is a float, not a function"),
     ],
 )
-def test_wrong_scorers_are_one_line(type, pattern, function, expected):
+def test_wrong_scorers_are_one_line(type, fields, expected):
     with pytest.raises(ConfigError) as error:
-        scorer(type, pattern, function)
+        RewardScorer(RewardsConfig.model_validate({"scorers": [{"type": type, **fields}]}), {}, str)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -154,7 +156,7 @@ def test_wrong_scorers_are_one_line(type, pattern, function, expected):
     ],
 )
 def test_format_wants_every_section_once_and_nothing_else(response, score):
-    assert scorer("format", tags=("think", "answer"))(response, {}) == score
+    assert scorer("format", tags=["think", "answer"])(response, {}) == score
 
 
 def test_format_by_a_pattern_is_of_the_whole_response():

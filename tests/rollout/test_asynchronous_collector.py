@@ -11,7 +11,7 @@ import pytest
 from megarl.config.schema import Config
 from megarl.engines.protocol import Generation, SamplingParams
 from megarl.errors import RolloutError
-from megarl.loop.background import NAME, BackgroundLoop
+from megarl.loop.main_rank_rollouts import BACKGROUND_THREAD, BackgroundLoop
 from megarl.rollout.asynchronous_collector import AsynchronousCollector
 from megarl.types import FinishReason, Prompt, Rollout, ScoredRollout
 
@@ -320,9 +320,9 @@ def test_the_background_loop_serves_any_thread_and_leaves_nothing() -> None:
     async def fail() -> None:
         raise RolloutError("as it is")
 
-    assert loop.run(work()) == NAME
+    assert loop.run(work()) == BACKGROUND_THREAD
     with pytest.raises(RolloutError, match="as it is"):
         loop.run(fail())
     loop.close()
     assert events == ["cancelled"]
-    assert NAME not in {thread.name for thread in threading.enumerate()}
+    assert BACKGROUND_THREAD not in {thread.name for thread in threading.enumerate()}

@@ -234,7 +234,7 @@ def texts(groups: Sequence[RolloutGroup]) -> list[str]:
     return [group.prompt.text for group in groups]
 
 
-def test_surplus_groups_are_used_by_the_next_step_and_then_dropped() -> None:
+def test_leftover_groups_are_used_by_the_next_step_and_then_dropped() -> None:
     async def run() -> tuple[list[CollectResult], Collector]:
         collector = make_collector(FailingEngine(), score_thirds, prompts_per_step=2, dynamic=True, over_sampling=6.0)
         return [await collector.collect(source, step=step) for step in (4, 5, 7)], collector
@@ -258,7 +258,7 @@ def test_surplus_groups_are_used_by_the_next_step_and_then_dropped() -> None:
     assert (late.stats.dropped_surplus, late.stats.reused, texts(late.groups)) == (2, 0, ["0", "3"])
 
 
-def test_surplus_may_wait_longer_and_is_saved_whole(model_folder: Path) -> None:
+def test_leftover_groups_may_wait_longer_and_is_saved_whole(model_folder: Path) -> None:
     """A collector that goes on from what a checkpoint keeps gives the same batches as the one that was not interrupted."""
     options: dict[str, Any] = {
         "prompts_per_step": 2,

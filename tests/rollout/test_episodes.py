@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.algorithm import Algorithm
+from megarl.builtin.environments.protocol import Step
 from megarl.config.schema import AlgorithmConfig, Config, EmbeddedEngineConfig
 from megarl.data.packing import pack_groups
 from megarl.engines.embedded import EmbeddedEngine
 from megarl.engines.protocol import Generation, SamplingParams
-from megarl.environments.protocol import Step
 from megarl.environments.run import EnvironmentFailure
 from megarl.errors import RewardError, RolloutError
 from megarl.observe.metrics import rollout_metrics
@@ -415,19 +415,20 @@ def test_an_algorithm_skips_the_environments_tokens() -> None:
     values = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     garbage = 1e3  # whatever stands at tokens that nobody sampled
     per_token = torch.tensor([garbage] * 2 + values[:3] + [garbage] * 3 + values[3:])
-    scores = TokenOutputs(old=packed.sampler_logprobs, entropies=per_token, reference=None, values=per_token)
+    outputs = TokenOutputs(old=packed.sampler_logprobs, entropies=per_token, reference=None, values=per_token)
     config = AlgorithmConfig.model_validate(
         {"advantage": "gae", "gae": {"discount": 0.9, "trace_decay": 0.5}, "reward_shaping": {"overlong_buffer": 0.5}}
     )
-    (batch,) = Algorithm(config, 8).prepare(packed, scores, 0).batches
+    (batch,) = Algorithm(config, 8).prepare(packed, outputs, 0).batches
     # 6 sampled tokens of 8: the soft punishment over the last 4 is (8 - 4 - 6) / 4; with the message's 3 tokens it would be -1
     reward = 1.0 - 0.5
     deltas = [0.9 * after - before for before, after in itertools.pairwise(values)] + [reward - 0.6]
     advantages = [sum(0.45 ** (u - t) * deltas[u] for u in range(t, 6)) for t in range(6)]
-    assert batch.advantages is not None and batch.returns is not None
+    sampled = batch.sampled
+    assert sampled is not None and sampled.critic is not None
     expected = [0.0] * 2 + advantages[:3] + [0.0] * 3 + advantages[3:]
-    assert batch.advantages.tolist() == pytest.approx(expected, abs=1e-6)
+    assert sampled.advantages.tolist() == pytest.approx(expected, abs=1e-6)
     returns = [advantage + value for advantage, value in zip(advantages, values, strict=True)]
-    assert batch.returns[packed.loss_mask].tolist() == pytest.approx(returns, abs=1e-6)
+    assert sampled.critic.returns[packed.loss_mask].tolist() == pytest.approx(returns, abs=1e-6)
     assert batch.token_weights.tolist() == pytest.approx([0.0] * 2 + [1 / 6] * 3 + [0.0] * 3 + [1 / 6] * 3)
-    assert not any(math.isnan(value) for value in batch.advantages.tolist())
+    assert not any(math.isnan(value) for value in sampled.advantages.tolist())

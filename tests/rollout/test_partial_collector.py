@@ -182,7 +182,7 @@ def test_a_store_of_other_rollouts_is_refused() -> None:
         make(engine.lengths, partial=False)[0].restore(saved, prompt_of)
 
 
-def test_the_greedy_response_is_cut_and_resumed_too() -> None:
+def test_the_greedy_response_is_resumed_too() -> None:
     collector, engine = make([6, 6, 1, 1, 1, 1], greedy=True)
     assert run_steps(collector, engine, range(2)) == [[2, 3], [0, 1]]
     greedy = [(number, so_far, sampling.max_new_tokens) for number, so_far, sampling in engine.asked if sampling.temperature == 0]

@@ -156,7 +156,7 @@ def test_a_server_that_scales_rope_otherwise_is_refused(model_folder: Path) -> N
 
 
 @pytest.mark.timeout(30)
-def test_a_cut_ends_when_all_requests_are_answered(model_folder: Path) -> None:
+def test_an_abort_ends_when_all_requests_are_answered(model_folder: Path) -> None:
     """Requests that were on their way when the others were given up are caught by the next call."""
 
     async def use(fake: FakeSGLang, engine: SGLangEngine) -> None:
@@ -175,7 +175,7 @@ def test_a_cut_ends_when_all_requests_are_answered(model_folder: Path) -> None:
 
 
 @pytest.mark.timeout(30)
-def test_a_cut_that_takes_too_long_is_an_error(model_folder: Path) -> None:
+def test_an_abort_that_takes_too_long_is_an_error(model_folder: Path) -> None:
     async def use(fake: FakeSGLang, engine: SGLangEngine) -> None:
         await engine.update_weights(exported_weights(make_tiny_model(1)), 0)
         fake.aborts_needed = 10**6

@@ -17,7 +17,7 @@ SliceReceiver = load_plugin("megarl_slice_receiver").SliceReceiver
 SECONDS = 20.0
 # a matrix of 4 rows whose last is padding, in two slices of two buckets; a vector in float32 kept as float64
 FIRST = {"sender": 0, "holder": 0, "start": 0}
-ORDER: dict[str, Any] = {
+RECEIVE_PLAN: dict[str, Any] = {
     "transport": "gloo",
     "parameters": [("matrix", [4, 3], "bfloat16", 18), ("vector", [2], "float32", 8)],
     "buckets": [
@@ -70,7 +70,7 @@ def fresh() -> Parameters:
 
 def test_slices_arrive_where_they_belong_and_padding_is_zero() -> None:
     parameters = fresh()
-    send(ORDER, [packed(MATRIX[:, :2].contiguous()), packed(MATRIX[:, 2].contiguous(), VECTOR)], parameters)
+    send(RECEIVE_PLAN, [packed(MATRIX[:, :2].contiguous()), packed(MATRIX[:, 2].contiguous(), VECTOR)], parameters)
     assert torch.equal(parameters.tensors["matrix"], torch.cat([MATRIX, torch.zeros(1, 3, dtype=torch.bfloat16)]))
     assert torch.equal(parameters.tensors["vector"], VECTOR.double())
     assert parameters.finished == ["matrix", "vector"]
@@ -80,27 +80,31 @@ def test_a_changed_bit_is_an_error() -> None:
     changed = packed(MATRIX[:, :2].contiguous())
     changed[3] ^= 1
     with pytest.raises(RuntimeError, match=r"bucket 0 \(a …\) from trainer rank 0 arrived changed"):
-        send(ORDER, [changed], fresh())
+        send(RECEIVE_PLAN, [changed], fresh())
 
 
 def test_a_parameter_of_another_shape_is_refused() -> None:
     parameters = Parameters(matrix=torch.zeros(4, 2, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match=r"matrix has the shape \[4, 2\] in this engine, the trainer's plan says \[4, 3\]"):
-        send(ORDER, [packed(MATRIX[:, :2].contiguous())], parameters)
+        send(RECEIVE_PLAN, [packed(MATRIX[:, :2].contiguous())], parameters)
 
 
 def test_a_parameter_that_does_not_hold_what_came_is_an_error() -> None:
     column_again = {"tensor": "b", "copies": [(0, 0, 3, 0, 1, 0)], "bytes": 16} | FIRST  # and the last one never
-    receive_plan = {"transport": "gloo", "parameters": ORDER["parameters"][:1], "buckets": [ORDER["buckets"][0], [column_again]]}
+    receive_plan = {
+        "transport": "gloo",
+        "parameters": RECEIVE_PLAN["parameters"][:1],
+        "buckets": [RECEIVE_PLAN["buckets"][0], [column_again]],
+    }
     with pytest.raises(RuntimeError, match="matrix does not hold what was written into it"):
         send(receive_plan, [packed(MATRIX[:, :2].contiguous()), packed(MATRIX[:, 0].contiguous())], fresh())
 
 
 def test_a_parameter_of_which_a_part_never_comes_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"no or not all values came for \['matrix', 'vector'\]"):
-        send(ORDER | {"buckets": ORDER["buckets"][:1]}, [packed(MATRIX[:, :2].contiguous())], fresh())
+        send(RECEIVE_PLAN | {"buckets": RECEIVE_PLAN["buckets"][:1]}, [packed(MATRIX[:, :2].contiguous())], fresh())
 
 
 def test_a_sender_that_is_silent_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"bucket 0 \(a …\) from trainer rank 0 did not come within 1 s"):
-        send(ORDER, [], fresh(), timeout=1.0)
+        send(RECEIVE_PLAN, [], fresh(), timeout=1.0)

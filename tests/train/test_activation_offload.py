@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megarl.cli.parity import ParityRun, parse_layout
-from megarl.train.activation_offload import ActivationOffload
+from megarl.train.offload import ActivationOffload
 from tiny import PROMPTS, tiny_config, write_tiny_model
 
 BOUND = 1e-5

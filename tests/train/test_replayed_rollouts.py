@@ -16,7 +16,6 @@ from megarl.data.packing import no_routing
 from megarl.data.template import load_tokenizer
 from megarl.loop.prompts import read_prompts
 from megarl.loop.rollout_manager import RolloutManager
-from megarl.observe.timers import PhaseTimer
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.types import NO_EXPERT
@@ -61,7 +60,7 @@ def sample_and_score(config: Config, output: Path) -> None:
     rollout = RolloutManager(config, tokenizer, policy, print, prompts, with_greedy=False)
     try:
         rollout.push_weights(0)
-        packed = rollout.collect(0, PhaseTimer()).packed
+        packed = rollout.collect(0).packed
     finally:
         rollout.close()
     own = replace(packed, routed_experts=no_routing(packed.token_ids.numel()))

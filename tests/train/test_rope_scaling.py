@@ -15,7 +15,7 @@ from megarl.cli.parity import ParityRun
 from megarl.config.schema import Config, EmbeddedEngineConfig
 from megarl.engines.embedded import EmbeddedEngine
 from megarl.errors import ConfigError
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.models.rope import rotary_frequencies, softmax_scale
 from megarl.models.scaled_folder import with_scaled_model
 from tiny import YARN as LATENT_YARN
@@ -76,7 +76,7 @@ def test_logprobs_and_gradients_beyond_the_original_length(tmp_path: Path, famil
         total = total + (logprobs * answered[1:]).double().sum()
     (-total / packed.loss_mask.sum()).backward()
     assert max(packed.cu_seqlens.diff()) >= 3 * ORIGINAL
-    assert (run.reference.scores["policy"] - expected).abs().max() <= 1e-5
+    assert (run.reference.outputs["policy"] - expected).abs().max() <= 1e-5
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         gap = (run.reference.gradients[name].double() - parameter.grad.double()).norm() / parameter.grad.norm()

@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megarl.config.model_facts import read_model_facts
 from megarl.errors import ConfigError, MegaRLError, WeightsError
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import MODEL_TYPES, read_architecture
 from megarl.weights.export import write_hugging_face_folder
 from megarl.weights.files.convert import Options, hugging_face_to_megatron
 from megarl.weights.files.safetensors_files import SafetensorsFolder
 from megarl.weights.files.sources import SafetensorsSource
-from megarl.weights.mapping import FAMILIES, build_weight_map
+from megarl.weights.mapping import build_weight_map
 from tiny import write_tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -76,7 +75,7 @@ def test_an_untied_output_layer_that_is_missing_is_refused(tmp_path: Path) -> No
     assert f"missing: {HEAD}" in message and "tie_word_embeddings is false" in message
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_number_that_is_not_finite_is_refused_by_its_tensors_name(tmp_path: Path, family: str, value: float) -> None:
     write_tiny_model(tmp_path, family)
@@ -197,7 +196,7 @@ def test_quantized_weights_are_called_so_everywhere(tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match="quantized"):
             refused()
     change(tmp_path, lambda tensors: None, quantization_config={"quant_method": "fp8"})
-    assert read_model_facts(tmp_path).quantization == "fp8"
+    assert read_architecture(tmp_path).quantization == "fp8"
     with pytest.raises(ConfigError, match=r"quantized \(fp8\)"):
         convert()
 
@@ -266,7 +265,7 @@ def test_a_config_with_a_wrong_value_names_it(tmp_path: Path, values: dict[str, 
     write_tiny_model(tmp_path, "llama")
     change(tmp_path, lambda tensors: None, **values)
     with pytest.raises(ConfigError) as refused:
-        read_model_facts(tmp_path)
+        read_architecture(tmp_path)
     message = str(refused.value)
     assert named in message and "config.json" in message
     assert len(message) <= 300 and message.isprintable()
@@ -287,5 +286,5 @@ def test_a_config_with_a_wrong_value_names_it(tmp_path: Path, values: dict[str, 
 def test_a_config_that_is_no_json_object(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(MegaRLError, match=r"config\.json is not valid JSON \(") as refused:
-        read_model_facts(tmp_path)
+        read_architecture(tmp_path)
     assert len(str(refused.value)) <= 300 and str(refused.value).isprintable()

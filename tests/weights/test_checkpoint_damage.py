@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from megarl.cli.parity import parse_layout, with_layout
 from megarl.config.schema import Config
 from megarl.errors import CheckpointError
-from megarl.models.architecture import read_architecture
+from megarl.families.registry import read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.weights.checkpoint import (

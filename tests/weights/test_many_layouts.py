@@ -19,7 +19,8 @@ from megarl.config.checks import check
 from megarl.config.schema import Config
 from megarl.data.packing import pack_examples
 from megarl.data.template import SFTExample
-from megarl.models.architecture import read_architecture
+from megarl.families.base.weight_rules import Rule
+from megarl.families.registry import MODEL_TYPES, family_of, read_architecture
 from megarl.models.transformer_config import DTYPES
 from megarl.parallel.launch import run_local_ranks
 from megarl.parallel.layout import Layout
@@ -27,7 +28,7 @@ from megarl.train.roles import Reference, is_main_rank
 from megarl.types import PackedBatch
 from megarl.weights import mapping
 from megarl.weights.mapping import build_weight_map
-from megarl.weights.rules import Family, Parameter, Rule, Shard
+from megarl.weights.shards import Parameter, Shard
 from megarl.weights.transfer import hugging_face_tensors
 from tiny import VOCABULARY_SIZE, tiny_config, write_tiny_model
 
@@ -138,7 +139,7 @@ def test_weights_and_logprobs_in_every_layout(tmp_path: Path, name: str) -> None
 
 
 def test_every_family_has_twenty_layouts() -> None:
-    counts = dict.fromkeys(mapping.FAMILIES, 0)
+    counts = dict.fromkeys(MODEL_TYPES, 0)
     for world in WORLDS.values():
         assert len(set(world.layouts)) == len(world.layouts)
         counts[world.family] += len(world.layouts)
@@ -188,7 +189,7 @@ def swap_two_experts(parameter: Parameter) -> Parameter:
 
 def wrong_map(monkeypatch: pytest.MonkeyPatch, family: str, mistake: str) -> None:
     """Make one mistake in the map of a family."""
-    original, shard_of, make_parameter = mapping.FAMILIES[family], mapping.shard_of, mapping._parameter
+    shard_of, make_parameter = mapping.shard_of, mapping._parameter
     match mistake:
         case "two heads swapped":
             monkeypatch.setattr(mapping, "shard_of", lambda p, *args: swap_query_groups(p, shard_of(p, *args)))
@@ -196,8 +197,10 @@ def wrong_map(monkeypatch: pytest.MonkeyPatch, family: str, mistake: str) -> Non
             monkeypatch.setattr(mapping, "_parameter", lambda *args: swap_two_experts(make_parameter(*args)))
         case _:
             words = mistake.split(" for ")
-            mutated = Family(lambda a: tuple(swap_parts(rule, *words) for rule in original.rules(a)), original.left_out)
-            monkeypatch.setitem(mapping.FAMILIES, family, mutated)
+            family_class = type(family_of(family))
+            rules_of = family_class.weight_rules
+            swapped = lambda self, model: tuple(swap_parts(rule, *words) for rule in rules_of(self, model))  # noqa: E731
+            monkeypatch.setattr(family_class, "weight_rules", swapped)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from megarl.config.schema import Config
 from megarl.errors import WeightsError
-from megarl.models.architecture import read_architecture
+from megarl.families.base.weight_blocks import layer_part, layer_rule
+from megarl.families.base.weight_rules import Kind, Layers, Rule
+from megarl.families.registry import MODEL_TYPES, family_of, read_architecture
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy
 from megarl.weights import mapping
-from megarl.weights.families.blocks import layer_part, layer_rule
 from megarl.weights.files.sources import SafetensorsSource
-from megarl.weights.mapping import FAMILIES, WeightMap, build_weight_map
-from megarl.weights.rules import Family, Kind, Layers, Rule
+from megarl.weights.mapping import WeightMap, build_weight_map
 from tiny import tiny_config, write_tiny_model
 
 
@@ -26,7 +26,7 @@ def map_of(folder: Path, *, with_transformer_engine: bool = False) -> WeightMap:
 
 
 @pytest.mark.parametrize("with_transformer_engine", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_every_element_has_one_place(tmp_path: Path, family: str, with_transformer_engine: bool) -> None:
     write_tiny_model(tmp_path, family)
     weight_map = map_of(tmp_path, with_transformer_engine=with_transformer_engine)
@@ -73,9 +73,13 @@ def test_worked_example(tmp_path: Path) -> None:
 
 
 def change_table(monkeypatch: pytest.MonkeyPatch, family: str, *, drop: str = "", add: tuple[Rule, ...] = ()) -> None:
-    original = FAMILIES[family]
-    changed = Family(lambda a: (*(rule for rule in original.rules(a) if rule.megatron != drop), *add), original.left_out)
-    monkeypatch.setitem(mapping.FAMILIES, family, changed)
+    family_class = type(family_of(family))
+    rules_of = family_class.weight_rules
+    monkeypatch.setattr(
+        family_class,
+        "weight_rules",
+        lambda self, model: (*(rule for rule in rules_of(self, model) if rule.megatron != drop), *add),
+    )
 
 
 DOWN = layer_part("mlp.experts.{expert}.down_proj.weight", 64, 32)

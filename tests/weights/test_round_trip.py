@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 from megarl.cli.parity import parse_layout, with_layout
 from megarl.config.schema import Config
 from megarl.errors import WeightsError
+from megarl.families.registry import MODEL_TYPES
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Policy, is_main_rank
 from megarl.weights import export
 from megarl.weights.export import write_hugging_face_folder
-from megarl.weights.mapping import FAMILIES
 from tiny import tiny_config, write_tiny_model
 
 
@@ -28,7 +28,7 @@ def export_policy(config: Config, output: Path) -> None:
         list(tensors)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_the_exported_folder_is_the_model(tmp_path: Path, family: str) -> None:
     model = write_tiny_model(tmp_path / "model", family)
     config, num_ranks = with_layout(tiny_config(tmp_path / "model"), parse_layout("tp=2,pp=2,sequence_parallel=true"))

@@ -8,13 +8,13 @@ import pytest
 
 PROGRAM = """
 import asyncio
+from megarl.builtin.scorers import ExactScorer
 from megarl.config.schema import SandboxConfig
 from megarl.rewards.process_pool import WorkerPool
-from megarl.rewards.scorers import ScorerSpec
 from megarl.workers.sandbox import find_sandbox
 
 async def score():
-    pool = WorkerPool([ScorerSpec(name="exact", type="exact")], 1, SandboxConfig())
+    pool = WorkerPool({"exact": ExactScorer()}, 1, SandboxConfig())
     try:
         return await pool.score("exact", "4", {"answer": "4"}, 60.0)
     finally:

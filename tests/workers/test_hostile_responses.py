@@ -17,10 +17,10 @@ import pytest
 import reasoning_gym
 
 from hostile import PROGRAMS
+from megarl.builtin.scorers import BaseScorer, PythonScorer, ReasoningGymScorer
+from megarl.builtin.scorers.reasoning_gym import READING_TASKS
 from megarl.config.schema import SandboxConfig
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
-from megarl.rewards.reading_tasks import READING_TASKS
-from megarl.rewards.scorers import ScorerSpec
 from megarl.workers.sandbox import find_sandbox
 
 pytestmark = pytest.mark.timeout(120)
@@ -72,15 +72,20 @@ def test_this_machine_has_a_sandbox() -> None:
     assert find_sandbox().program is not None, f"{find_sandbox().reason}: apt install bubblewrap"
 
 
-def scored(spec: ScorerSpec, requests: list[tuple[str, dict[str, Any]]], timeout: float = 30, **settings: Any) -> list[Any]:
+def hostile_pool(function: str, sandbox: SandboxConfig) -> WorkerPool:
+    """One worker with one scorer, ``s``."""
+    return WorkerPool({"s": PythonScorer(function=f"hostile:{function}")}, 1, sandbox, ["hostile"])
+
+
+def scored(scorer: BaseScorer, requests: list[tuple[str, dict[str, Any]]], timeout: float = 30, **settings: Any) -> list[Any]:
     """The score of each response in turn by one worker, or the reason why there is none."""
 
     async def main() -> list[Any]:
-        pool = WorkerPool([spec], 1, SMALL.model_copy(update=settings))
+        pool = WorkerPool({"s": scorer}, 1, SMALL.model_copy(update=settings), ["hostile"])
         results: list[Any] = []
         for response, reference in requests:
             try:
-                results.append(await pool.score(spec.name, response, reference, timeout))
+                results.append(await pool.score("s", response, reference, timeout))
             except ScorerFailure as failure:
                 results.append(str(failure))
         await pool.close()
@@ -90,8 +95,7 @@ def scored(spec: ScorerSpec, requests: list[tuple[str, dict[str, Any]]], timeout
 
 
 def execute_in_worker(*programs: str, values: dict[str, Any], timeout: float = 30, **settings: Any) -> list[Any]:
-    spec = ScorerSpec(name="execute", type="python", function="hostile:execute")
-    return scored(spec, [(program, values) for program in programs], timeout, **settings)
+    return scored(PythonScorer(function="hostile:execute"), [(program, values) for program in programs], timeout, **settings)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -132,7 +136,7 @@ def test_the_answer_to_an_evaluating_task_does_nothing(
     for task, dataset in datasets.items():
         reference = {"task": task, "options": {}, "entry": dataset[0], "answer": dataset[0]["answer"]}
         requests += [(answer, reference) for answer in (wrong, *payloads, takes_over(dataset), wrong)]
-    results = iter(scored(ScorerSpec(name="task", type="reasoning_gym"), requests, timeout=100))
+    results = iter(scored(ReasoningGymScorer(), requests, timeout=100))
     assert not (tmp_path / "fired").exists()
     for task, dataset in datasets.items():
         first, *attempts, last = (next(results) for _ in range(len(payloads) + 3))
@@ -253,9 +257,7 @@ def test_a_killed_worker_is_replaced_and_the_response_scored_again(tmp_path: Pat
     async def main(num_kills: int) -> tuple[Any, int]:
         for number in range(num_kills):
             (tmp_path / str(number)).touch()
-        pool = WorkerPool(
-            [ScorerSpec(name="s", type="python", function="hostile:kill_worker")], 1, SandboxConfig(writable=[tmp_path])
-        )
+        pool = hostile_pool("kill_worker", SandboxConfig(writable=[tmp_path]))
         try:
             return await pool.score("s", "four", {"folder": str(tmp_path)}, 30), pool.take_num_replaced()
         except ScorerFailure as failure:
@@ -269,7 +271,7 @@ def test_a_killed_worker_is_replaced_and_the_response_scored_again(tmp_path: Pat
 
 def test_a_worker_that_is_killed_while_idle_is_replaced() -> None:
     async def main() -> tuple[float, float]:
-        pool = WorkerPool([ScorerSpec(name="s", type="python", function="hostile:which_worker")], 1, SMALL)
+        pool = hostile_pool("which_worker", SMALL)
         first = await pool.score("s", "", {}, 30)
         for process in psutil.Process().children(recursive=True):
             process.kill()

@@ -11,12 +11,12 @@ import reasoning_gym
 import yaml
 
 from hostile import PROGRAMS
+from megarl.builtin.scorers import BaseScorer, PythonScorer, ReasoningGymScorer
 from megarl.config.load import load_config
 from megarl.config.schema import SandboxConfig
 from megarl.errors import ConfigError
 from megarl.rewards.evaluating_tasks import refuse_evaluating_tasks
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
-from megarl.rewards.scorers import ScorerSpec
 from megarl.workers.sandbox import find_sandbox
 
 pytestmark = pytest.mark.timeout(120)
@@ -37,11 +37,11 @@ def _no_bubblewrap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
 
 
-def score(spec: ScorerSpec, response: str, reference: dict[str, Any], **settings: Any) -> Any:
+def score(scorer: BaseScorer, response: str, reference: dict[str, Any], **settings: Any) -> Any:
     async def main() -> Any:
-        pool = WorkerPool([spec], 1, SandboxConfig(**settings))
+        pool = WorkerPool({"s": scorer}, 1, SandboxConfig(**settings), ["hostile"])
         try:
-            return await pool.score(spec.name, response, reference, 10)
+            return await pool.score("s", response, reference, 10)
         except ScorerFailure as failure:
             return str(failure)
         finally:
@@ -50,7 +50,7 @@ def score(spec: ScorerSpec, response: str, reference: dict[str, Any], **settings
     return asyncio.run(main())
 
 
-EXECUTE = ScorerSpec(name="execute", type="python", function="hostile:execute")
+EXECUTE = PythonScorer(function="hostile:execute")
 
 
 def test_it_says_so() -> None:
@@ -88,7 +88,7 @@ def test_tasks_that_execute_answers_are_refused_at_the_start(task: str, tmp_path
 def test_an_answer_that_would_be_executed_is_not_scored(task: str, tmp_path: Path) -> None:
     entry = reasoning_gym.create_dataset(task, size=1, seed=0)[0]
     reference = {"task": task, "options": {}, "entry": entry, "answer": entry["answer"]}
-    result = score(ScorerSpec(name="task", type="reasoning_gym"), f"open('{tmp_path}/fired', 'w')", reference)
+    result = score(ReasoningGymScorer(), f"open('{tmp_path}/fired', 'w')", reference)
     assert not (tmp_path / "fired").exists()
     if task == "chain_sum":
         assert result == 0

@@ -12,13 +12,14 @@ from megarl.config.checks.engine import check_engine
 from megarl.config.checks.roles import Role, check_role
 from megarl.config.checks.rope import check_rope_scaling
 from megarl.config.checks.run import check_run
-from megarl.config.model_facts import ModelFacts, read_model_facts
-from megarl.config.models_of import has_reference, models_of
+from megarl.config.models import ModelOfRun, critic_of, models_of, policy_of, reference_of
 from megarl.config.redaction import check_not_redacted
-from megarl.config.schema import Config, CriticConfig, RoleConfig
+from megarl.config.schema import Config
 from megarl.config.stages import stages_of
 from megarl.config.tokenizer_files import check_vocabulary
 from megarl.errors import ConfigError
+from megarl.families.base.architecture import Architecture
+from megarl.families.registry import read_architecture
 
 
 def check(config: Config, world_size: int) -> None:
@@ -51,7 +52,7 @@ def _check_models_and_run(config: Config, world_size: int) -> list[str]:
     """Mistakes of a run without stages, or of one stage."""
     failures = list(check_run(config))
     try:
-        own = read_model_facts(config.model.path)
+        own = read_architecture(config.model.path)
     except ConfigError as error:
         failures.append(f"model.path: {error}")
     else:
@@ -59,15 +60,15 @@ def _check_models_and_run(config: Config, world_size: int) -> list[str]:
     return failures
 
 
-def _check_models(config: Config, own: ModelFacts, world_size: int) -> Iterator[str]:
+def _check_models(config: Config, own: Architecture, world_size: int) -> Iterator[str]:
     """Every model of the run; ``own`` are the facts of the policy's config.json without model.rope_scaling."""
     scaling = config.model.rope_scaling
     lines = [] if scaling is None else list(check_rope_scaling(scaling, own))
     if lines:
         yield from lines
         return
-    facts = own if scaling is None else read_model_facts(config.model.path, scaling)
-    yield from check_vocabulary(config.model.tokenizer or config.model.path, facts.vocab_size)
+    facts = own if scaling is None else read_architecture(config.model.path, scaling)
+    yield from check_vocabulary(config.model.tokenizer or config.model.path, facts.vocabulary_size)
     yield from _check_attention(config, facts)
     yield from _check_policy(config, facts, world_size)
     yield from _check_reference(config, facts, world_size)
@@ -76,7 +77,7 @@ def _check_models(config: Config, own: ModelFacts, world_size: int) -> Iterator[
     yield from _check_idle_ranks(config, world_size)
 
 
-def _check_attention(config: Config, facts: ModelFacts) -> Iterator[str]:
+def _check_attention(config: Config, facts: Architecture) -> Iterator[str]:
     """Transformer Engine's attention takes 16 bits, and heads of one width under context parallelism."""
     model = config.model
     if model.attention_impl == "megarl":
@@ -86,13 +87,13 @@ def _check_attention(config: Config, facts: ModelFacts) -> Iterator[str]:
             f"model.attention_impl: transformer_engine takes bfloat16 and Transformer Engine's layers, not dtype {model.dtype} "
             f"with transformer_impl {model.transformer_impl}; change them, or use megarl"
         )
-    if facts.has_latent_attention:
-        yield f"model.attention_impl: transformer_engine is not supported for latent attention ({facts.model_type}); use megarl"
+    if facts.mla is not None:
+        yield f"model.attention_impl: transformer_engine is not supported for latent attention ({facts.family}); use megarl"
 
 
-def _check_policy(config: Config, facts: ModelFacts, world_size: int) -> Iterator[str]:
-    yield from check_role(Role(name="policy", path_key="model.path", config=config.policy, facts=facts), config, world_size)
-    if config.model.init == "pretrained" and config.kind == "reward_model":
+def _check_policy(config: Config, facts: Architecture, world_size: int) -> Iterator[str]:
+    yield from check_role(_role(policy_of(config), facts), config, world_size)
+    if config.model.init == "pretrained" and config.trains_reward_model:
         if not any(facts.path.glob("*.safetensors")):
             yield (
                 f"model.path: {facts.path} has no *.safetensors file, and a reward model starts from those; give a Hugging Face "
@@ -102,72 +103,69 @@ def _check_policy(config: Config, facts: ModelFacts, world_size: int) -> Iterato
         yield f"model.path: {facts.path} has no *.safetensors file; give a folder with weights or set model.init to random"
     yield from check_engine(config, facts)
     for token_id in config.rollout.stop_token_ids:
-        if not 0 <= token_id < facts.vocab_size:
+        if not 0 <= token_id < facts.vocabulary_size:
             yield (
-                f"rollout.stop_token_ids: token id {token_id} is outside the model's vocabulary of {facts.vocab_size}; "
-                f"give ids from 0 to {facts.vocab_size - 1}"
+                f"rollout.stop_token_ids: token id {token_id} is outside the model's vocabulary of {facts.vocabulary_size}; "
+                f"give ids from 0 to {facts.vocabulary_size - 1}"
             )
 
 
-def _check_reference(config: Config, policy: ModelFacts, world_size: int) -> Iterator[str]:
+def _check_reference(config: Config, policy: Architecture, world_size: int) -> Iterator[str]:
     """The reference role, where one is needed that is not simply the policy's twin."""
-    reference = config.reference
-    if reference is None or not has_reference(config):
+    if config.reference is None or not config.has_reference:
         return
-    if reference.path is None:
-        yield from check_role(Role(name="reference", path_key="model.path", config=reference, facts=policy), config, world_size)
+    reference = reference_of(config)
+    if config.reference.path is None:
+        yield from check_role(_role(reference, policy), config, world_size)
         return
     try:
-        facts = read_model_facts(reference.path)
+        facts = read_architecture(reference.path)
     except ConfigError as error:
         yield f"reference.path: {error}"
         return
-    yield from check_role(Role(name="reference", path_key="reference.path", config=reference, facts=facts), config, world_size)
-    if facts.vocab_size != policy.vocab_size:
+    yield from check_role(_role(reference, facts), config, world_size)
+    if facts.vocabulary_size != policy.vocabulary_size:
         yield (
-            f"reference.path: vocab_size {facts.vocab_size} of {facts.path} differs from the policy's {policy.vocab_size}; "
-            "it is compared token by token: give a reference with the policy's vocabulary"
+            f"reference.path: vocab_size {facts.vocabulary_size} of {facts.path} differs from the policy's "
+            f"{policy.vocabulary_size}; it is compared token by token: give a reference with the policy's vocabulary"
         )
     if not _has_weights(facts.path):
         yield f"reference.path: {facts.path} has no *.safetensors file; give a folder with weights"
 
 
-def _check_critic(config: Config, policy: ModelFacts, world_size: int) -> Iterator[str]:
+def _check_critic(config: Config, policy: Architecture, world_size: int) -> Iterator[str]:
     """The critic's role, where one learns."""
-    if config.kind != "rl" and config.critic is not None:
+    if not config.learns_from_samples and config.critic is not None:
         yield f"critic: is given and kind {config.kind} has no critic; remove it"
-    if config.kind != "rl" or config.algorithm.advantage != "gae":
+    if not config.has_critic:
         return
-    critic = config.critic or CriticConfig.model_validate(config.policy.model_dump())
-    path_key, facts = "model.path", policy
-    if critic.path is not None:
-        path_key = "critic.path"
+    critic, facts = critic_of(config), policy
+    if critic.path_key == "critic.path":
         try:
-            facts = read_model_facts(critic.path)
+            facts = read_architecture(critic.path)
         except ConfigError as error:
             yield f"critic.path: {error}"
             return
-        if facts.vocab_size != policy.vocab_size:
+        if facts.vocabulary_size != policy.vocabulary_size:
             yield (
-                f"critic.path: vocab_size {facts.vocab_size} of {facts.path} differs from the policy's {policy.vocab_size}; the "
-                "critic reads the policy's tokens: give one with the policy's vocabulary"
+                f"critic.path: vocab_size {facts.vocabulary_size} of {facts.path} differs from the "
+                f"policy's {policy.vocabulary_size}; the critic reads the policy's tokens: give one with the policy's vocabulary"
             )
     if config.critic is not None:  # else the policy's layout, which is checked with the policy
-        yield from check_role(Role(name="critic", path_key=path_key, config=critic, facts=facts), config, world_size)
-    is_random = config.model.init == "random" and critic.path is None
-    if not is_random and not any(facts.path.glob("*.safetensors")):
+        yield from check_role(_role(critic, facts), config, world_size)
+    if not critic.is_random and not any(facts.path.glob("*.safetensors")):
         yield (
             f"critic.path: {facts.path} has no *.safetensors file, and a critic starts from those; give a Hugging Face folder "
             "(tools/convert/megatron_to_hf.py makes one)"
         )
 
 
-def _check_reward_model(config: Config, policy: ModelFacts, world_size: int) -> Iterator[str]:
+def _check_reward_model(config: Config, policy: Architecture, world_size: int) -> Iterator[str]:
     """The reward model's role, and what cannot go with it."""
     reward_model = config.reward_model
     if reward_model is None:
         return
-    if config.kind != "rl":
+    if not config.learns_from_samples:
         yield f"reward_model: is given and kind {config.kind} has no rewards; remove it"
         return
     if config.algorithm.dynamic_sampling:
@@ -181,16 +179,15 @@ def _check_reward_model(config: Config, policy: ModelFacts, world_size: int) -> 
             "choose for example leave_one_out, or remove reward_model"
         )
     try:
-        facts = read_model_facts(reward_model.path)
+        facts = read_architecture(reward_model.path)
     except ConfigError as error:
         yield f"reward_model.path: {error}"
         return
-    role = Role(name="reward_model", path_key="reward_model.path", config=reward_model, facts=facts)
-    yield from check_role(role, config, world_size)
-    if facts.vocab_size != policy.vocab_size:
+    yield from check_role(_role(models_of(config)["reward_model"], facts), config, world_size)
+    if facts.vocabulary_size != policy.vocabulary_size:
         yield (
-            f"reward_model.path: vocab_size {facts.vocab_size} of {facts.path} differs from the policy's {policy.vocab_size}; it "
-            "reads the policy's tokens: give one with the policy's vocabulary"
+            f"reward_model.path: vocab_size {facts.vocabulary_size} of {facts.path} differs from the policy's "
+            f"{policy.vocabulary_size}; it reads the policy's tokens: give one with the policy's vocabulary"
         )
     if not any(facts.path.glob("*.safetensors")):
         yield f"reward_model.path: {facts.path} has no *.safetensors file; give a Hugging Face folder with weights"
@@ -198,14 +195,17 @@ def _check_reward_model(config: Config, policy: ModelFacts, world_size: int) -> 
 
 def _check_idle_ranks(config: Config, world_size: int) -> Iterator[str]:
     """Every rank has a part of some model of the run."""
-    roles: list[RoleConfig] = [role for name in models_of(config) if (role := getattr(config, name)) is not None]
-    ranks = [role.ranks(world_size) for role in roles]
+    ranks = [model.role.ranks(world_size) for model in models_of(config).values()]
     idle = sorted(set(range(world_size)).difference(*ranks))
     if idle and all(0 <= part.start < part.stop <= world_size for part in ranks):  # else check_ranks says what is wrong
         yield (
             f"policy.num_ranks: rank{'s' * (len(idle) > 1)} {', '.join(map(str, idle))} of a world of {world_size} would have no "
             "part of any model; start fewer ranks, or change first_rank and num_ranks of the models"
         )
+
+
+def _role(model: ModelOfRun, facts: Architecture) -> Role:
+    return Role(name=model.name, path_key=model.path_key, config=model.role, facts=facts)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -66,7 +66,7 @@ CLASHES = (
 
 def check_algorithm(config: Config) -> Iterator[str]:
     """All checks of this file; lines start with the key."""
-    if config.kind != "rl":
+    if not config.learns_from_samples:
         return
     algorithm = config.algorithm
     yield from check_clashes(algorithm)
@@ -143,7 +143,7 @@ def check_ratio(algorithm: AlgorithmConfig) -> Iterator[str]:
 def check_critic(config: Config) -> Iterator[str]:
     """A critic is configured where one learns, and the policy learns too."""
     algorithm, critic = config.algorithm, config.critic
-    if algorithm.advantage != "gae":
+    if not algorithm.has_critic:
         if critic is not None:
             yield (
                 f"critic: is given and algorithm.advantage {algorithm.advantage} has no critic; remove it, or set "
@@ -199,7 +199,7 @@ def check_correctness(config: Config) -> Iterator[str]:
     """With a length reward it is clear which scorer says that an answer is right."""
     shaping = config.algorithm.reward_shaping
     tasks = tasks_of(config.data.train, TRAIN) if shaping.length_weight > 0 else []
-    known = {scorer.name or scorer.type for task in tasks for scorer in scorers_of(config, task)}
+    known = {scorer.log_name for task in tasks for scorer in scorers_of(config, task)}
     for name in shaping.correct_scorers:
         if tasks and name not in known:
             yield (
@@ -208,7 +208,7 @@ def check_correctness(config: Config) -> Iterator[str]:
             )
             return
     for task in tasks:
-        names = [scorer.name or scorer.type for scorer in scorers_of(config, task)]
+        names = [scorer.log_name for scorer in scorers_of(config, task)]
         if names and not correct_scorers(config, task):
             yield (
                 f"algorithm.reward_shaping.correct_scorers: of the scorers {', '.join(names)} of task {task.name} none is known to "
@@ -222,7 +222,7 @@ def check_process_rewards(config: Config) -> Iterator[str]:
     if algorithm.advantage != "process_rewards":
         return
     for task in tasks_of(config.data.train, TRAIN):
-        if all(scorer.step_separator is None for scorer in scorers_of(config, task)):
+        if all(scorer.step_end is None for scorer in scorers_of(config, task)):
             yield (
                 f"algorithm.advantage: process_rewards needs a reward for each step of a response, and task {task.name} has no "
                 "scorer with step_separator; add one of type python, or choose for example group_mean_std"

@@ -9,7 +9,7 @@ def check_asynchronous(config: Config) -> Iterator[str]:
     """All checks of this file; lines start with the key."""
     rollout = config.rollout
     given = [name for name in ("asynchronous", "partial") if getattr(rollout, name) is not None]
-    if config.kind != "rl":
+    if not config.learns_from_samples:
         for name in given:
             yield f"rollout.{name}: is given and kind {config.kind} samples nothing to train on; remove it"
         return

@@ -12,7 +12,7 @@ def check_curriculum(config: Config) -> Iterator[str]:
     curriculum = config.curriculum
     if curriculum is None:
         return
-    if config.kind != "rl":
+    if not config.learns_from_samples:
         yield f"curriculum: is given and kind {config.kind} has no stages; remove it, and train in stages with kind: rl"
         return
     stages = curriculum.stages
@@ -68,16 +68,16 @@ def _check_what_stays(config: Config) -> Iterator[str]:
     """What later stages must have in common with the first, because something of theirs goes on."""
     first, *others = stages_of(config)
     for stage in others:
+        if stage.config.has_critic != first.config.has_critic:
+            reason = "a critic learns in all stages or in none"
+            yield f"{stage.path}.changes.algorithm.advantage: differs from stage 0's, and {reason}; leave it out"
         for key, reason in (
-            ("algorithm.advantage", "a critic learns in all stages or in none"),
             ("rollout.asynchronous", "responses under way go on in the next stage"),
             ("rollout.partial", "responses under way go on in the next stage"),
             ("rollout.environment", "responses under way go on in the next stage"),
         ):
             section, name = key.split(".")
             before, now = (getattr(getattr(one.config, section), name) for one in (first, stage))
-            if key == "algorithm.advantage":
-                before, now = before == "gae", now == "gae"
             if before != now:
                 yield f"{stage.path}.changes.{key}: differs from stage 0's, and {reason}; leave it out"
         for role in ("policy", "critic"):
@@ -88,8 +88,7 @@ def _check_what_stays(config: Config) -> Iterator[str]:
                     "reads no checkpoint of one kind into the other, so a run could not be resumed here; leave it out"
                 )
         groups = stage.config.rollout.samples_per_prompt
-        outlives = first.config.rollout.asynchronous is not None or first.config.rollout.partial is not None
-        if outlives and groups != first.config.rollout.samples_per_prompt:
+        if first.config.rollout.outlives_updates and groups != first.config.rollout.samples_per_prompt:
             yield (
                 f"{stage.path}.changes.rollout.samples_per_prompt: {groups} differs from stage 0's "
                 f"{first.config.rollout.samples_per_prompt}, and responses under way go on in the next stage; leave it out"

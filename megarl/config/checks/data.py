@@ -32,7 +32,7 @@ def check_tasks(config: Config) -> Iterator[str]:
 def check_too_long(config: Config) -> Iterator[str]:
     """What becomes of long rows can be done to them."""
     policy = config.data.too_long
-    if policy == "cut_middle" and config.kind != "rl":
+    if policy == "cut_middle" and not config.learns_from_samples:
         yield f"data.too_long: cut_middle cuts prompts of kind rl, and kind is {config.kind}; set it to leave_out or refuse"
     if policy != "refuse" and config.curriculum is not None:
         yield f"data.too_long: is {policy} and a curriculum leaves out or cuts by curriculum.too_long; remove data.too_long"
@@ -53,7 +53,7 @@ def check_order(config: Config) -> Iterator[str]:
         )
     if sampling.order != "prioritised":
         return
-    if config.kind != "rl":
+    if not config.learns_from_samples:
         yield (
             f"data.sampling.order: prioritised draws rows by how often the policy solves them, and kind {config.kind} samples no "
             "responses; choose another"
@@ -74,7 +74,7 @@ def check_mixture(config: Config) -> Iterator[str]:
             "data.sampling.mixture: balanced needs several tasks, and data.train has one; give it type: mixture, or remove the key"
         )
         return
-    if config.kind != "rl":
+    if not config.learns_from_samples:
         return
     if balanced and rollout.prompts_per_step % len(tasks):
         yield (
@@ -98,7 +98,7 @@ def check_mixture(config: Config) -> Iterator[str]:
 def check_surplus(config: Config) -> Iterator[str]:
     """Over-sampling has an effect, and a surplus that a step uses."""
     algorithm = config.algorithm
-    if config.kind == "rl" and algorithm.over_sampling > 1 and not algorithm.dynamic_sampling:
+    if config.learns_from_samples and algorithm.over_sampling > 1 and not algorithm.dynamic_sampling:
         yield (
             f"algorithm.over_sampling: is {algorithm.over_sampling:g} and only dynamic sampling drops groups that it would "
             "replace; set algorithm.dynamic_sampling: true, or over_sampling to 1"

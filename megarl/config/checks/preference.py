@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from megarl.config.models_of import trains_on_pairs
 from megarl.config.schema import Config, PreferenceConfig, ReasoningGymSource
 from megarl.config.tasks import placed_tasks
 
@@ -13,14 +12,14 @@ OF_REWARD_MODELS = ("reward_margin", "reward_centering")
 
 def check_preference(config: Config) -> Iterator[str]:
     """Settings have an effect, and the rows can have two responses."""
-    if not trains_on_pairs(config):
+    if not config.trains_on_pairs:
         return
     if config.rollout.environment is not None:
         yield f"rollout.environment: is given and kind {config.kind} samples no responses; remove it"
     for path, task in placed_tasks(config):
         if isinstance(task.source, ReasoningGymSource):
             yield f"{path}.type: reasoning_gym has no rejected responses; give jsonl or datasets with a chosen and a rejected field"
-    yield from _check_loss(config) if config.kind == "preference" else _check_reward_model(config)
+    yield from _check_reward_model(config) if config.trains_reward_model else _check_loss(config)
 
 
 def _check_loss(config: Config) -> Iterator[str]:

@@ -48,8 +48,7 @@ def check_resume(config: Config, saved: Config) -> Iterator[str]:
 
 def _counts(path: str, config: Config) -> bool:
     """Settings of other kinds are not looked at."""
-    section = path.split(".")[0]
-    return {"algorithm": config.kind == "rl", "preference": config.kind in ("preference", "reward_model")}.get(section, True)
+    return path.split(".")[0] in {"kind", "seed", "model", *config.own_sections}
 
 
 def _same_folder(now: Path, then: Path) -> bool:

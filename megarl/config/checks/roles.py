@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megarl.config.model_facts import ExpertFacts, ModelFacts
-from megarl.config.models_of import samples_responses
-from megarl.config.rope_scaling import NAMES
 from megarl.config.schema import Config, RoleConfig
+from megarl.families.base.architecture import Architecture
+from megarl.families.base.refusals import common_refusals
+from megarl.families.base.rope_scaling import NAMES
+from megarl.families.registry import family_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class Role:
     name: str
     path_key: str
     config: RoleConfig
-    facts: ModelFacts
+    facts: Architecture
 
 
 def check_role(role: Role, config: Config, world_size: int) -> Iterator[str]:
@@ -47,34 +48,7 @@ def check_architecture(role: Role) -> Iterator[str]:
     if facts.rope_type not in NAMES:
         fix = "set model.rope_scaling or give another model" if role.path_key == "model.path" else "give another model"
         yield f"{where}: rope_type {facts.rope_type!r} is not supported; supported are {', '.join(NAMES)}: {fix}"
-    if facts.hidden_act != "silu":
-        yield f"{where}: hidden_act {facts.hidden_act!r} is not supported; only silu (SwiGLU) is: give another model"
-    for name in facts.biases:
-        yield f"{where}: {name} is true and not supported for {facts.model_type}; give a model without these biases"
-    if facts.has_latent_attention and facts.rotates_halves:
-        yield f"{where}: rope_interleave is false and not supported with latent attention; give another model"
-    if facts.experts is not None:
-        yield from (f"{where}: {line}; give another model" for line in _unsupported_routing(facts.experts))
-    if facts.quantization is not None:
-        yield f"{where}: the weights are quantized ({facts.quantization}) and cannot be trained; give full-precision weights"
-
-
-def _unsupported_routing(experts: ExpertFacts) -> Iterator[str]:
-    """What megatron-core's router computes otherwise than the family does."""
-    if experts.top_k > experts.num_experts:
-        yield f"num_experts_per_tok {experts.top_k} exceeds the {experts.num_experts} experts"
-    if experts.is_sigmoid and not experts.is_normalised:
-        yield "norm_topk_prob false is not supported with sigmoid scores"
-    if experts.is_normalised and experts.top_k == 1:
-        yield "num_experts_per_tok 1 with normalised scores is not supported (the router would get no gradient)"
-    if experts.num_experts % experts.num_groups:
-        yield f"n_group {experts.num_groups} does not divide the {experts.num_experts} experts"
-    if experts.num_groups > experts.top_k_groups and experts.top_k // experts.top_k_groups != 2:
-        # groups are ranked by their best top_k / topk_group scores in megatron-core, by their best two in the family
-        yield (
-            f"num_experts_per_tok {experts.top_k} with topk_group {experts.top_k_groups} is not supported; "
-            f"only num_experts_per_tok = 2 × topk_group is"
-        )
+    yield from (f"{where}: {line}" for line in (*common_refusals(facts), *family_of(facts.family).refusals(facts)))
 
 
 def check_ranks(role: Role, world_size: int) -> Iterator[str]:
@@ -105,7 +79,7 @@ def _check_sizes(role: Role, world_size: int) -> Iterator[str]:
         )
     etp = parallel.etp or parallel.tp
     product = etp * parallel.ep * parallel.pp
-    if role.facts.experts is not None and num_ranks % product:
+    if role.facts.moe is not None and num_ranks % product:
         yield (
             f"{role.name}.parallel.ep: {words} {num_ranks} = etp {etp} × ep {parallel.ep} × pp {parallel.pp} × expert dp ?: "
             f"{num_ranks} is not divisible by {product}; use a smaller ep or etp, or {product} ranks"
@@ -115,13 +89,13 @@ def _check_sizes(role: Role, world_size: int) -> Iterator[str]:
 def check_tensor_parallel(role: Role) -> Iterator[str]:
     """tp divides everything that it shards."""
     tp, facts = role.config.parallel.tp, role.facts
-    sharded = {"num_attention_heads": facts.num_attention_heads}
-    if not facts.has_latent_attention:
-        sharded["num_key_value_heads"] = facts.num_key_value_heads
-    if facts.experts is None or len(facts.experts.moe_layers) < facts.num_layers:
-        sharded["intermediate_size"] = facts.intermediate_size
-    if facts.experts is not None and facts.experts.shared_ffn_size:
-        sharded["n_shared_experts × moe_intermediate_size"] = facts.experts.shared_ffn_size
+    sharded = {"num_attention_heads": facts.num_heads}
+    if facts.mla is None:
+        sharded["num_key_value_heads"] = facts.num_kv_heads
+    if facts.moe is None or len(facts.moe.moe_layers) < facts.num_layers:
+        sharded["intermediate_size"] = facts.ffn_size
+    if facts.moe is not None and facts.moe.shared_ffn_size:
+        sharded["n_shared_experts × moe_intermediate_size"] = facts.moe.shared_ffn_size
     for name, size in sharded.items():
         if size % tp:
             yield (
@@ -133,11 +107,10 @@ def check_tensor_parallel(role: Role) -> Iterator[str]:
             f"{role.name}.parallel.sequence_parallel: is true with tp 1, and shards over the tp ranks; "
             "set it to false or tp to 2 or more"
         )
-    needs = "latent attention" if facts.has_latent_attention else "experts" if facts.experts is not None else None
+    needs = "latent attention" if facts.mla is not None else "experts" if facts.moe is not None else None
     if needs and tp > 1 and not role.config.parallel.sequence_parallel:
         yield (
-            f"{role.name}.parallel.sequence_parallel: is false, and tp {tp} with {needs} ({facts.model_type}) needs it; "
-            "set it to true"
+            f"{role.name}.parallel.sequence_parallel: is false, and tp {tp} with {needs} ({facts.family}) needs it; set it to true"
         )
 
 
@@ -198,7 +171,7 @@ def check_context_parallel(role: Role) -> Iterator[str]:
     if parallel.cp == 1 or method not in ("all_to_all", "hybrid"):
         return
     name, size = ("ulysses_size", parallel.ulysses_size) if parallel.ulysses_size else ("cp", parallel.cp)
-    heads, key_heads = facts.num_attention_heads // parallel.tp, facts.num_key_value_heads // parallel.tp
+    heads, key_heads = facts.num_heads // parallel.tp, facts.num_kv_heads // parallel.tp
     if heads % size or (key_heads % size and size % key_heads):
         yield (
             f"{role.name}.parallel.{name}: {method} exchanges whole heads among {size} ranks, and with tp {parallel.tp} a rank has "
@@ -209,11 +182,11 @@ def check_context_parallel(role: Role) -> Iterator[str]:
 
 def check_experts(role: Role) -> Iterator[str]:
     """ep divides the experts, and etp each of them."""
-    parallel, experts = role.config.parallel, role.facts.experts
+    parallel, experts = role.config.parallel, role.facts.moe
     if experts is None:
         for name, size in (("ep", parallel.ep), ("etp", parallel.etp or 1)):
             if size > 1:
-                yield f"{role.name}.parallel.{name}: is {size}, but the model has no experts ({role.facts.model_type}); set it to 1"
+                yield f"{role.name}.parallel.{name}: is {size}, but the model has no experts ({role.facts.family}); set it to 1"
         return
     etp = parallel.etp or parallel.tp
     if experts.num_experts % parallel.ep:
@@ -230,27 +203,17 @@ def check_experts(role: Role) -> Iterator[str]:
 
 def check_lengths(role: Role, config: Config) -> Iterator[str]:
     """The longest sequence fits into a micro-batch and into the model's positions."""
-    rollout = config.rollout
-    rollout_tokens = rollout.max_prompt_tokens + rollout.max_new_tokens
-    rollout_words = (
-        f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + rollout.max_new_tokens {rollout.max_new_tokens} = "
-        f"{rollout_tokens} tokens"
-    )
-    if config.kind == "rl":
-        trained, trained_words = rollout_tokens, rollout_words
-    else:
-        section = "sft" if config.kind == "sft" else "preference"
-        trained = config.sft.max_tokens if config.kind == "sft" else config.preference.max_tokens
-        trained_words = f"{section}.max_tokens {trained}"
-    end = int("reward_model" in (role.name, config.kind))  # it reads one token behind the sequence
+    step, rollout = config.step_size, config.rollout
+    trained, trained_words = step.longest, step.longest_words
+    end = int(role.name == "reward_model" or config.trains_reward_model)  # it reads one token behind the sequence
     if trained + end > role.config.max_tokens_per_micro_batch:
         yield (
             f"{role.name}.max_tokens_per_micro_batch: {role.config.max_tokens_per_micro_batch} tokens cannot hold the longest "
             f"sequence ({trained_words}); raise it or shorten the sequences"
         )
     used = [(trained, trained_words)]
-    if config.kind == "sft" and samples_responses(config):
-        used.append((rollout_tokens, rollout_words))
+    if config.samples_responses and not config.learns_from_samples:
+        used.append((rollout.longest, rollout.longest_words))
     for tokens, words in used:
         window = role.facts.sliding_window
         if window is not None and tokens > window:
@@ -258,13 +221,13 @@ def check_lengths(role: Role, config: Config) -> Iterator[str]:
                 f"{words} exceed the sliding window of {window} tokens of {role.path_key} {role.facts.path}, and attention is over "
                 "the whole sequence; shorten the sequences, or switch the window off in config.json"
             )
-        if tokens > role.facts.max_position_embeddings:
+        if tokens > role.facts.max_positions:
             yield f"{words} exceed {_positions(role, config)}"
 
 
 def _positions(role: Role, config: Config) -> str:
     """The model's positions, whose they are, and how there can be more."""
-    number, scaling = role.facts.max_position_embeddings, config.model.rope_scaling
+    number, scaling = role.facts.max_positions, config.model.rope_scaling
     if role.path_key != "model.path":
         whose, fix = f"{role.path_key} {role.facts.path}", "give a model with more positions"
     elif scaling is None:

@@ -4,14 +4,14 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megarl.config.model_facts import ModelFacts
-from megarl.config.rope_scaling import LENGTH_DEPENDENT, NAMES, ORIGINAL, SWITCHES, WHOLE_NUMBERS
+from megarl.families.base.architecture import Architecture
+from megarl.families.base.rope_scaling import LENGTH_DEPENDENT, NAMES, ORIGINAL, SWITCHES, WHOLE_NUMBERS
 
 KEY = "model.rope_scaling"
 TEMPERATURES = ("attention_factor", "mscale", "mscale_all_dim")
 
 
-def check_rope_scaling(scaling: Mapping[str, Any], facts: ModelFacts) -> Iterator[str]:
+def check_rope_scaling(scaling: Mapping[str, Any], facts: Architecture) -> Iterator[str]:
     """All checks of the scaling; one line for each mistake.
 
     Args:
@@ -69,7 +69,7 @@ def _check_values(scaling: Mapping[str, Any]) -> Iterator[str]:
             yield f"{KEY}.factor: is {value:g}, which would shorten the model's positions; give a number ≥ 1"
 
 
-def _check_together(scaling: Mapping[str, Any], facts: ModelFacts) -> Iterator[str]:
+def _check_together(scaling: Mapping[str, Any], facts: Architecture) -> Iterator[str]:
     """The values fit each other and the model."""
     for low, high, defaults in (("low_freq_factor", "high_freq_factor", (1, 4)), ("beta_slow", "beta_fast", (1, 32))):
         smaller, larger = scaling.get(low, defaults[0]), scaling.get(high, defaults[1])
@@ -78,7 +78,7 @@ def _check_together(scaling: Mapping[str, Any], facts: ModelFacts) -> Iterator[s
     if ("mscale" in scaling) != ("mscale_all_dim" in scaling):
         yield f"{KEY}.mscale: transformers reads mscale and mscale_all_dim only together; give both or neither"
     original, file = scaling.get(ORIGINAL), facts.path / "config.json"
-    known, most = facts.original_max_position_embeddings, facts.max_position_embeddings
+    known, most = facts.original_positions, facts.max_positions
     if original is not None and known is not None and original != known:
         yield f"{KEY}.{ORIGINAL}: is {original}, and {file} says that the model was pretrained on {known}; give {known}"
     elif original is not None and original > most:

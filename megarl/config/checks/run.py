@@ -1,20 +1,17 @@
 """Checks across keys that need neither the model nor the number of ranks; one line for each mistake."""
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import date
 
 from megarl.config.api_keys import check_api_keys
 from megarl.config.checks.algorithm import check_algorithm
 from megarl.config.checks.asynchronous import check_asynchronous
 from megarl.config.checks.data import check_mixture, check_order, check_repetition_stop, check_surplus, check_tasks, check_too_long
-from megarl.config.checks.document_qa import check_document_qa, check_judges
 from megarl.config.checks.environment import check_environment
 from megarl.config.checks.preference import check_preference
-from megarl.config.models_of import samples_responses
-from megarl.config.names import FUNCTION_PATTERN
-from megarl.config.schema import Config, EngineServerConfig, JsonlSource, ReasoningGymSource, RowSource, ScorerConfig, Section
-from megarl.config.tasks import placed_scorers, placed_tasks, scorers_of
+from megarl.config.checks.rewards import check_judges, check_rewards
+from megarl.config.schema import Config, JsonlSource, RowSource
+from megarl.config.tasks import placed_tasks
 
 
 def check_run(config: Config) -> Iterator[str]:
@@ -38,7 +35,7 @@ def check_optimizer(config: Config) -> Iterator[str]:
             f"optimizer.min_learning_rate: {optimizer.min_learning_rate:g} is above learning_rate {optimizer.learning_rate:g}; "
             "lower it or raise learning_rate"
         )
-    updates = config.algorithm.updates_per_step if config.kind == "rl" else 1
+    updates = config.updates_per_step
     total = config.steps * updates
     # steps: 0 only evaluates, and must not ask for another schedule.
     if optimizer.warmup_steps > total > 0:
@@ -48,7 +45,7 @@ def check_optimizer(config: Config) -> Iterator[str]:
 
 def check_batch(config: Config) -> Iterator[str]:
     """A step can be split into mini-batches of whole groups."""
-    if config.kind != "rl":
+    if not config.learns_from_samples:
         return
     rollout, algorithm = config.rollout, config.algorithm
     if rollout.prompts_per_step % algorithm.updates_per_step:
@@ -60,10 +57,10 @@ def check_batch(config: Config) -> Iterator[str]:
 
 def check_sampling(config: Config) -> Iterator[str]:
     """The engine can sample as asked, and report the log-probabilities that the trainer needs."""
-    if not samples_responses(config):
+    if not config.samples_responses:
         return
     rollout, reshaping = config.rollout, config.rollout.reshaping()
-    temperatures = {"rollout.temperature": rollout.temperature} if config.kind == "rl" else {}
+    temperatures = {"rollout.temperature": rollout.temperature} if config.learns_from_samples else {}
     if config.evaluation.data is not None and config.evaluation.temperature > 0:
         temperatures["evaluation.temperature"] = config.evaluation.temperature
     for key, temperature in temperatures.items():
@@ -103,9 +100,9 @@ def _check_sglang_sampling(config: Config) -> Iterator[str]:
 def check_engine_server(config: Config) -> Iterator[str]:
     """The settings of the chosen engine's server agree."""
     engine = config.rollout.engine
-    if engine == "embedded":
+    section = config.rollout.server
+    if section is None:
         return
-    section: EngineServerConfig = getattr(config.rollout, engine)
     if section.url is not None:
         own_server = {"python": section.python, "port": section.port, "arguments": section.arguments}
         for name, value in own_server.items():
@@ -127,7 +124,7 @@ def check_weight_transfer(config: Config) -> Iterator[str]:
     if transfer.transport == "auto":
         return
     key = f"rollout.weight_transfer.transport: {transfer.transport} has no use with"
-    if config.rollout.engine == "embedded":
+    if config.rollout.server is None:
         yield f"{key} rollout.engine embedded, which takes the weights from rank 0's memory; leave it out"
     elif transfer.method == "broadcast":
         yield f"{key} method broadcast, which goes by gloo; leave it out, or set method to slices"
@@ -184,93 +181,6 @@ def check_evaluation(config: Config) -> Iterator[str]:
             f"evaluation.samples_per_prompt: {evaluation.samples_per_prompt} greedy responses (temperature 0) are all the same; "
             "use 1, or a temperature above 0"
         )
-
-
-def check_rewards(config: Config) -> Iterator[str]:
-    """There is a scorer where responses are scored, and the log can tell scorers apart."""
-    for path, scorers in placed_scorers(config):
-        yield from check_scorers(path, scorers)
-    scored = [
-        (path, task)
-        for path, task in placed_tasks(config)
-        if samples_responses(config) and (config.kind == "rl" or path.startswith("evaluation"))
-    ]
-    for path, task in scored:
-        scorers = scorers_of(config, task)
-        is_training = path.startswith("data.train")
-        has_others = config.rollout.environment is not None or (is_training and config.reward_model is not None)
-        if not scorers and not has_others:
-            user = "kind: rl" if is_training else "evaluation.data"
-            yield f"rewards.scorers: is empty and {user} needs at least one; add for example - type: math"
-            break
-        if any(scorer.type == "reasoning_gym" for scorer in scorers) and not isinstance(task.source, ReasoningGymSource):
-            key = f"{path.removesuffix('source')}scorers" if task.scorers else "rewards.scorers"
-            yield f"{key}: reasoning_gym scores only its own tasks, and {path} has type {task.source.type}; use another scorer"
-
-
-def check_scorers(path: str, scorers: Sequence[ScorerConfig]) -> Iterator[str]:
-    """Each scorer of one list is whole, and has a name of its own."""
-    seen: dict[str, int] = {}
-    for index, scorer in enumerate(scorers):
-        name = scorer.name or scorer.type
-        if name in seen:
-            yield f"{path}.{index}.name: {name!r} is also the name of scorer {seen[name]}; give one of them another name"
-        seen.setdefault(name, index)
-        for line in check_scorer(scorer):
-            yield f"{path}.{index}.{line}"
-
-
-SCORER_FIELDS = {
-    "pattern": ("regex", "format", "exact", "math", "reasoning_gym", "document_qa"),
-    "tags": ("format",),
-    "ngram": ("repetition",),
-    "script": ("language",),
-    "extract": ("document_qa",),
-    "match": ("document_qa",),
-    "judge": ("document_qa",),
-    "function": ("python",),
-    "step_separator": ("python",),
-    "url": ("reward_server",),
-    "engine": ("reward_server",),
-    "api_key_env": ("reward_server",),
-}
-REQUIRED_SCORER_FIELDS = {
-    "ngram": "for example 4",
-    "script": "for example latin",
-    "url": "for example http://127.0.0.1:8000",
-    "engine": "vllm or sglang",
-}
-
-
-def check_scorer(scorer: ScorerConfig) -> Iterator[str]:
-    """A scorer has the fields that its type needs, and only those; lines start with the field's name."""
-    for name, users in SCORER_FIELDS.items():
-        value = getattr(scorer, name)
-        if value and scorer.type not in users:
-            given = f"{name}:" if isinstance(value, Section) else f"{name}: {value!r}"
-            yield f"{given} has no use for type {scorer.type}; remove it or use type {' or '.join(users)}"
-        if value is None and users == (scorer.type,) and name in REQUIRED_SCORER_FIELDS:
-            yield f"{name}: is required for type {scorer.type}; give {REQUIRED_SCORER_FIELDS[name]}"
-    if scorer.type == "regex" and scorer.pattern is None:
-        yield "pattern: is required for type regex; give a regular expression"
-    if scorer.type == "format" and bool(scorer.tags) == (scorer.pattern is not None):
-        yield "tags: type format needs either tags or a pattern; give for example tags: [think, answer]"
-    if any(re.search(r"[<>/\s]", tag) or not tag for tag in scorer.tags):
-        yield f"tags: {scorer.tags!r} must be names without <, >, / and spaces; give for example [think, answer]"
-    if scorer.type == "python" and (scorer.function is None or not FUNCTION_PATTERN.fullmatch(scorer.function)):
-        given = "is required" if scorer.function is None else f"{scorer.function!r} is not module:function"
-        yield f"function: {given} for type python; give for example my_package.rewards:score"
-    if scorer.type == "document_qa":
-        yield from check_document_qa(scorer)
-    if scorer.pattern is None:
-        return
-    try:
-        groups = re.compile(scorer.pattern).groups
-    except re.error as error:
-        yield f"pattern: {scorer.pattern!r} is not a regular expression ({error}); correct it"
-        return
-    if scorer.type in ("exact", "math", "reasoning_gym", "document_qa") and groups == 0:
-        yield f"pattern: {scorer.pattern!r} has no group to take the answer from; put the answer's part in ( )"
 
 
 def _sources(config: Config) -> Iterator[tuple[str, RowSource]]:

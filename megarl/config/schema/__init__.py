@@ -1,5 +1,10 @@
-"""The one place where a configuration key exists: its type, default, unit and meaning. Imports no torch."""
+"""The place where a configuration key exists: its type, default, unit and meaning; those of scorers and environments are in
+``megarl/builtin``. Imports no torch."""
 
+from megarl.builtin.environments import EnvironmentConfig
+from megarl.builtin.sandbox import SandboxConfig
+from megarl.builtin.scorers import ScorerConfig
+from megarl.builtin.scorers.document_qa import JudgeConfig
 from megarl.config.schema.algorithm import (
     ADVANTAGES,
     SURROGATES,
@@ -13,19 +18,16 @@ from megarl.config.schema.algorithm import (
 )
 from megarl.config.schema.curriculum import CurriculumConfig, PromotionConfig, StageConfig
 from megarl.config.schema.data import (
-    SCRIPTS,
     DataConfig,
     DatasetsSource,
     DataSource,
     EvaluationConfig,
     JsonlSource,
-    JudgeConfig,
     MixtureSource,
     ReasoningGymSource,
     RewardsConfig,
     RowSource,
     SamplingConfig,
-    ScorerConfig,
     SFTConfig,
     TaskConfig,
 )
@@ -43,20 +45,17 @@ from megarl.config.schema.rollout import (
     AsynchronousConfig,
     EmbeddedEngineConfig,
     EngineServerConfig,
-    EnvironmentConfig,
     PartialConfig,
     RepetitionStopConfig,
     RolloutConfig,
     WeightTransferConfig,
 )
-from megarl.config.schema.run import CheckpointConfig, Config, ObserveConfig
-from megarl.config.schema.sandbox import SandboxConfig
-from megarl.config.schema.section import Section
+from megarl.config.schema.run import CheckpointConfig, Config, ObserveConfig, PreferenceRun, RewardModelRun, RLRun, Rows, SFTRun
+from megarl.section import Section
 
 __all__ = [
     "ADVANTAGES",
     "REFERENCE_FREE",
-    "SCRIPTS",
     "SURROGATES",
     "AlgorithmConfig",
     "AsynchronousConfig",
@@ -84,17 +83,22 @@ __all__ = [
     "ParallelConfig",
     "PartialConfig",
     "PreferenceConfig",
+    "PreferenceRun",
     "PromotionConfig",
+    "RLRun",
     "ReasoningGymSource",
     "ReferenceConfig",
     "RepetitionStopConfig",
     "RewardModelConfig",
+    "RewardModelRun",
     "RewardShapingConfig",
     "RewardsConfig",
     "RoleConfig",
     "RolloutConfig",
     "RowSource",
+    "Rows",
     "SFTConfig",
+    "SFTRun",
     "SamplerCorrectionConfig",
     "SamplingConfig",
     "SandboxConfig",

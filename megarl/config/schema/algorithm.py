@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from megarl.config.names import Name
 from megarl.config.presets import PRESETS, with_preset
-from megarl.config.schema.section import Section, key
+from megarl.section import Section, key
 
 ADVANTAGES = (
     "group_mean_std",
@@ -169,6 +169,11 @@ class AlgorithmConfig(Section):
     )
     max_surplus_age: int = key(1, "steps", "A group that waited longer than this is dropped; 0 keeps none for later steps.", ge=0)
     updates_per_step: int = key(1, "optimizer steps", "Mini-batches that the rollouts of one step are split into, in order.", ge=1)
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic learns."""
+        return self.advantage == "gae"
 
     @model_validator(mode="before")
     @classmethod

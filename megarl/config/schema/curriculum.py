@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from megarl.config.schema.section import Section, key
+from megarl.section import Section, key
 
 
 class PromotionConfig(Section):

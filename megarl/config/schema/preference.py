@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from megarl.config.schema.section import Section, key
+from megarl.section import Section, key
 
 REFERENCE_FREE = ("simpo", "orpo")
 

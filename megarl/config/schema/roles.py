@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from megarl.config.schema.section import Section, key
+from megarl.section import Section, key
 
 
 class ModelConfig(Section):

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from megarl.config.schema.sandbox import SandboxConfig
-from megarl.config.schema.section import Section, key
+from megarl.builtin.environments import EnvironmentConfig
+from megarl.section import Section, key
 
 
 class EmbeddedEngineConfig(Section):
@@ -67,30 +67,6 @@ class RepetitionStopConfig(Section):
     max_pattern_size: int = key(..., "tokens", "Longest pattern that is looked for.", ge=1)
     min_pattern_size: int = key(1, "tokens", "Shortest pattern that is looked for.", ge=1)
     min_count: int = key(..., "-", "The response ends when the pattern stands there this many times in a row.", ge=2)
-
-
-class EnvironmentConfig(Section):
-    """An environment that answers the policy's turns (docs/environments.md)."""
-
-    type: Literal["python", "calculator", "tower_of_hanoi"] = key(
-        ..., "-", "A class of your own, a calculator as a tool, or reasoning-gym's tower_of_hanoi played move by move."
-    )
-    function: str | None = key(None, "module:Class", "For python: a class with reset and step, sync or async.")
-    options: dict[str, Any] = key(dict, "-", "Keyword arguments of the class.")
-    max_turns: int = key(8, "turns", "The episode ends after so many turns of the policy.", ge=1)
-    timeout: float = key(10.0, "seconds", "Time one reset or step may take.", gt=0)
-    in_process: bool = key(
-        False,
-        "-",
-        "Run it on the trainer's event loop, for async environments that cannot be pickled; else in worker processes, where a "
-        "time-out kills what never returns.",
-    )
-    sandbox: SandboxConfig = key(SandboxConfig, "-", "What its worker processes may do; in_process has no use for it.")
-    weight: float = key(1.0, "-", "Factor of the episode's summed rewards in the reward of a response.")
-    role: Literal["user", "tool"] = key("user", "-", "Role of its messages in the tokenizer's chat template.")
-    observation_template: str | None = key(
-        None, "-", "A text with {observation} in it that follows a turn; the tokenizer's chat template when not given."
-    )
 
 
 class AsynchronousConfig(Section):
@@ -199,11 +175,40 @@ class RolloutConfig(Section):
     sglang: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: sglang.")
     vllm: EngineServerConfig = key(EngineServerConfig, "-", "Settings of engine: vllm.")
 
+    @property
+    def server_engine(self) -> Literal["sglang", "vllm"] | None:
+        """The engine behind a server; None for the embedded one."""
+        return None if self.engine == "embedded" else self.engine
+
+    @property
+    def server(self) -> EngineServerConfig | None:
+        """The settings of the chosen engine's server; None for the embedded one, which has none."""
+        servers = {"sglang": self.sglang, "vllm": self.vllm}
+        return servers.get(self.engine)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its longest response."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
+    @property
+    def longest_words(self) -> str:
+        """The same, as a message says it."""
+        return (
+            f"rollout.max_prompt_tokens {self.max_prompt_tokens} + rollout.max_new_tokens {self.max_new_tokens} = "
+            f"{self.longest} tokens"
+        )
+
+    @property
+    def outlives_updates(self) -> bool:
+        """Whether a response may go on after an update of the weights."""
+        return self.asynchronous is not None or self.partial is not None
+
     def reshaping(self) -> dict[str, float]:
         """Return the options in use that make the sampler's distribution another than softmax(logits / temperature)."""
         off = {"top_p": 1, "top_k": 0, "min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
         return {name: getattr(self, name) for name, value in off.items() if getattr(self, name) != value}
 
     def time_limit(self, num_prompt_tokens: int) -> float:
-        """Seconds that a prompt of so many tokens has to be answered and scored."""
+        """Return the seconds that a prompt of so many tokens has to be answered and scored."""
         return self.request_timeout + self.request_timeout_per_kilotoken * (num_prompt_tokens + self.max_new_tokens) / 1000

@@ -1,7 +1,10 @@
-"""One run: its sections, and those that belong to no other file."""
+"""One run: its sections, those that belong to no other file, and the kinds of run."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import ModelWrapValidatorHandler, model_validator
 
 from megarl.config.schema.algorithm import AlgorithmConfig
 from megarl.config.schema.curriculum import CurriculumConfig
@@ -9,7 +12,7 @@ from megarl.config.schema.data import DataConfig, EvaluationConfig, RewardsConfi
 from megarl.config.schema.preference import PreferenceConfig
 from megarl.config.schema.roles import CriticConfig, ModelConfig, OptimizerConfig, ReferenceConfig, RewardModelConfig, RoleConfig
 from megarl.config.schema.rollout import RolloutConfig
-from megarl.config.schema.section import Section, key
+from megarl.section import Section, key
 
 
 class CheckpointConfig(Section):
@@ -43,8 +46,50 @@ class ObserveConfig(Section):
     stall_warning: float = key(120.0, "seconds", "Warn, naming the prompts, when no response has come for so long.", gt=0)
 
 
+Rows = Literal["prompts", "examples", "pairs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSize:
+    """What one optimizer step, or with rollouts one step of the run, trains on where everything is as long as it may be.
+
+    Attributes:
+        units: how many sequences, or pairs of them.
+        unit_tokens: of one of them, which one micro-batch holds.
+        longest: tokens of the longest sequence.
+        longest_words: the same, as a message says it.
+        trained_share: of the tokens.
+    """
+
+    units: int
+    unit_tokens: int
+    longest: int
+    longest_words: str
+    trained_share: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Of all units."""
+        return self.units * self.unit_tokens
+
+
 class Config(Section):
-    """One run."""
+    """One run.
+
+    ``kind`` chooses one of the classes below, which answer what others ask of a kind. All have all sections: a file is of another
+    kind with ``--set kind=...``, and what it then has too much is named (``unused_settings``), not refused.
+
+    Attributes:
+        rows: what rows of data.train are made into.
+        own_sections: those that only some kinds use, and this one does.
+        learns_from_samples: whether it trains on what the policy samples.
+        trains_reward_model: whether the model that learns gives a score for each response, in the place of a policy.
+    """
+
+    rows: ClassVar[Rows]
+    own_sections: ClassVar[frozenset[str]] = frozenset()
+    learns_from_samples: ClassVar[bool] = False
+    trains_reward_model: ClassVar[bool] = False
 
     kind: Literal["rl", "sft", "preference", "reward_model"] = key(
         ..., "-", "Reinforcement learning, supervised fine-tuning, or training of a policy or a reward model on preference pairs."
@@ -69,3 +114,161 @@ class Config(Section):
     curriculum: CurriculumConfig | None = key(None, "-", "Stages of growing context; one stage when not given.")
     checkpoint: CheckpointConfig = key(CheckpointConfig, "-", "Checkpoints.")
     observe: ObserveConfig = key(ObserveConfig, "-", "Logging.")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_kind(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Any:
+        """Let the class of its kind read it; of a kind that there is not, this class says so."""
+        kind = data.get("kind") if cls is Config and isinstance(data, dict) else None
+        return KINDS[kind].model_validate(data) if isinstance(kind, str) and kind in KINDS else handler(data)
+
+    @property
+    def trains_on_pairs(self) -> bool:
+        """Whether rows of the data have a chosen and a rejected response."""
+        return self.rows == "pairs"
+
+    @property
+    def samples_responses(self) -> bool:
+        """Whether the policy answers prompts: to train on the answers, or only to be evaluated."""
+        return False
+
+    @property
+    def samples_from_embedded(self) -> bool:
+        """Whether it trains on what the embedded engine samples."""
+        return self.learns_from_samples and self.rollout.server is None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether something is compared with the reference model."""
+        return False
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic learns beside the policy."""
+        return False
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps in one step of the run."""
+        return 1
+
+    @property
+    def trained_temperature(self) -> float:
+        """Softmax temperature of the log-probabilities that it trains on."""
+        return 1.0
+
+    @property
+    def tokens_behind(self) -> int:
+        """Tokens behind each response that the model which learns reads too: a reward model scores at one."""
+        return int(self.trains_reward_model)
+
+    @property
+    def step_size(self) -> StepSize:
+        """See StepSize."""
+        raise NotImplementedError("of a kind only")
+
+
+class RLRun(Config):
+    """Reinforcement learning: the policy learns from the responses that it samples."""
+
+    rows: ClassVar[Rows] = "prompts"
+    own_sections: ClassVar[frozenset[str]] = frozenset({"algorithm", "reward_model", "data.sampling"})
+    learns_from_samples: ClassVar[bool] = True
+
+    @property
+    def samples_responses(self) -> bool:
+        """See Config."""
+        return True
+
+    @property
+    def has_reference(self) -> bool:
+        """See Config."""
+        return self.algorithm.kl.place != "none" or self.observe.kl_reference
+
+    @property
+    def has_critic(self) -> bool:
+        """See Config."""
+        return self.algorithm.has_critic
+
+    @property
+    def updates_per_step(self) -> int:
+        """See Config."""
+        return self.algorithm.updates_per_step
+
+    @property
+    def trained_temperature(self) -> float:
+        """See Config."""
+        return self.rollout.temperature
+
+    @property
+    def step_size(self) -> StepSize:
+        """See Config."""
+        rollout = self.rollout
+        return StepSize(
+            units=rollout.prompts_per_step * rollout.samples_per_prompt,
+            unit_tokens=rollout.longest,
+            longest=rollout.longest,
+            longest_words=rollout.longest_words,
+            trained_share=rollout.max_new_tokens / rollout.longest,
+        )
+
+
+class SFTRun(Config):
+    """Supervised fine-tuning on given answers."""
+
+    rows: ClassVar[Rows] = "examples"
+    own_sections: ClassVar[frozenset[str]] = frozenset({"sft"})
+
+    @property
+    def samples_responses(self) -> bool:
+        """See Config."""
+        return self.evaluation.data is not None
+
+    @property
+    def step_size(self) -> StepSize:
+        """See Config."""
+        longest = self.sft.max_tokens
+        return StepSize(
+            units=self.sft.examples_per_step, unit_tokens=longest, longest=longest, longest_words=f"sft.max_tokens {longest}"
+        )
+
+
+class _PairsRun(Config):
+    """Training on pairs of a chosen and a rejected response."""
+
+    rows: ClassVar[Rows] = "pairs"
+    own_sections: ClassVar[frozenset[str]] = frozenset({"preference"})
+
+    @property
+    def step_size(self) -> StepSize:
+        """See Config."""
+        longest = self.preference.max_tokens
+        return StepSize(
+            units=self.preference.pairs_per_step,
+            unit_tokens=2 * (longest + self.tokens_behind),
+            longest=longest,
+            longest_words=f"preference.max_tokens {longest}",
+        )
+
+
+class PreferenceRun(_PairsRun):
+    """Training of a policy on preference pairs."""
+
+    @property
+    def has_reference(self) -> bool:
+        """See Config."""
+        return self.preference.has_reference
+
+
+class RewardModelRun(_PairsRun):
+    """Training of a reward model on preference pairs."""
+
+    trains_reward_model: ClassVar[bool] = True
+
+
+KINDS: dict[str, type[Config]] = {
+    "rl": RLRun,
+    "sft": SFTRun,
+    "preference": PreferenceRun,
+    "reward_model": RewardModelRun,
+}

@@ -66,7 +66,7 @@ def _no_stop_tokens(model_config: Any) -> set[int]:
 
 
 def _with_rope(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
-    """Return what /server_info says of a worker, with the RoPE of its model and which log-probabilities it reports."""
+    """Return what /server_info says of a worker, with the RoPE of its model and which log-probs it reports."""
     from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB
 
     output = original(scheduler, request)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 HANDLE_BYTES = 2048  # the same number as the sender's
-PackedMessage = dict[str, Any]  # a part of a worker's order
+PackedMessage = dict[str, Any]  # a part of a worker's receive plan
 
 
 class SliceSource(Protocol):
@@ -134,7 +134,7 @@ def open_handle(handle: dict[str, Any], device: torch.device) -> Tensor:
 def join(
     store: Store, rank: int, world_size: int, receive_plan: dict[str, Any], device: torch.device, timeout: timedelta
 ) -> SliceSource:
-    """Join the group that the order asks for; blocks until all have."""
+    """Join the group that the receive plan asks for; block until all have."""
     transport, buckets = receive_plan["transport"], receive_plan["buckets"]
     group: Any = ProcessGroupGloo(PrefixStore("slices", store), rank, world_size, timeout)
     if transport in ("cuda_ipc", "shared_memory"):

@@ -31,7 +31,7 @@ class MegaRLWorkerExtension:
 
     def megarl_place(self) -> str:
         """Return this worker's rank among the server's workers, how the server divides the model, the model's RoPE, and which
-        log-probabilities it reports, as JSON."""
+        log-probs it reports, as JSON."""
         parallel = self.vllm_config.parallel_config
         sizes = {name: getattr(parallel, f"{name}_parallel_size") for name in ("tensor", "pipeline", "data")}
         model = self.vllm_config.model_config

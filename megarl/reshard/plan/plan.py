@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from megarl.config.schema import ModelConfig, ParallelConfig
 from megarl.errors import ConfigError
-from megarl.models.architecture import read_architecture
+from megarl.families.base.engine_rules import EngineLayout
+from megarl.families.registry import read_architecture
 from megarl.models.build import use_transformer_engine
 from megarl.models.transformer_config import DTYPES
 from megarl.parallel.axis_sizes import axis_sizes
 from megarl.reshard.plan.balance import Machines, choose_senders, least_worst_load
-from megarl.reshard.plan.engine_layouts import EngineLayout, engine_shard_layout
+from megarl.reshard.plan.engine_layouts import engine_shard_layout
 from megarl.reshard.plan.overlaps import chunks, find_overlaps, overlap_bytes, split
 from megarl.reshard.plan.shard_layout import ShardLayout, TensorTable, megatron_shard_layout, optimizer_table, tensor_table
 from megarl.weights.mapping import build_weight_map

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megarl.errors import ConfigError
+from megarl.families.base.weight_rules import Kind, Layers
 from megarl.parallel.axis_sizes import AxisSizes
 from megarl.weights.mapping import WeightMap
-from megarl.weights.rules import Kind, Layers, Parameter
+from megarl.weights.shards import Parameter
 
 BOX = np.dtype(
     [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megarl.config.schema import ModelConfig, RoleConfig
 from megarl.errors import CheckpointError, WeightsError, listed
-from megarl.models.architecture import Architecture
+from megarl.families.base.architecture import Architecture
 from megarl.models.build import build_model_on_meta
 from megarl.parallel.layout import build_layout
 from megarl.weights.distributed_checkpoint import DistributedCheckpoint
@@ -124,7 +124,7 @@ def overlap(rows: list[Rows], start: int, stop: int) -> Iterator[tuple[int, Rows
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class FragmentRows:
     """Rows ``start:stop`` of a Hugging Face tensor and the rows of a fragment, from ``at`` on, that hold them."""
 
     start: int
@@ -145,12 +145,12 @@ class MegatronFolder:
         self.shapes = checkpoint_map.weight_map.hugging_face_shapes()
         _check_model(checkpoint, list(checkpoint_map.fragments.values()))
         self._checkpoint = checkpoint
-        self._blocks: dict[str, list[Block]] = {name: [] for name in self.shapes}
+        self._blocks: dict[str, list[FragmentRows]] = {name: [] for name in self.shapes}
         for fragment in checkpoint_map.fragments.values():
             rows = checkpoint_map.hugging_face_rows(fragment.parameter)
             for at, (name, start, stop) in overlap(rows, fragment.start, fragment.start + fragment.shape[0]):
                 if name is not None:
-                    self._blocks[name].append(Block(start, stop, fragment, at))
+                    self._blocks[name].append(FragmentRows(start, stop, fragment, at))
         self.dtypes = {name: checkpoint.tensors[blocks[0].fragment.key].dtype for name, blocks in self._blocks.items()}
 
     def read_rows(self, name: str, start: int, target: Tensor) -> None:

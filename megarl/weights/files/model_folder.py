@@ -5,10 +5,10 @@ from enum import Enum
 from pathlib import Path
 
 from megarl.config.load import load_config
-from megarl.config.model_facts import read_model_facts
 from megarl.config.schema import ModelConfig
 from megarl.errors import CheckpointError, ConfigError, WeightsError, shortened
-from megarl.models.architecture import Architecture, read_architecture
+from megarl.families.base.architecture import Architecture
+from megarl.families.registry import read_architecture
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.parallel.launch import single_rank_world
 from megarl.weights.checkpoint import POLICY, check_checkpoint
@@ -122,10 +122,10 @@ def open_megatron(path: Path, config: Path | None = None) -> ModelFolder:
 
 def readable_architecture(folder: Path) -> Architecture:
     """Return the architecture of a config.json, after the checks that tell what is wrong with it in one line."""
-    facts = read_model_facts(folder)
-    if facts.quantization is not None:
+    architecture = read_architecture(folder)
+    if architecture.quantization is not None:
         raise ConfigError(
-            f"{folder / 'config.json'}: the weights are quantized ({shortened(facts.quantization, 40)}); give the model in "
+            f"{folder / 'config.json'}: the weights are quantized ({shortened(architecture.quantization, 40)}); give the model in "
             "bfloat16 or float32"
         )
-    return read_architecture(folder)
+    return architecture

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.errors import WeightsError, listed, shortened, with_fix
-from megarl.weights.families.blocks import EMBEDDING, LM_HEAD
+from megarl.families.base.weight_blocks import EMBEDDING, LM_HEAD
+from megarl.families.base.weight_rules import Start
 from megarl.weights.files.safetensors_files import SafetensorsFolder
 from megarl.weights.files.stored_tensors import TensorFolder, check_finite, read_columns, read_rows, windows
 from megarl.weights.mapping import WeightMap
-from megarl.weights.rules import Slice, Start
+from megarl.weights.shards import Slice
 
 VOCABULARY = (EMBEDDING, LM_HEAD)
 QUANTIZED_ENDINGS = ("weight_scale_inv", "weight_scale", ".qweight", ".qzeros", ".scales", ".absmax", "_blocks", "_scales")

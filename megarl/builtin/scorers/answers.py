@@ -1,0 +1,68 @@
+"""Scorers that compare the response's answer with the row's, and the plainest of them."""
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from megarl.builtin.scorers.base import BaseScorer, RunApart, Scorer, pattern_mistakes
+from megarl.section import key
+
+
+class AnswerScorer(BaseScorer):
+    """A scorer that says whether the response's answer is right."""
+
+    pattern: str | None = key(
+        None, "regular expression", "Its first group is the answer, and a response without it scores 0; all of it when not given."
+    )
+
+    def mistakes(self) -> Iterator[str]:
+        """See BaseScorer."""
+        yield from pattern_mistakes("pattern", self.pattern, "answer")
+
+    def compared_with(self, reference: Mapping[str, Any]) -> list[Any]:
+        """Return what it looks at in a row, as JSON values; rows with equal ones need one check by ``why_refused``."""
+        return [reference["answer"]]
+
+    @staticmethod
+    @abstractmethod
+    def why_refused(*values: Any) -> str | None:
+        """Say why no response can be compared with what ``compared_with`` gave, and what to do; None where one can."""
+
+
+class ExactScorer(AnswerScorer):
+    """1 if the answer equals the row's, apart from case and white space."""
+
+    type: Literal["exact"] = key("exact", "-", "Compares texts.")
+
+    def build(self, run_apart: RunApart | None) -> Scorer:
+        """See WorkerScorer."""
+        return of_first_group(self.pattern, exact)
+
+    @staticmethod
+    def why_refused(*values: Any) -> str | None:
+        """See AnswerScorer."""
+        return None if values[0].strip() else "the answer is empty, so that an empty response would be right; write one"
+
+
+def of_first_group(pattern: str | None, score_answer: Scorer) -> Scorer:
+    """Make a scorer of responses, whose answer is the pattern's first group, or all of them, of a scorer of answers."""
+    if pattern is None:
+        return score_answer
+    compiled = re.compile(pattern)
+
+    def score(response: str, reference: Mapping[str, Any]) -> Any:
+        match = compiled.search(response)
+        # A response without an answer is a wrong response, not a failed scorer.
+        return 0.0 if match is None or match[1] is None else score_answer(match[1], reference)
+
+    return score
+
+
+def exact(answer: str, reference: Mapping[str, Any]) -> float:
+    """Return 1 if the answer equals the reference's, apart from case and white space."""
+    return 1.0 if _normalise(answer) == _normalise(reference["answer"]) else 0.0
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -1,1 +1,0 @@
-"""One table per model family: which Hugging Face tensors make up each Megatron parameter."""

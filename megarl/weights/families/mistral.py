@@ -1,5 +1,0 @@
-"""Mistral: Llama's table."""
-
-from megarl.weights.families import llama
-
-FAMILY = llama.FAMILY
