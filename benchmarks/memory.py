@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DeepseekV3Config, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import DeepseekV3Config, LlamaConfig, MixtralConfig, Olmo2Config, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from megarl.algorithms.algorithm import Algorithm
 from megarl.config.schema import Config
@@ -49,6 +49,7 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {"tie_word_embeddings": False}),
     "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (Qwen3Config, {"tie_word_embeddings": False, "head_dim": 16}),
+    "olmo2": (Olmo2Config, {"pad_token_id": None, "eos_token_id": None}),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 176}),
     "deepseek_v3": (
         DeepseekV3Config,
@@ -121,6 +122,8 @@ CASES = [
     Case(name="cp 4, ring, full recompute", ranks=4, layout=RING | {"cp": 4}, role={"recompute": "full"}),
     Case(name="cp 4, hybrid", ranks=4, layout={"cp": 4, "context_parallel_method": "hybrid", "ulysses_size": 2}),
     Case(name="cp 2, all-gather, selective", ranks=2, layout={"cp": 2}, role={"recompute": "selective"}),
+    Case(name="norms of outputs and of all heads", family="olmo2"),
+    Case(name="norms of outputs and of all heads, tp 2, bfloat16", ranks=2, family="olmo2", layout=SP, model={"dtype": "bfloat16"}),
     Case(name="ep 2", ranks=2, family="mixtral", layout={"ep": 2}),
     Case(name="latent attention, ep 2, etp 1, tp 2", ranks=2, family="deepseek_v3", layout=SP | {"ep": 2, "etp": 1}),
     Case(name="with reference", values={"algorithm": {"kl": {"place": "loss", "coefficient": 0.1}, "entropy_coefficient": 0.01}}),

@@ -48,7 +48,7 @@ CLASSES = {
     ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "phi3": (Phi3Config, Phi3ForCausalLM, {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}),
-    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"pad_token_id": None, "rms_norm_eps": 1e-3}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"pad_token_id": None, "eos_token_id": 2, "rms_norm_eps": 1e-3}),
     "deepseek_v3": (
         DeepseekV3Config,
         DeepseekV3ForCausalLM,

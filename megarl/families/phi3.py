@@ -1,5 +1,6 @@
 """Phi-3 and Phi-4: Llama's layers, with query, key and value projection in one tensor, and gate and up projection in another."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from megarl.families.base import engine_rules, weight_blocks
@@ -7,6 +8,7 @@ from megarl.families.base.architecture import Architecture
 from megarl.families.base.config_json import ConfigJson, kv_heads_or_all, read_decoder, sliding_window
 from megarl.families.base.engine_rules import Cut, EngineLayout, EngineRule
 from megarl.families.base.family import Family
+from megarl.families.base.rope_scaling import NAMES
 from megarl.families.base.weight_blocks import layer_part, layer_rule
 from megarl.families.base.weight_rules import Kind, Rule
 
@@ -22,6 +24,14 @@ class Phi3(Family):
         decoder = read_decoder(config, kv_heads=kv_heads_or_all(config))
         epsilon = config.number("rms_norm_eps", NORM_EPSILON)
         return replace(decoder, norm_epsilon=epsilon, sliding_window=sliding_window(config, None))
+
+    def refusals(self, model: Architecture) -> Iterator[str]:
+        """Refuse scaled RoPE: transformers' config takes yarn for longrope, and nothing else (configuration_phi3)."""
+        if model.rope_type != "default" and model.rope_type in NAMES:
+            yield (
+                f"rope_type {model.rope_type!r} is not supported for phi3, which transformers scales by longrope alone; "
+                "use rope_type default and sequences of the original length, or give another model"
+            )
 
     def weight_rules(self, model: Architecture) -> tuple[Rule, ...]:
         """Return Llama's table with the two fused projections."""

@@ -101,8 +101,8 @@ class LayerShape:
 
 
 def norm(tokens: float, width: float, element: int) -> dict[str, float]:
-    """List what torch's RMSNorm keeps: its input in float32 (a bfloat16 one is copied), the normalised input in float32, and its
-    output, which the next projection keeps."""
+    """Return what torch's RMSNorm keeps, its input in float32 (a bfloat16 one is copied) and the normalised input in float32, and
+    its output, which the next projection keeps. Where layers normalise outputs, that one keeps the residual instead, as large."""
     return {
         "norm inputs": FLOAT * tokens * width,
         "normalised inputs": FLOAT * tokens * width,

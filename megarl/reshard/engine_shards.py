@@ -61,7 +61,7 @@ def shard_map(weight_map: WeightMap, layout: EngineLayout) -> ShardMap:
         _state_dict_name(name, architecture, layout): ShardParameter(shape, 0.0, tuple(own))
         for name, shape, own in zip(held.parameters, held.shapes, blocks, strict=True)
     }
-    if layout.engine == "vllm":
+    if layout.traits.has_scales:
         attention = "mla_attn.mla_attn" if architecture.mla else "attn"
         for layer in range(architecture.num_layers):
             for scale in VLLM_SCALES:
@@ -71,7 +71,7 @@ def shard_map(weight_map: WeightMap, layout: EngineLayout) -> ShardMap:
 
 
 def _check_loadable(architecture: Architecture, layout: EngineLayout) -> None:
-    if layout.engine == "vllm" and layout.ep > layout.tp:
+    if layout.traits.tells_shards_by_tp and layout.ep > layout.tp:
         raise ConfigError(
             f"vllm ep {layout.ep} with tp {layout.tp}: vLLM tells shards apart by tp rank only, and its data parallel ranks need "
             f"different experts; use tp {layout.ep} or ep {layout.tp}"
@@ -92,7 +92,7 @@ def _state_dict_name(name: str, architecture: Architecture, layout: EngineLayout
     """Return the first by name of those that a parameter has in the engine's state dict."""
     if name == "model.embed_tokens.weight" and architecture.tied_embeddings:
         return "lm_head.weight"
-    if layout.engine == "sglang":
+    if not layout.traits.wraps_modules:
         return name
     module, _, rest = name.partition(".self_attn.")
     if architecture.mla and rest.startswith(VLLM_LATENT_ATTENTION):

@@ -30,7 +30,7 @@ from megarl.weights.value_head import value_head_source, with_value_head
 def _build_engine(
     config: Config, model: ModelOfRun, *, with_weights: bool = True, replays_routing: bool = False
 ) -> tuple[TrainingEngine, WeightMap]:
-    """Build the engine ``with_weights``, the model's; without, something else must write all of its parameters."""
+    """Build a policy or its reference; without ``with_weights`` something else must write all of its parameters."""
     role, path = model.role, model.path
     architecture = read_architecture(path)
     weight_map = build_weight_map(

@@ -24,6 +24,7 @@ RL: dict[str, Any] = {
 }
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2}
 QWEN3_MOE = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 36}
+PHI3 = {"model_type": "phi3"}
 DEEPSEEK = {
     "model_type": "deepseek_v3",
     "n_routed_experts": 8,
@@ -506,6 +507,10 @@ ARCHITECTURE = [
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "rope_type 'longrope' is not supported"),
+    (PHI3 | {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}}, "rope_type 'longrope' is not"),
+    (PHI3 | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}}, "partial_rotary_factor is 0.75, and only"),
+    (PHI3 | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and only heads that rotate whole are supported"),
+    ({"model_type": "olmo2", "attention_bias": True}, "attention_bias is true and not supported for olmo2"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
     ({"model_type": "llama", "attention_bias": True, "mlp_bias": False}, "attention_bias is true and not supported for llama"),
     ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is true and not supported for llama"),
@@ -544,6 +549,9 @@ def test_architecture(tmp_path: Path, changes: dict[str, Any], expected: str) ->
         {"model_type": "mistral", "head_dim": None},
         {"model_type": "mistral", "sliding_window": None},
         {"use_sliding_window": True, "sliding_window": 1024},
+        PHI3 | {"partial_rotary_factor": 1.0, "resid_pdrop": 0.0, "rope_scaling": None, "attention_bias": False},
+        PHI3 | {"num_key_value_heads": None, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+        {"model_type": "olmo2", "num_key_value_heads": None},
         MIXTRAL,
         QWEN3_MOE,
         QWEN3_MOE | {"num_experts": None, "num_local_experts": 6, "norm_topk_prob": True},
@@ -564,6 +572,24 @@ def test_sglang_refuses_dense_layers_among_those_with_experts(tmp_path: Path, ch
     assert line.startswith("rollout.engine: sglang gives every layer of qwen3_moe experts, and only ")
     check(build(model, 'rollout.engine="sglang"', 'kind="sft"'), 1)
     check(build(write_model(tmp_path / "all", **QWEN3_MOE), 'rollout.engine="sglang"'), 1)
+
+
+def test_phi3_without_its_longrope(tmp_path: Path) -> None:
+    """The model of 131,072 positions as the one of 1,024 that it was made from; other scalings are refused."""
+    longrope = {"type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    positions = {"max_position_embeddings": 131072, "original_max_position_embeddings": 1024}
+    model = write_model(tmp_path / "model", **PHI3, **positions, rope_scaling=longrope)
+    check(build(model, 'model.rope_scaling={"rope_type": "default"}'), 1)
+    (line,) = failures(build(model, 'model.rope_scaling={"rope_type": "linear", "factor": 4.0}'))
+    assert "rope_type 'linear' is not supported for phi3, which transformers scales by longrope alone; use rope_type" in line
+
+
+def test_sglang_refuses_olmo2s_heads_of_a_width_of_their_own(tmp_path: Path) -> None:
+    wide = write_model(tmp_path / "wide", model_type="olmo2", head_dim=64)
+    (line,) = failures(build(wide, 'rollout.engine="sglang"'))
+    assert line.startswith("rollout.engine: sglang takes hidden_size / num_attention_heads for the width of olmo2's heads, and ")
+    check(build(wide, 'rollout.engine="vllm"'), 1)
+    check(build(write_model(tmp_path / "model", model_type="olmo2", head_dim=None), 'rollout.engine="sglang"'), 1)
 
 
 SERVED_DEEPSEEK = DEEPSEEK | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
@@ -627,6 +653,7 @@ def test_models_that_an_engine_computes_as_transformers(tmp_path: Path, engine: 
     [
         ({"model_type": "mistral", "sliding_window": 1023}, 1023),
         (MIXTRAL | {"sliding_window": 512}, 512),
+        (PHI3 | {"sliding_window": 1023}, 1023),
         ({"use_sliding_window": True, "sliding_window": 512}, 512),
         ({"layer_types": ["full_attention", "sliding_attention"] * 6, "sliding_window": 512}, 512),
     ],

@@ -25,7 +25,7 @@ MODELS = ROOT / "tests" / "config" / "models"
 QWEN_7B = 7_615_616_512  # parameters that the model card of Qwen2.5-7B counts: 7.61B, in the safetensors index
 LAYOUTS = (
     "tied embeddings",
-    "tp 2, sequence parallel, bfloat16",
+    "norms of outputs and of all heads, tp 2, bfloat16",
     "pp 2, vpp 2",
     "cp 2, all-gather",
     "cp 4, ring, full recompute",

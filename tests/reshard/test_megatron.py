@@ -67,7 +67,7 @@ def move_weights(pairs: Sequence[tuple[Config, Config]]) -> None:
 @pytest.mark.parametrize(
     ("family", "dtype", "layouts"),
     [
-        ("llama", "float32", ["tp=2,pp=2", "tp=4", "dp=4"]),
+        ("olmo2", "float32", ["tp=2,pp=2", "tp=4", "dp=4"]),
         ("qwen2", "bfloat16", ["pp=2,vpp=2,dp=2", "tp=2,dp=2", "pp=4", "tp=2,pp=2,vpp=2"]),
         ("mixtral", "float32", [f"tp=2,ep=2,dp=2,{SEQUENCE}", "ep=4,dp=4", "dp=4", "pp=2,ep=2,dp=2"]),
         ("deepseek_v3", "bfloat16", ["pp=2,ep=2,dp=2", f"tp=2,ep=2,etp=1,dp=2,{SEQUENCE}", "tp=2,cp=2"]),

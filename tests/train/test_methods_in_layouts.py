@@ -19,8 +19,8 @@ from megarl.cli.parity import (
     parse_layout,
     with_layout,
 )
-from megarl.config.presets import PRESETS
 from megarl.config.schema import Config
+from megarl.config.schema.algorithm import PRESETS
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Critic, Policy, is_main_rank
 from tiny import PROMPTS, tiny_config, write_tiny_model

@@ -80,7 +80,7 @@ def run(
     [
         ("qwen2", "tp=2,pp=2", "dp=2", False),
         ("qwen2", "pp=2,dp=2", "tp=2,pp=2,vpp=2", False),
-        ("llama", "dp=2", "tp=4", True),
+        ("olmo2", "dp=2", "tp=4", True),
         ("qwen3", "tp=2,cp=2,sequence_parallel=true", "pp=4", False),
         ("llama", "dp=2,distributed_optimizer=false", "tp=2,distributed_optimizer=false", False),
         # the first stage has no experts

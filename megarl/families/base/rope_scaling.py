@@ -49,7 +49,7 @@ def with_scaling(raw: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str
 
     Args:
         raw: the config.json.
-        scaling: checked by ``config/checks/rope.py``.
+        scaling: checked by ``config/checks/model.py``.
     """
     parameters, theta = normalised(scaling), rope_parameters(raw).get("rope_theta")
     scaled = {name: value for name, value in raw.items() if name not in ("rope_scaling", "rope_parameters")}

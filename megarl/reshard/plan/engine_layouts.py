@@ -34,9 +34,9 @@ def _check_layout(architecture: Architecture, layout: EngineLayout) -> None:
         raise ConfigError(f"{layout.engine} ep {ep} is not a multiple of tp {tp}; choose ep = tp × data parallel size")
     if layout.ranks_per_engine % ep:
         raise ConfigError(f"{layout.engine} tp {tp} is not a multiple of ep {ep}; choose ep among the divisors of tp")
-    if layout.engine == "vllm" and 1 < ep < tp:
+    if layout.traits.groups_are_whole and 1 < ep < tp:
         raise ConfigError(
-            f"vllm ep {ep} with tp {tp}: its experts are distributed over all tp × data parallel ranks or cut over tp; "
+            f"{layout.engine} ep {ep} with tp {tp}: its experts are distributed over all tp × data parallel ranks or cut over tp; "
             f"use ep 1 or a multiple of {tp}"
         )
     if architecture.num_heads % tp:
