@@ -42,7 +42,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _usable(cls, section: Any) -> Any:
+    def _usable(cls, section: object) -> object:
         """Refuse flags as numbers, numbers beyond all sense, paths that no file can have, and addresses of no server."""
         problems: list[InitErrorDetails] = []
         for name, value in section.items() if isinstance(section, dict) else ():
@@ -66,26 +66,26 @@ class ByType:
     A key says nothing whose value is null or an empty list; so files that list every key of every type can be read.
     """
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         keys = {member.model_fields["type"].default: member.model_fields.keys() for member in get_args(source)}
         every = frozenset().union(*keys.values())
 
-        def without_empty(value: Any) -> Any:
-            own = keys.get(value.get("type"), every) if isinstance(value, dict) and isinstance(value.get("type"), str) else every
-            foreign = every - own
-            if not foreign:
+        def without_empty(value: object) -> object:
+            chosen = value.get("type") if isinstance(value, dict) else None
+            if not isinstance(value, dict) or not isinstance(chosen, str) or chosen not in keys:
                 return value
+            foreign = every - keys[chosen]
             return {name: item for name, item in value.items() if name not in foreign or item not in (None, [])}
 
         return core_schema.no_info_before_validator_function(without_empty, handler(source))
 
 
-def sections_of(union: Any) -> dict[str, type[Section]]:
+def sections_of(union: object) -> dict[str, type[Section]]:
     """Return the sections of a union that is annotated ``ByType``, by their ``type``."""
     return {member.model_fields["type"].default: member for member in get_args(get_args(union)[0])}
 
 
-def _check(name: str, field: FieldInfo, value: Any) -> None:
+def _check(name: str, field: FieldInfo, value: object) -> None:
     unit = field.json_schema_extra["unit"] if isinstance(field.json_schema_extra, dict) else "-"
     types = _plain_types(field.annotation)
     if {int, float} & types and bool not in types:
@@ -96,15 +96,15 @@ def _check(name: str, field: FieldInfo, value: Any) -> None:
         _check_address(value)
 
 
-def _plain_types(annotation: Any) -> set[Any]:
-    """The types that a value, or an item of a list, may have."""
+def _plain_types(annotation: object) -> set[object]:
+    """Return the types that a value, or an item of a list, may have."""
     if get_origin(annotation) in (Union, UnionType, list):
         return set().union(*map(_plain_types, get_args(annotation)))
     return {annotation}
 
 
-def _bound(types: set[Any], name: str, unit: str) -> float:
-    """The largest sensible size of a number."""
+def _bound(types: set[object], name: str, unit: str) -> float:
+    """Return the largest sensible size of a number."""
     if unit == "seconds":
         return LONGEST_WAIT
     if int in types:
@@ -112,7 +112,7 @@ def _bound(types: set[Any], name: str, unit: str) -> float:
     return LARGEST_NUMBER
 
 
-def _check_number(value: Any, bound: float) -> None:
+def _check_number(value: object, bound: float) -> None:
     if isinstance(value, bool):
         raise PydanticCustomError("no_number", "input should be a number, not true or false")
     if isinstance(value, str):
@@ -135,7 +135,7 @@ def _check_path(text: str) -> None:
 
 
 def _check_address(text: str) -> None:
-    """An address must not have a password in it either: logs and the run's config.yaml would show it."""
+    """Refuse an address with a password in it: logs and the run's config.yaml would show it."""
     try:
         parts = urlsplit(text)
         host, _ = parts.hostname, parts.port

@@ -14,7 +14,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megarl"
-KINDS = {"kind", "engine", "advantage"}
+VALUES = {  # that a key of the config has
+    "kind": {"rl", "sft", "preference", "reward_model"},
+    "engine": {"embedded", "vllm", "sglang"},
+    "advantage": {
+        "batch_mean_std",
+        "gae",
+        "greedy_baseline",
+        "group_mean",
+        "group_mean_batch_std",
+        "group_mean_std",
+        "group_mean_task_std",
+        "leave_one_out",
+        "process_rewards",
+        "reward_to_go",
+        "reward_to_go_batch_mean",
+    },
+}
 NEWEST_FAMILIES = ("phi3", "olmo2", "deepseek_v3")  # the first that is there is the newest
 SCORER = "regex"
 SMALL = 100  # lines
@@ -85,14 +101,16 @@ def string_tests(files: list[Source]) -> Row:
 
 
 def is_string_test(node: ast.AST) -> bool:
-    """Whether it compares one of KINDS with strings."""
+    """Tell whether it compares a kind, an engine or an advantage with one of its values."""
     if isinstance(node, ast.Match):
-        return last_name(node.subject) in KINDS
-    if not isinstance(node, ast.Compare):
+        compared, operands = [node.subject], list[ast.AST](case.pattern for case in node.cases)
+    elif isinstance(node, ast.Compare):
+        compared = [node.left, *node.comparators]
+        operands = list[ast.AST](compared)
+    else:
         return False
-    operands = [node.left, *node.comparators]
-    is_text = any(isinstance(one, ast.Constant) and isinstance(one.value, str) for side in operands for one in ast.walk(side))
-    return is_text and any(last_name(side) in KINDS for side in operands)
+    constants = {one.value for operand in operands for one in ast.walk(operand) if isinstance(one, ast.Constant)}
+    return any(VALUES.get(last_name(one), set()) & constants for one in compared)
 
 
 def last_name(node: ast.expr) -> str:

@@ -183,9 +183,9 @@ def inspect(
       megarl convert inspect models/Qwen2.5-7B
       megarl convert inspect runs/grpo/checkpoints/step_00000060 --tensors
     """
-    from megarl.weights.files.describe import describe, totals_by_dtype
+    from megarl.weights.files.describe import describe_folder, totals_by_dtype
 
-    found = describe(path)
+    found = describe_folder(path)
     print(f"{path}: {found.layout}")
     print(", ".join(f"{name} {value}" for name, value in found.facts.items()))
     for what, lines in (("weights", found.weights), ("optimizer", found.optimizer)):

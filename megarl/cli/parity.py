@@ -343,7 +343,7 @@ def _in_layout(role: RoleConfig, keys: dict[str, object], where: str) -> RoleCon
         raise ConfigError(f"{where}: {problem['loc'][-1]}: is {shown}, {problem['msg']}; give a whole number") from error
 
 
-def compare(reference: LayoutResult, result: LayoutResult) -> ParityRow:
+def compare_results(reference: LayoutResult, result: LayoutResult) -> ParityRow:
     """Return the relative gaps of one layout to the reference."""
     gaps = {}
     for parameter, names in reference.parameters.items():
@@ -405,4 +405,4 @@ class ParityRun:
     def compare_layout(self, name: str, layout: dict[str, object]) -> ParityRow:
         """Compute the batch in ``layout`` (see with_layout) and compare it with one rank."""
         config, num_ranks = with_layout(self.config, layout)
-        return compare(self.reference, self._result(config, name, num_ranks))
+        return compare_results(self.reference, self._result(config, name, num_ranks))

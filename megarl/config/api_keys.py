@@ -33,7 +33,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def check_api_keys(config: Config) -> Iterator[str]:
-    """Every named variable is set, and a server that the run starts keeps the key that the run gives it."""
+    """Check that every named variable is set, and a server that the run starts keeps the key that the run gives it."""
     if config.rollout.server is not None:
         yield from _check_engine(f"rollout.{config.rollout.engine}", config.rollout.server)
     for path, scorers in placed_scorers(config):

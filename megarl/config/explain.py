@@ -26,12 +26,12 @@ One YAML file describes one run. This page is generated from `megarl/config/sche
 
 
 def explain(config: Config) -> str:
-    """The resolved config as loadable YAML, each key with its unit, its meaning and, where changed, its default as a comment."""
+    """Return the resolved config as loadable YAML; a comment has each key's unit, meaning and, where changed, default."""
     return "\n".join(_explained_section(config, "")) + "\n"
 
 
 def _explained_section(section: Section, indent: str) -> Iterator[str]:
-    """The lines of one section."""
+    """Yield the lines of one section."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
@@ -54,7 +54,7 @@ def _explained_section(section: Section, indent: str) -> Iterator[str]:
 
 
 def _default(field: FieldInfo) -> str:
-    """The default of a key as YAML on one line; ``required`` or ``section`` where it has none of its own."""
+    """Return the default of a key as YAML on one line; ``required`` or ``section`` where it has none of its own."""
     if field.is_required():
         return "required"
     default = field.get_default(call_default_factory=True)
@@ -64,7 +64,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def reference_markdown() -> str:
-    """docs/configuration.md: one table for each section, with key, type, default, unit and meaning."""
+    """Return docs/configuration.md: one table for each section, with key, type, default, unit and meaning."""
     paths: dict[type[Section], list[str]] = {}
     for path, section in walk():
         of_section = paths.setdefault(section, [])
@@ -74,7 +74,7 @@ def reference_markdown() -> str:
 
 
 def _section_markdown(section: type[Section], paths: list[str]) -> str:
-    """Title, sentence and table of one section, which stands at all of ``paths``."""
+    """Return title, sentence and table of one section, which stands at all of ``paths``."""
     title = ", ".join(f"`{path}`" for path in paths) if paths != [""] else "Top level"
     source = source_name(section)
     sentence = inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]

@@ -16,15 +16,15 @@ PLAIN_NAMES = {bool: "true or false", int: "whole number", float: "number", str:
 BOUND_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
-def section_types(annotation: Any) -> list[type[Section]]:
-    """The sections that a value of this type can be or, for a list, hold; empty for plain values."""
+def section_types(annotation: object) -> list[type[Section]]:
+    """Return the sections that a value of this type can be or, for a list, hold; empty for plain values."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for argument in get_args(annotation) for section in section_types(argument)]
 
 
 def source_name(section: type[Section]) -> str | None:
-    """The ``type:`` that selects this section among the alternatives of a union; None for other sections."""
+    """Return the ``type:`` that selects this section among the alternatives of a union; None for other sections."""
     field = section.model_fields.get("type")
     choices = get_args(field.annotation) if field is not None else ()
     return choices[0] if len(choices) == 1 else None
@@ -82,7 +82,7 @@ def location_of(location: Sequence[int | str]) -> KeyLocation:
 
 
 def walk(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """Every section of the schema with its dotted path, in the schema's order; ``[]`` marks the items of a list."""
+    """Yield every section of the schema with its dotted path, in the schema's order; ``[]`` marks the items of a list."""
     yield prefix, section
     for name, field in section.model_fields.items():
         for child in section_types(field.annotation):
@@ -91,7 +91,7 @@ def walk(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[st
 
 
 def nearest_key(path: str, siblings: Sequence[str]) -> str:
-    """The valid key nearest to an unknown one, with its full dotted path.
+    """Return the valid key nearest to an unknown one, with its full dotted path.
 
     Looked for by spelling and initials (``lr``), in this order: beside it, in the sections below, anywhere in the schema; else the
     least unlike of its siblings.
@@ -118,7 +118,7 @@ def nearest_key(path: str, siblings: Sequence[str]) -> str:
 
 
 def type_in_words(field: FieldInfo) -> str:
-    """The type of a key as a person says it, bounds included, e.g. ``whole number ≥ 1 or null``."""
+    """Return the type of a key as a person says it, bounds included, e.g. ``whole number ≥ 1 or null``."""
     bounds = [
         f"{sign} {value:g}"
         for item in field.metadata
@@ -157,7 +157,7 @@ def _annotation_in_words(annotation: Any) -> str:
 
 
 def unit_of(field: FieldInfo) -> str:
-    """The unit of a key; empty where it has none."""
+    """Return the unit of a key; empty where it has none."""
     extra = field.json_schema_extra
     unit = str(extra["unit"]) if isinstance(extra, dict) else "-"
     return "" if unit == "-" else unit
@@ -170,11 +170,11 @@ def give_of(field: FieldInfo) -> str:
 
 
 def meaning_of(field: FieldInfo) -> str:
-    """The sentence that documents a key."""
+    """Return the sentence that documents a key."""
     return field.description or ""
 
 
 def comment_of(field: FieldInfo) -> str:
-    """Unit and sentence on one line."""
+    """Return unit and sentence on one line."""
     unit = unit_of(field)
     return f"({unit}) {meaning_of(field)}" if unit else meaning_of(field)

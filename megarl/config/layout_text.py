@@ -1,6 +1,6 @@
 """Layouts as a command line has them: ``tp=2,pp=2``."""
 
-from typing import Any
+from collections.abc import Mapping
 
 from pydantic import ValidationError
 
@@ -11,7 +11,7 @@ MOST_RANKS = 100_000  # of a world, and so of each of its sizes
 
 
 def layout_items(text: str, where: str) -> dict[str, str]:
-    """The values of a layout by their keys.
+    """Return the values of a layout by their keys.
 
     Args:
         text: the layout.
@@ -33,8 +33,8 @@ def layout_items(text: str, where: str) -> dict[str, str]:
     return items
 
 
-def parallel_of(items: dict[str, Any], where: str) -> ParallelConfig:
-    """The layout with these values; raises ConfigError where one is no layout key or not what that key takes."""
+def parallel_of(items: Mapping[str, object], where: str) -> ParallelConfig:
+    """Return the layout with these values; raises ConfigError where one is no layout key or not what that key takes."""
     try:
         return ParallelConfig.model_validate(items)
     except ValidationError as error:
@@ -46,7 +46,7 @@ def parallel_of(items: dict[str, Any], where: str) -> ParallelConfig:
 
 
 def dp_of(value: object, where: str) -> int:
-    """The data parallel size; raises ConfigError where it is none."""
+    """Return the data parallel size; raises ConfigError where it is none."""
     text = str(value)
     if not (text.isascii() and text.isdigit() and len(text) <= 6 and 1 <= int(text) <= MOST_RANKS):
         raise ConfigError(f"{where}: dp: is {quoted(text)}; give a whole number from 1 to {MOST_RANKS}")
@@ -54,5 +54,5 @@ def dp_of(value: object, where: str) -> int:
 
 
 def quoted_layout(text: str) -> str:
-    """A layout as errors begin with it."""
+    """Return a layout as errors begin with it."""
     return f"layout {quoted(text)}"

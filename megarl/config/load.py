@@ -43,7 +43,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), options: Mapping[str,
 
 
 def dump_config(config: Config) -> str:
-    """The whole resolved config as YAML; loading it gives an equal Config."""
+    """Return the whole resolved config as YAML; loading it gives an equal Config."""
     return yaml_text.dump(config.model_dump(mode="json"))
 
 
@@ -55,7 +55,7 @@ def save_config(config: Config, path: Path) -> None:
         raise ConfigError(f"{path}: the config cannot be written ({error.strerror}); choose another --run-dir") from error
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, object]:
     """Parse the file into plain YAML values."""
     try:
         with path.open(encoding="utf-8") as file:
@@ -74,7 +74,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return data
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def _apply_override(data: dict[str, object], override: str) -> None:
     """Set one ``section.key=value`` in ``data``, making the mappings on the way that are missing."""
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
@@ -98,8 +98,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     node[_index(node, name, ".".join(parents), override)] = value
 
 
-def _index(node: Any, part: str, where: str, override: str) -> str | int:
-    """``part`` as the key or index of ``node``, the value at ``where``."""
+def _index(node: object, part: str, where: str, override: str) -> str | int:
+    """Return ``part`` as the key or index of ``node``, the value at ``where``."""
     if isinstance(node, dict):
         return part
     if not isinstance(node, list):
@@ -112,7 +112,7 @@ def _index(node: Any, part: str, where: str, override: str) -> str | int:
 
 
 def describe(detail: ErrorDetails, file: str, overridden: Sequence[str] = ()) -> str:
-    """One pydantic error as one line that begins with the file, or with ``--set`` where an overridden key is wrong."""
+    """Describe one pydantic error as one line that begins with the file, or with ``--set`` where an overridden key is wrong."""
     location, kind, given = detail["loc"], detail["type"], detail["input"]
     key = location_of(location)
     by_override = any(f"{key.path}.".startswith(f"{dotted}.") for dotted in overridden)
@@ -139,13 +139,13 @@ def describe(detail: ErrorDetails, file: str, overridden: Sequence[str] = ()) ->
 
 
 def _with_fix(problem: str, key: KeyLocation) -> str:
-    """The problem and what the value must be, without its meaning where that would make the line too long."""
+    """Return the problem and what the value must be, without its meaning where that would make the line too long."""
     whole = f"{problem}; give {_fix(key, with_meaning=True)}"
     return whole if len(whole) <= MESSAGE_LENGTH - 30 else f"{problem}; give {_fix(key, with_meaning=False)}"
 
 
 def _fix(key: KeyLocation, *, with_meaning: bool) -> str:
-    """What the value at a place must be."""
+    """Return what the value at a place must be."""
     if key.field is None:
         return "a value"
     if give_of(key.field):
@@ -160,8 +160,8 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _show(value: Any) -> str:
-    """A value as it stands in an error message, cut when it is long, without the password of an address."""
+def _show(value: object) -> str:
+    """Return a value as it stands in an error message, cut when it is long, without the password of an address."""
     return cut(without_secrets("null" if value is None else repr(value)), 80)
 
 

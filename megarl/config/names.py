@@ -1,7 +1,6 @@
 """Texts that name something: one of a list, or a user's own ``module:function``."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -16,7 +15,7 @@ class Name:
     choices: tuple[str, ...]
     or_function: bool = False
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._validated, handler(source))
 
     def _validated(self, value: str) -> str:
@@ -25,6 +24,6 @@ class Name:
         raise PydanticCustomError("literal_error", "is not one of the names")  # reported as Literal's own error is
 
     def in_words(self) -> str:
-        """The names as a person reads them."""
+        """Return the names as a person reads them."""
         function = ["a function of your own, `module:function`"] if self.or_function else []
         return " or ".join([*(f"`{choice}`" for choice in self.choices), *function])

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from megarl.config.schema import Config
 from megarl.errors import REMOVED, without_secrets
@@ -13,7 +12,7 @@ SECRET_KEY = re.compile(
 
 
 def redacted(config: Config) -> Config:
-    """The config with ``***`` for passwords in URLs, and for texts under keys of free mappings that are called like secrets."""
+    """Put ``***`` in the place of passwords in URLs, and of texts under keys of free mappings that are called like secrets."""
     return Config.model_validate(_redacted(config.model_dump(mode="json")))
 
 
@@ -25,7 +24,7 @@ def check_not_redacted(config: Config) -> Iterator[str]:
             yield f"{path}: is {REMOVED}, as {reason}; give the whole value, e.g. --set {path}=..."
 
 
-def _redacted(value: Any) -> Any:
+def _redacted(value: object) -> object:
     if isinstance(value, dict):
         return {
             key: REMOVED if isinstance(item, str) and SECRET_KEY.search(str(key)) else _redacted(item)
@@ -36,7 +35,7 @@ def _redacted(value: Any) -> Any:
     return without_secrets(value) if isinstance(value, str) and "://" in value else value
 
 
-def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+def _texts(value: object, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _texts(item, f"{path}.{key}".lstrip("."))

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from megarl.config.load import describe
 from megarl.config.schema import Config, PromotionConfig, StageConfig
+from megarl.config.yaml_text import merged
 from megarl.errors import ConfigError
 
 CHANGEABLE = ("policy", "critic", "reference", "reward_model", "optimizer", "algorithm", "rollout", "model")
@@ -42,7 +43,7 @@ class Stage:
 
 
 def stages_of(config: Config) -> list[Stage]:
-    """The stages of a run with a curriculum.
+    """Return the stages of a run with a curriculum.
 
     Raises:
         ConfigError: a stage changes what it may not, or to something impossible; one line for each mistake.
@@ -76,7 +77,7 @@ def stages_of(config: Config) -> list[Stage]:
 
 
 def configs_of(config: Config) -> list[Config]:
-    """The config of every stage; of a run without curriculum its own."""
+    """Return the config of every stage; of a run without curriculum its own."""
     return [config] if config.curriculum is None else [stage.config for stage in stages_of(config)]
 
 
@@ -89,7 +90,7 @@ class PlannedUpdates:
 
 
 def planned_updates(config: Config, stages: Sequence[Stage] = ()) -> PlannedUpdates:
-    """The updates of an RL run, or of all stages of one with a curriculum."""
+    """Count the updates of an RL run, or of all stages of one with a curriculum."""
     parts = [(stage.config, stage.steps) for stage in stages] or [(config, config.steps)]
     policy = critic = start = 0
     for part, steps in parts:
@@ -112,7 +113,7 @@ def _stage_config(config: Config, stage: StageConfig, path: str) -> Config:
     if "preset" in changes.get("algorithm", {}):
         base["algorithm"] = {}  # another method's keys would go before the preset's
     try:
-        return Config.model_validate(_merged(base, changes))
+        return Config.model_validate(merged(base, changes))
     except ValidationError as error:
         raise ConfigError(*(describe(detail, path) for detail in error.errors(include_url=False))) from None
 
@@ -128,10 +129,3 @@ def _check_sections(changes: Mapping[str, Any], path: str) -> None:
     others = sorted(changes.get("model", {}).keys() - {"rope_scaling"})
     if others:
         raise ConfigError(f"{path}.model.{others[0]}: cannot change between stages; of model a stage changes rope_scaling")
-
-
-def _merged(base: Any, changes: Any) -> Any:
-    """``changes`` over ``base``, section by section."""
-    if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
-        return changes
-    return {**base, **{name: _merged(base.get(name), value) for name, value in changes.items()}}

@@ -120,7 +120,7 @@ def beyond_embedding(tokens: Mapping[str, int], vocab_size: int, unused: Collect
 
 
 def check_vocabulary(folder: Path, vocab_size: int) -> Iterator[str]:
-    """Every token of the folder's tokenizer.json, where it has one, has a row in the embedding, but for a token that only pads."""
+    """Check that every token of the folder's tokenizer.json, if any, has a row in the embedding, but for one that only pads."""
     file = folder / TOKENIZER
     if not file.is_file():
         return

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 from megarl.config.schema import AlgorithmConfig, Config, Section
 from megarl.config.stages import configs_of
@@ -136,7 +135,7 @@ OF_THE_REST = (
 
 
 def unused_settings(config: Config) -> list[str]:
-    """One line for each setting that differs from its default, or its preset's, and has no effect, in no stage of the run."""
+    """Name each setting that differs from its default, or its preset's, and has no effect in any stage; one line each."""
     parts = configs_of(config)
     unused = [dict(_unused(part)) for part in parts]
     return [line for key, line in unused[0].items() if all(key in other for other in unused)]
@@ -155,12 +154,12 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
                 yield path, f"{path}: is {_short(given)} and has no effect: only {rule.only} uses it"
 
 
-def _value(config: Any, key: str) -> Any:
+def _value(config: object, key: str) -> object:
     return reduce(lambda section, name: getattr(section, name, None), key.split("."), config)
 
 
 def _defaults(config: Config) -> Config:
-    """The config with the defaults of the method, its preset's where it has one, and of all other sections."""
+    """Return the config with the defaults of the method, its preset's where it has one, and of all other sections."""
     algorithm = AlgorithmConfig.model_validate({"preset": config.algorithm.preset})
     required = {"kind": config.kind, "steps": config.steps, "model": config.model}
     plain = Config.model_validate(required | {"data": {"train": config.data.train}})
@@ -168,8 +167,8 @@ def _defaults(config: Config) -> Config:
     return plain.model_copy(update={"algorithm": algorithm, "critic": critic})
 
 
-def _differing(path: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted keys below ``path`` whose values are not the default's."""
+def _differing(path: str, value: object, default: object) -> Iterator[tuple[str, object]]:
+    """Yield dotted keys below ``path`` whose values are not the default's."""
     if isinstance(value, Section) and isinstance(default, Section):
         for name in type(value).model_fields:
             if not (path == "algorithm" and name == "preset"):
@@ -178,7 +177,7 @@ def _differing(path: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]
         yield path, value
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, Section):
         return "given"
     text = f"{value:g}" if isinstance(value, float) else str(value)

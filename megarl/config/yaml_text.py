@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -47,7 +48,7 @@ class Loader(yaml.SafeLoader):
         self._sizes: dict[str, int] = {}  # of each anchor, in values
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node; raises yaml.MarkedYAMLError where it is nested too deep, or all are too many."""
+        """Return the next node; raises yaml.MarkedYAMLError where it is nested too deep, or all are too many."""
         event = self.peek_event()
         before = self._num_values
         if isinstance(event, yaml.AliasEvent):
@@ -68,7 +69,7 @@ class Loader(yaml.SafeLoader):
         return node
 
     def only_document(self) -> Any:
-        """The value of the text's one document, None where there is none."""
+        """Return the value of the text's one document, None where there is none."""
         node = self.get_single_node()
         if node is None:
             return None
@@ -162,7 +163,7 @@ def parse(text: str) -> Any:
 
 
 def problem_of(error: yaml.YAMLError) -> tuple[int | None, str]:
-    """Line (1-based, None when unknown) and reason of a YAML error, the reason on one line."""
+    """Return line (1-based, None when unknown) and reason of a YAML error, the reason on one line."""
     if isinstance(error, yaml.MarkedYAMLError):
         line = error.problem_mark.line + 1 if error.problem_mark else None
         return line, " ".join(f"{error.context or ''} {error.problem or ''}".split())
@@ -170,11 +171,18 @@ def problem_of(error: yaml.YAMLError) -> tuple[int | None, str]:
 
 
 def dump(data: Any) -> str:
-    """Block-style YAML, keys in the given order."""
+    """Return block-style YAML, keys in the given order."""
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize)
 
 
 def dump_inline(value: Any) -> str:
-    """One value as YAML on one line, to be written after ``key: ``."""
+    """Return one value as YAML on one line, to be written after ``key: ``."""
     text = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize, default_flow_style=True)
     return text.removesuffix("...\n").strip()
+
+
+def merged(below: Any, above: Any) -> Any:
+    """Put the values of ``above`` over those of ``below``, mapping by mapping."""
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        return above
+    return {**below, **{name: merged(below.get(name), value) for name, value in above.items()}}

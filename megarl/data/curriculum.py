@@ -10,7 +10,7 @@ from megarl.config.schema import Config, CurriculumConfig
 from megarl.config.stages import Stage
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, SuccessRates, TaskChooser, draw_by_weight, seeded_random
-from megarl.data.row_sizes import RowSizes, named
+from megarl.data.row_sizes import RowSizes, naming_row
 from megarl.data.sampler import IndexedRows, PromptSource, TaskRows, excluded_texts, row_of, training_rows
 from megarl.data.sources import Row, read_rows
 from megarl.data.template import prompt_template
@@ -67,7 +67,7 @@ class LengthLimit:
 
     def measure(self, row: Row) -> int:
         """Return the tokens of the row's prompt, after the cut where it is cut."""
-        return self.after_cut(row, len(named(row, self._template.encode_prompt, row).token_ids))
+        return self.after_cut(row, len(naming_row(row, self._template.encode_prompt, row).token_ids))
 
     def after_cut(self, row: Row, size: int) -> int:
         """Return the tokens that are left of the row's prompt where it is cut; ``size`` are those that it has."""

@@ -119,9 +119,9 @@ def _checked_message(message: Any, where: str) -> ChatMessage:
 
 def _text_of_parts(parts: Sequence[Any], where: str) -> str:
     for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise DataError(f"{where} has a part of type {quoted(kind)}; MegaRL trains on text alone: leave such rows out")
+        part_type = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if part_type != "text" or not isinstance(part.get("text"), str):
+            raise DataError(f"{where} has a part of type {quoted(part_type)}; MegaRL trains on text alone: leave such rows out")
     return "".join(part["text"] for part in parts)
 
 

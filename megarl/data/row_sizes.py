@@ -100,7 +100,7 @@ def build(argument: Any) -> Callable[[Any], list[tuple[int, ...]]]:
             Row(row_id=row_id, location=location, prompt=prompt, answer=answer, rejected=rejected, task="", reference={})
             for row_id, location, prompt, answer, rejected in batch
         )
-        return [named(row, measure, row) for row in rows]
+        return [naming_row(row, measure, row) for row in rows]
 
     return measure_batch
 
@@ -126,7 +126,7 @@ def measure_of(config: Config, tokenizer: "PreTrainedTokenizerBase", form: Rows)
     return measures[form]
 
 
-def named(row: Row, function: Callable[..., Any], *arguments: Any) -> Any:
+def naming_row(row: Row, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call the function and return its answer; whatever it raises is a DataError that names the row by its place."""
     try:
         return function(*arguments)
@@ -160,7 +160,7 @@ class Progress:
 
 
 def _measured(measure: Measure, row: Row, progress: Progress, index: int) -> tuple[int, ...]:
-    sizes: tuple[int, ...] = named(row, measure, row)
+    sizes: tuple[int, ...] = naming_row(row, measure, row)
     progress.update(index + 1)
     return sizes
 

@@ -9,7 +9,7 @@ import numpy
 from megarl.config.schema import Config, Rows, TaskConfig
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.data.order import RowSampler, TaskChooser
-from megarl.data.row_sizes import RowSizes, named
+from megarl.data.row_sizes import RowSizes, naming_row
 from megarl.data.sources import Row, number_at, read_rows
 from megarl.data.template import PreferencePair, SFTExample, prompt_template
 from megarl.data.too_long import cut_in_the_middle, pair_tokens, rows_in_limits
@@ -209,7 +209,7 @@ def build_evaluation_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase")
         return []
     template = prompt_template(config, tokenizer)
     return [
-        named(row, template.encode_pair, row, config.data.response_suffix, config.preference.max_tokens)
+        naming_row(row, template.encode_pair, row, config.data.response_suffix, config.preference.max_tokens)
         for task in tasks_of(config.evaluation.data, EVALUATION)
         for row in read_rows(task.source, task.name, in_pairs=True)
     ]
@@ -221,7 +221,7 @@ def build_evaluation_prompts(config: Config, tokenizer: "PreTrainedTokenizerBase
         return []
     whole = prompt_template(config, tokenizer)
     rows = [row for task in tasks_of(config.evaluation.data, EVALUATION) for row in read_rows(task.source, task.name)]
-    sizes = numpy.array([[len(named(row, whole.encode_prompt, row).token_ids)] for row in rows])
+    sizes = numpy.array([[len(naming_row(row, whole.encode_prompt, row).token_ids)] for row in rows])
     encode = _prompt_encoder(config, tokenizer)
     kept = rows_in_limits(config, "evaluation.data", rows, sizes, "prompts", encode)
     return [encode(row) for row, is_kept in zip(rows, kept, strict=True) if is_kept]

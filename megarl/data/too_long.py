@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from megarl.config.schema import Config, Rows
-from megarl.data.row_sizes import named
+from megarl.data.row_sizes import naming_row
 from megarl.data.sources import Row
 from megarl.errors import DataError
 from megarl.types import Prompt
@@ -38,7 +38,7 @@ def rows_in_limits(
         return ~too_long
     first = rows[int(too_long.argmax())]
     if policy == "refuse":
-        named(first, encode, first)
+        naming_row(first, encode, first)
     verb = "left out" if policy == "leave_out" else "cut in the middle of their prompts"
     print(
         f"{name}: {count:,} of {len(rows):,} rows are too long and {verb} (data.too_long), the first {first.location}", flush=True

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import logging
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,16 +46,14 @@ def check_engine_arguments(config: Config) -> None:
     version = _version(engine, python, settings.start_timeout)
     arguments = {name: list(flags({name: value}, negated=HAS_NEGATIVES[engine])) for name, value in settings.arguments.items()}
     accepted = _accepted_file(engine, python, version, arguments)
-    if accepted is not None and accepted.exists():
+    if accepted is not None and os.path.exists(accepted):  # false, too, in a folder that may not be read
         return
     try:
-        answer = json.loads(_run([python, str(SCRIPT), engine], json.dumps(arguments), settings.start_timeout))
+        answer = json.loads(_run([python, str(SCRIPT), engine, "arguments"], json.dumps(arguments), settings.start_timeout))
         mistakes = list(_mistakes(engine, version, arguments, answer))
-    except (RolloutError, ValueError, KeyError, TypeError) as error:
-        reason = shortened(str(error), 160)
-        logger.warning(
-            "warning: rollout.%s.arguments: %s %s was not asked about them: %s", engine, ENGINES[engine], version, reason
-        )
+    except (RolloutError, ValueError, LookupError, TypeError) as error:
+        whom, reason = f"{ENGINES[engine]} {shortened(version, 30)}", shortened(str(error), 160)
+        logger.warning("warning: rollout.%s.arguments: %s could not be asked about them: %s", engine, whom, reason)
         return
     if mistakes:
         raise ConfigError(*mistakes)
@@ -86,8 +85,7 @@ def _version(engine: str, python: str, timeout: float) -> str:
         RolloutError: it has none.
     """
     try:
-        asked = f"from importlib.metadata import version; print(version({engine!r}))"
-        return _run([python, "-c", asked], "", timeout).strip()
+        return _run([python, str(SCRIPT), engine, "version"], "", timeout).strip()
     except RolloutError as error:
         raise RolloutError(
             f"{cut(python, 100)} has no {ENGINES[engine]} ({shortened(str(error), 60)}); "

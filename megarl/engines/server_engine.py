@@ -24,7 +24,7 @@ from megarl.engines.server_connection import LateError, ServerConnection, abando
 from megarl.engines.server_launch import KEY_VARIABLE
 from megarl.engines.server_process import ServerProcess, free_port
 from megarl.engines.weight_checklist import WeightChecklist
-from megarl.engines.weight_sender import WeightSender, buckets
+from megarl.engines.weight_sender import WeightSender, in_buckets
 from megarl.errors import MegaRLError, RolloutError
 from megarl.families.base.rope_scaling import NAMES
 from megarl.families.registry import read_architecture
@@ -234,7 +234,7 @@ class ServerEngine(ABC):
                 sender = self._sender or await self._open_group()
                 checklist = WeightChecklist(self._weight_shapes)
                 accepted = ((name, tensor) for name, tensor in weights if checklist.accepts(name, tensor))
-                await self.transfer(sender, buckets(accepted), lambda: checklist.finish(self.name))
+                await self.transfer(sender, in_buckets(accepted), lambda: checklist.finish(self.name))
         finally:
             for _ in weights:  # read to its end: making it is a collective of all trainer ranks
                 pass

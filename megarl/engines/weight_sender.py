@@ -70,7 +70,7 @@ class WeightSender:
         self._group.broadcast([tensor], options).wait()
 
 
-def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterable[list[tuple[str, Tensor]]]:
+def in_buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterable[list[tuple[str, Tensor]]]:
     """Group consecutive tensors up to BUCKET_BYTES; a larger one is alone."""
     bucket: list[tuple[str, Tensor]] = []
     size = 0

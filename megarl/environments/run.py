@@ -22,17 +22,17 @@ class EnvironmentFailure(Exception):
 class Environments(Protocol):
     """All episodes' environments; a state is one episode's, and only ``step`` reads it."""
 
-    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
-        """A new episode: its state and first observation. Raises EnvironmentFailure."""
+    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[object, Observation]:
+        """Begin an episode and return its state and first observation. Raises EnvironmentFailure."""
 
-    async def step(self, state: Any, response: str) -> tuple[Any, Step]:
-        """The next state and the answer. Raises EnvironmentFailure."""
+    async def step(self, state: object, response: str) -> tuple[object, Step]:
+        """Make a step and return the next state and the answer. Raises EnvironmentFailure."""
 
     async def check(self) -> None:
         """Raise RolloutError when they cannot run."""
 
     def take_num_replaced(self) -> int:
-        """How many workers ended before they had answered, and were replaced, since this was asked last."""
+        """Return how many workers ended before they had answered, and were replaced, since this was asked last."""
 
     async def close(self) -> None:
         """End what was started."""
@@ -64,11 +64,11 @@ class ProcessEnvironments:
             modules=[] if config.user_module is None else [config.user_module],
         )
 
-    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
+    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[object, Observation]:
         """See Environments."""
         return await self._ask(checked_observation, "reset", prompt, dict(reference), seed)
 
-    async def step(self, state: Any, response: str) -> tuple[Any, Step]:
+    async def step(self, state: object, response: str) -> tuple[object, Step]:
         """See Environments."""
         return await self._ask(read_step, "step", state, response)
 
@@ -84,8 +84,8 @@ class ProcessEnvironments:
         """Kill the workers."""
         await self._processes.close()
 
-    async def _ask(self, read: Callable[[Any], T], *request: Any) -> tuple[str, T]:
-        """The state and what ``read`` makes of the answer, which may be a response's own work."""
+    async def _ask(self, read: Callable[[object], T], *request: object) -> tuple[str, T]:
+        """Return the state and what ``read`` makes of the answer, which may be a response's own work."""
         try:
             answer = await self._processes.ask(request, self._timeout, _late(self._timeout))
             if not (isinstance(answer, list) and len(answer) == 2 and isinstance(answer[0], str)):
@@ -102,7 +102,7 @@ class LocalEnvironments:
         self._build = build
         self._timeout = timeout
 
-    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[Any, Observation]:
+    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[object, Observation]:
         """See Environments."""
 
         async def reset() -> tuple[Environment, Observation]:
@@ -111,7 +111,7 @@ class LocalEnvironments:
 
         return await self._limited(reset)
 
-    async def step(self, state: Any, response: str) -> tuple[Any, Step]:
+    async def step(self, state: Any, response: str) -> tuple[object, Step]:
         """See Environments."""
 
         async def step() -> tuple[Environment, Step]:
@@ -120,14 +120,14 @@ class LocalEnvironments:
         return await self._limited(step)
 
     async def check(self) -> None:
-        """They were made once already."""
+        """Do nothing, as they were made once already."""
 
     def take_num_replaced(self) -> int:
-        """There are no workers."""
+        """Return 0, as there are no workers."""
         return 0
 
     async def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing, as nothing was started."""
 
     async def _limited(self, call: Callable[[], Awaitable[T]]) -> T:
         try:

@@ -17,7 +17,7 @@ LATENT_NORM_EPSILON = 1e-6  # DeepSeek's modeling code leaves it at the default 
 
 
 class DeepseekV3(Family):
-    """DeepSeek-V3."""
+    """The family of DeepSeek-V3."""
 
     never_tied_by = ("vllm",)
 
@@ -57,17 +57,14 @@ class DeepseekV3(Family):
 
     def engine_rules(self, model: Architecture, engines: EngineLayout) -> tuple[EngineRule, ...]:
         """Return both engines' table, in which one projection makes the latents of queries and of keys and values."""
-        # vLLM cuts the tokens of MoE layers over the tp ranks when there are several groups of them
-        # (ParallelConfig.use_sequence_parallel_moe), so that each rank has the whole of the shared experts
-        has_whole_shared_experts = engines.engine == "vllm" and engines.ep > engines.tp > 1
+        has_whole_shared_experts = engines.traits.cuts_tokens_of_experts and engines.ep > engines.tp > 1
         shared = (Cut.NONE, Cut.NONE) if has_whole_shared_experts else (Cut.COLUMN, Cut.ROW)
-        latents = "fused_qkv_a_proj_with_mqa" if engines.engine == "sglang" else "fused_qkv_a_proj"
         attention = "self_attn."
         parts = attention + "q_a_proj.weight", attention + "kv_a_proj_with_mqa.weight"
         return (
             *engine_rules.embedding(),
             *engine_rules.norms("input_layernorm"),
-            engine_rule(f"{attention}{latents}.weight", Cut.NONE, *parts),
+            engine_rule(f"{attention}{engines.traits.latents}.weight", Cut.NONE, *parts),
             engine_rule(attention + "kv_a_proj_with_mqa.weight", Cut.NONE),  # where queries are projected without a latent
             *engine_rules.norms(attention + "q_a_layernorm"),
             engine_rule(attention + "q_b_proj.weight", Cut.COLUMN),

@@ -16,7 +16,7 @@ NORM_EPSILON = 1e-5  # of transformers where a config leaves the key out
 
 
 class Olmo2(Family):
-    """OLMo-2."""
+    """The family of OLMo-2."""
 
     def read(self, config: ConfigJson) -> Architecture:
         """Read a dense decoder with OLMo-2's norms."""

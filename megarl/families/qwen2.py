@@ -11,7 +11,7 @@ from megarl.families.base.weight_rules import Rule
 
 
 class Qwen2(Family):
-    """Qwen2 and Qwen2.5."""
+    """The family of Qwen2 and Qwen2.5."""
 
     def read(self, config: ConfigJson) -> Architecture:
         """Read a dense decoder; its biases are no key of config.json."""

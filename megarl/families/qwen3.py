@@ -13,7 +13,7 @@ HEAD_DIM = 128  # of transformers where a config leaves the key out
 
 
 class Qwen3(Family):
-    """Qwen3 without experts."""
+    """The family of Qwen3 without experts."""
 
     def read(self, config: ConfigJson) -> Architecture:
         """Read a dense decoder whose heads have a width of their own."""

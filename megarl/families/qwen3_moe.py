@@ -11,7 +11,7 @@ from megarl.families.base.weight_rules import Layers, Rule
 
 
 class Qwen3Moe(Family):
-    """Qwen3 with experts."""
+    """The family of Qwen3 with experts."""
 
     never_tied_by = ("sglang",)
     experts_everywhere_in = ("sglang",)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from megarl.observe.metrics import rollout_metrics
+from megarl.observe.rollout_metrics import rollout_metrics
 from megarl.train.roles import RewardModel
 from megarl.types import PackedBatch, RolloutGroup, ScoredRollout, Tickets
 

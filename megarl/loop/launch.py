@@ -23,7 +23,7 @@ from megarl.loop.sft import run_sft
 from megarl.loop.stop_signals import stop_on_signals
 from megarl.models.scaled_folder import with_scaled_model
 from megarl.parallel.launch import launched_rank, run_ranks
-from megarl.rewards.evaluating_tasks import refuse_evaluating_tasks
+from megarl.rewards.start_checks import refuse_evaluating_tasks
 
 logger = logging.getLogger(__name__)
 

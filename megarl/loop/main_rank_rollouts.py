@@ -20,10 +20,8 @@ from megarl.environments.run import Environments, open_environments
 from megarl.errors import CheckpointError
 from megarl.loop.collected import Collected
 from megarl.loop.prompts import Prompts, accuracy_name
-from megarl.observe.metrics import accuracy_metrics, pass_at_k, pass_rates, rollout_metrics
-from megarl.rewards.combine import RewardScorer
-from megarl.rewards.correctness import correctness
-from megarl.rewards.episodes import EpisodeScorer
+from megarl.observe.rollout_metrics import accuracy_metrics, pass_at_k, pass_rates, rollout_metrics
+from megarl.rewards.combine import EpisodeScorer, RewardScorer, correctness
 from megarl.rollout.asynchronous_collector import AsynchronousCollector
 from megarl.rollout.collect_result import CollectResult, CollectStats
 from megarl.rollout.collector import Collector, Score

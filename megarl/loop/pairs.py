@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.batches import build_preference_batch
-from megarl.algorithms.metrics import BatchMetrics, batch_metrics, combined
 from megarl.algorithms.objectives import ObjectiveFunction, select_tokens
 from megarl.algorithms.preferences import build_pair_objective
 from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
+from megarl.algorithms.step_metrics import BatchMetrics, batch_metrics, combined
 from megarl.config.schema import Config
 from megarl.data.packing import pack_pairs, with_scored_ends
 from megarl.data.sampler import build_evaluation_pairs
 from megarl.data.template import PreferencePair
 from megarl.data.tokenizer import run_tokenizer
 from megarl.loop.main_rank import broadcast_batch, from_main_rank, on_main_rank
+from megarl.metrics import HELD_OUT
 from megarl.train.learner import Learner
 from megarl.train.roles import Reference
 from megarl.types import PackedBatch
@@ -61,7 +62,7 @@ class HeldOutPairs:
                 )
             outputs = self._learner.engine.forward_only(packed)
             parts.append(pair_metrics(packed, outputs, self._reference_logprobs[first], self._objective))
-        return {f"held_out/{name}": value for name, value in combined(parts).items()}
+        return {f"{HELD_OUT}{name}": value for name, value in combined(parts).items()}
 
 
 def pair_metrics(

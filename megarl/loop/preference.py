@@ -4,8 +4,8 @@ from contextlib import ExitStack
 from functools import partial
 
 from megarl.algorithms.batches import build_preference_batch
-from megarl.algorithms.metrics import step_metrics
 from megarl.algorithms.preferences import build_pair_objective
+from megarl.algorithms.step_metrics import step_metrics
 from megarl.config.schema import Config
 from megarl.data.sampler import build_pair_source
 from megarl.data.template import PreferencePair

@@ -6,8 +6,8 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from megarl.algorithms.metrics import step_metrics
 from megarl.algorithms.off_policy import staleness_metrics
+from megarl.algorithms.step_metrics import step_metrics
 from megarl.config.schema import Config, ObserveConfig
 from megarl.data.tokenizer import run_tokenizer
 from megarl.loop.collected import add_model_rewards
@@ -19,6 +19,7 @@ from megarl.loop.promotion import StageProgress
 from megarl.loop.prompts import Prompts, read_prompts
 from megarl.loop.rollout_manager import RolloutManager
 from megarl.loop.run import Run
+from megarl.metrics import CRITIC
 from megarl.observe.reporter import Reporter
 from megarl.observe.sentinels import Sentinels
 from megarl.train.learner import share_results
@@ -64,7 +65,7 @@ def train(parts: RunParts[RolloutManager], models: Models, observe: ObserveConfi
         metrics = step_metrics(results) | prepared.metrics
         if rollout.outlives_updates:
             metrics |= staleness_metrics(prepared.batches, run.weight_version)
-        metrics |= {f"critic_{name}": value for name, value in step_metrics(critic_results).items()} | collected.metrics
+        metrics |= {f"{CRITIC}{name}": value for name, value in step_metrics(critic_results).items()} | collected.metrics
         if any(not (result.skipped or result.empty) for result in results):
             algorithm.finish_step(collected.packed, outputs)
         with run.timer.phase("sync"):

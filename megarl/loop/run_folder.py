@@ -8,7 +8,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from megarl.config.checks.resume import check_resume
 from megarl.config.load import load_config, save_config
@@ -122,11 +121,11 @@ def _close_all(descriptors: list[int]) -> None:
         os.close(descriptors.pop())
 
 
-def _this_process() -> dict[str, Any]:
+def _this_process() -> dict[str, object]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
 
 
-def _holder(path: Path) -> dict[str, Any]:
+def _holder(path: Path) -> dict[str, object]:
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -134,11 +133,12 @@ def _holder(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _is_alive(holder: dict[str, Any]) -> bool:
+def _is_alive(holder: dict[str, object]) -> bool:
     """Tell whether it is a process of this machine that still runs."""
-    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+    process = holder.get("pid")
+    if holder.get("host") != socket.gethostname() or not isinstance(process, int):
         return False
-    return _start_of(holder["pid"]) == holder.get("started")
+    return _start_of(process) == holder.get("started")
 
 
 def _start_of(process: int) -> str | None:
@@ -149,6 +149,6 @@ def _start_of(process: int) -> str | None:
         return None
 
 
-def _in_use(folder: Path, holder: dict[str, Any]) -> str:
+def _in_use(folder: Path, holder: dict[str, object]) -> str:
     who = f"host {holder.get('host', 'unknown')}, pid {holder.get('pid', 'unknown')}"
     return f"run_dir {folder} is in use by another run ({who}); wait until it ends, stop it, or choose another --run-dir"

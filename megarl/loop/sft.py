@@ -4,8 +4,8 @@ from contextlib import ExitStack
 from functools import partial
 
 from megarl.algorithms.batches import build_supervised_batch
-from megarl.algorithms.metrics import step_metrics
 from megarl.algorithms.objectives import supervised_objective
+from megarl.algorithms.step_metrics import step_metrics
 from megarl.config.schema import Config
 from megarl.data.packing import pack_examples
 from megarl.data.sampler import build_sft_source

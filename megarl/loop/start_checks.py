@@ -15,7 +15,7 @@ from megarl.config.tasks import EVALUATION, task_scorers, tasks_of
 from megarl.data.row_sizes import Progress, RowSizes
 from megarl.data.sources import Row, read_rows
 from megarl.errors import DataError, MegaRLError
-from megarl.rewards import references
+from megarl.rewards import start_checks as reward_checks
 from megarl.workers.batches import in_processes
 
 _FEW = 2_000  # different answers are checked here: starting processes takes longer
@@ -46,7 +46,7 @@ def check_references(config: Config, rows: Iterable[Row]) -> None:
         for scorer in own.get(row.task, config.rewards.scorers):
             if not isinstance(scorer, AnswerScorer):
                 continue
-            compared = json.dumps(references.compared_with(scorer, row.reference), default=str)
+            compared = json.dumps(reward_checks.compared_with(scorer, row.reference), default=str)
             locations.setdefault(compared, row.location or row.row_id)
     items = list(locations)
     done = checks_folder(config) / f"{_digest(items)}.references"
@@ -71,13 +71,13 @@ def _reasons(items: Sequence[str]) -> list[str | None]:
     if len(items) < _FEW:
         reasons = []
         for index, item in enumerate(items):
-            reasons.append(references.why_refused(*json.loads(item)))
+            reasons.append(reward_checks.why_refused(*json.loads(item)))
             progress.update(index + 1)
     else:
         batches = [[json.loads(item) for item in items[start : start + _BATCH]] for start in range(0, len(items), _BATCH)]
         try:
             answers = in_processes(
-                "megarl.rewards.references:build", None, batches, lambda num_batches: progress.update(num_batches * _BATCH)
+                "megarl.rewards.start_checks:build", None, batches, lambda num_batches: progress.update(num_batches * _BATCH)
             )
         except MegaRLError as error:
             raise DataError(str(error)) from error

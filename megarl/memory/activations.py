@@ -1,4 +1,4 @@
-"""Which tensors a layer keeps for its backward pass, and what it needs beside them while it works, in bytes of one rank.
+"""Which tensors a layer and the head keep for the backward pass, and what they need beside them, in bytes of one rank.
 
 Every function returns bytes by the name of the tensors, so that a statement can say what is large. Counted are megatron-core's
 unfused local layers with torch's kernels, as they run on CPU; Transformer Engine's fused layers keep less. Tokens that visit
@@ -23,7 +23,7 @@ Recompute = Literal["none", "selective", "full"]
 
 
 def total(tensors: Tensors) -> float:
-    """Bytes of all."""
+    """Return the bytes of all tensors."""
     return sum(tensors.values())
 
 
@@ -36,7 +36,7 @@ def added(*parts: Tensors) -> dict[str, float]:
 
 
 def scaled(tensors: Tensors, factor: float) -> dict[str, float]:
-    """Each as often as ``factor`` says."""
+    """Return each tensor as often as ``factor`` says."""
     return {name: size * factor for name, size in tensors.items()}
 
 
@@ -63,7 +63,7 @@ class LayerShape:
 
     @property
     def all_tokens(self) -> int:
-        """N."""
+        """N, the tokens of all ranks."""
         return self.tokens * self.parallel.cp
 
     @property
@@ -73,7 +73,7 @@ class LayerShape:
 
     @property
     def query_width(self) -> float:
-        """q."""
+        """q, the width of this rank's queries."""
         return self.architecture.num_heads * self.architecture.head_dim / self.parallel.tp
 
     @property
@@ -83,7 +83,7 @@ class LayerShape:
 
     @property
     def value_width(self) -> float:
-        """v."""
+        """v, the width of this rank's values."""
         mla = self.architecture.mla
         return self.architecture.num_kv_heads * (mla.v_head_dim if mla else self.architecture.head_dim) / self.parallel.tp
 
@@ -111,7 +111,7 @@ def norm(tokens: float, width: float, element: int) -> dict[str, float]:
 
 
 def core_attention(shape: LayerShape) -> dict[str, float]:
-    """What attention keeps inside (``parallel/attention.py``): its output, log-sum-exp, and copies of its inputs.
+    """List what attention keeps inside (``parallel/attention.py``): its output, log-sum-exp, and copies of its inputs.
 
     ``selective`` recomputation keeps none of it.
     """
@@ -190,7 +190,7 @@ def experts(shape: LayerShape, moe: MixtureOfExperts) -> dict[str, float]:
 
 
 def saved(shape: LayerShape, *, is_moe: bool, recompute: Recompute) -> dict[str, float]:
-    """What one layer keeps of one micro-batch until its backward pass."""
+    """List what one layer keeps of one micro-batch until its backward pass."""
     if recompute == "full":
         return {"layer inputs": shape.hidden}
     parts = [scaled(norm(shape.norm_tokens, shape.architecture.hidden_size, shape.element), 2)]
@@ -224,7 +224,7 @@ def working(shape: LayerShape, *, is_moe: bool, recompute: Recompute) -> float:
 
 
 def _attention_working(shape: LayerShape, *, is_moe: bool, recompute: Recompute) -> float:
-    """The same for attention, less what the MLP behind it no longer keeps."""
+    """Count the same for attention, less what the MLP behind it no longer keeps."""
     n, e = shape.tokens, shape.element
     key_value = shape.key_width + shape.value_width
     gone = total(saved(shape, is_moe=is_moe, recompute="none")) - total(core_attention(shape))
@@ -254,3 +254,56 @@ def forward_only(shape: LayerShape, *, is_moe: bool) -> float:
     if shape.parallel.cp > 1 and shape.parallel.context_parallel_method == "all_gather":
         of_attention += 2 * shape.element * shape.all_tokens * (shape.key_width + shape.value_width)
     return kept + max(of_mlp, of_attention)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """One role's head on the last pipeline stage.
+
+    Attributes:
+        rows: trained tokens of a micro-batch on this rank.
+        hidden_size: h.
+        vocabulary: rows of the output layer on this rank, V; 0 for a value head.
+        chunk: ``logprob_chunk_tokens``.
+        element: bytes of an element of the model's type.
+    """
+
+    rows: int
+    hidden_size: int
+    vocabulary: int
+    chunk: int
+    element: int
+
+    @property
+    def chunk_elements(self) -> int:
+        """Logits that exist at the same time."""
+        return min(self.chunk, self.rows) * self.vocabulary
+
+    @property
+    def weight_elements(self) -> int:
+        """V·h, the output layer's elements."""
+        return self.vocabulary * self.hidden_size
+
+
+def head_kept(shape: HeadShape) -> float:
+    """Count hidden states of the trained tokens (float32 for values), log-probs, entropies, normalisers and objective terms."""
+    element = shape.element if shape.vocabulary else FLOAT
+    return shape.rows * (shape.hidden_size * element + 10 * FLOAT)
+
+
+def head_forward(shape: HeadShape) -> float:
+    """Count a chunk's logits and their exponents in float32; at no time more, so the length of sequences does not count."""
+    return 2 * FLOAT * shape.chunk_elements
+
+
+def head_backward(shape: HeadShape) -> float:
+    """Count gradients of the hidden states and, in float32, of the output layer; a chunk's log-probs and probabilities.
+
+    In bfloat16 also a chunk's gradient, and its share of the output layer's in both types.
+    """
+    hidden = shape.rows * shape.hidden_size * (shape.element if shape.vocabulary else 2 * FLOAT)
+    chunk = 2 * FLOAT * shape.chunk_elements
+    if shape.element != FLOAT:
+        both = shape.element + FLOAT
+        chunk = max(chunk, both * shape.chunk_elements + both * shape.weight_elements)
+    return hidden + FLOAT * shape.weight_elements + chunk

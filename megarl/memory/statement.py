@@ -16,8 +16,8 @@ from megarl.config.models import ModelOfRun, models_of
 from megarl.config.schema import Config, RoleConfig
 from megarl.families.base.architecture import Architecture, padded_vocabulary_size
 from megarl.families.registry import read_architecture
-from megarl.memory import activations, heads, held
-from megarl.memory.activations import FLOAT, LayerShape
+from megarl.memory import activations, held
+from megarl.memory.activations import FLOAT, HeadShape, LayerShape
 from megarl.parallel.axis_sizes import AxisSizes, axis_sizes
 from megarl.weights.mapping import WeightMap, build_weight_map
 from megarl.weights.value_head import with_value_head
@@ -93,9 +93,9 @@ class _Role:
         return LayerShape(architecture=self.architecture, parallel=self.config.parallel, tokens=self.tokens, element=self.element)
 
     @property
-    def head(self) -> heads.HeadShape:
+    def head(self) -> HeadShape:
         padded = padded_vocabulary_size(self.architecture, self.weight_map.pad_multiple, self.config.parallel.tp)
-        return heads.HeadShape(
+        return HeadShape(
             rows=self.rows,
             hidden_size=self.architecture.hidden_size,
             vocabulary=0 if self.gives_values else padded // self.config.parallel.tp,
@@ -135,7 +135,11 @@ class _Role:
     def scoring(self, stage: int) -> tuple[MemoryPart, ...]:
         layers = self.layers(stage)
         widest = max((activations.forward_only(self.layer, is_moe=is_moe) for is_moe in set(layers)), default=0.0)
-        head = heads.kept(self.head) + heads.forward(self.head) + 2 * self.layer.hidden if self._is_last(stage) else 0.0
+        head = (
+            activations.head_kept(self.head) + activations.head_forward(self.head) + 2 * self.layer.hidden
+            if self._is_last(stage)
+            else 0.0
+        )
         return self._largest(activations_bytes=widest, head_bytes=head, before=())
 
     def update(self, stage: int, device: Device) -> tuple[MemoryPart, ...]:
@@ -157,7 +161,12 @@ class _Role:
         if self._is_last(stage):
             norm = activations.norm(self.layer.norm_tokens, self.architecture.hidden_size, self.element)
             # gone when the layers' backward begins
-            head = norm["norm inputs"] + norm["normalised inputs"] + heads.kept(self.head) + heads.backward(self.head)
+            head = (
+                norm["norm inputs"]
+                + norm["normalised inputs"]
+                + activations.head_kept(self.head)
+                + activations.head_backward(self.head)
+            )
         working = max((activations.working(self.layer, is_moe=is_moe, recompute=recompute) for is_moe in set(layers)), default=0.0)
         if self.architecture.tied_embeddings and parallel.pp == 1:
             working += self.element * self.head.weight_elements  # waits for the embedding's own gradient

@@ -18,7 +18,7 @@ class SequenceFlops:
     per_pair: int
 
     def of(self, length: int) -> int:
-        """Of a sequence of ``length`` tokens."""
+        """Count the operations of a sequence of ``length`` tokens."""
         return length * (self.per_token + self.per_pair * length)
 
 

@@ -23,7 +23,7 @@ class ReplicatedLinear(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """[..., input size] to [..., output size]; megatron-core's linear layers return a bias too."""
+        """Return [..., input size] to [..., output size]; megatron-core's linear layers return a bias too."""
         return F.linear(x, self.weight), None
 
 
@@ -33,7 +33,7 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
     attention_factor = 1.0
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
-        """[positions, 1, 1, rotary dim] and the factor."""
+        """Return [positions, 1, 1, rotary dim] and the factor."""
         return super().forward(*args, **kwargs), self.attention_factor
 
 

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 def with_scaled_model(config: Config, folder: Path, *, writes: bool) -> Config:
-    """The config with its model.rope_scaling in the model's folder, which is then ``folder``/models/…; itself where the model is
-    used as it is.
+    """Return the config with its model.rope_scaling in the model's folder, which is then ``folder``/models/…; itself where the
+    model is used as it is.
 
     One run can have several: each scaling has a folder of its own.
 
@@ -58,7 +58,7 @@ def _has_other_attention(model: Path) -> bool:
 
 
 def scaled_folder(folder: Path, scaling: Mapping[str, Any] | None) -> Path:
-    """Where ``with_scaled_model`` puts the model: a name of the scaling's type and digest, the same for 4 and 4.0."""
+    """Return where ``with_scaled_model`` puts the model: a name of the scaling's type and digest, the same for 4 and 4.0."""
     if scaling is None:
         return folder / "models" / "full_attention"
     text = json.dumps(normalised(scaling), sort_keys=True)

@@ -27,7 +27,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 def transformer_config(
     architecture: Architecture, model: ModelConfig, role: RoleConfig, attention_factor: float, with_transformer_engine: bool
 ) -> TransformerConfig:
-    """The megatron-core config of one role.
+    """Return the megatron-core config of one role.
 
     Args:
         attention_factor: of cos and sin, from the RoPE type.
@@ -98,7 +98,7 @@ def _parallel(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def _experts(moe: MixtureOfExperts, with_transformer_engine: bool) -> dict[str, Any]:
-    """No token is dropped and no load-balancing loss is added: the gradient is the objective's alone."""
+    """Set experts so that no token is dropped and no load-balancing loss is added: the gradient is the objective's alone."""
     is_limited = moe.num_groups > moe.top_k_groups
     return {
         "num_moe_experts": moe.num_experts,

@@ -114,7 +114,7 @@ class _LogFile:
             # Line-buffered: a killed run loses no finished line.
             self._file = path.open("x" if resume_step is None else "a", encoding="utf-8", buffering=1)
 
-    def write(self, values: Mapping[str, Any]) -> None:
+    def write(self, values: Mapping[str, object]) -> None:
         with writes(self._path):
             self._file.write(json.dumps(values, allow_nan=False) + "\n")
 
@@ -189,7 +189,7 @@ def _in_turn(groups: Sequence[RolloutGroup]) -> Iterator[ScoredRollout]:
         yield from (scored for scored in same_index if scored is not None)
 
 
-def _readable(scored: ScoredRollout) -> dict[str, Any]:
+def _readable(scored: ScoredRollout) -> dict[str, object]:
     rollout = scored.rollout
     readable = {
         "prompt_id": rollout.prompt.prompt_id,

@@ -21,7 +21,6 @@ from megarl.reshard.plan.shard_layout import tensor_table
 from megarl.weights.export import copy_side_files
 from megarl.weights.files.convert import (
     Options,
-    Progress,
     Written,
     purpose,
     read_cast,
@@ -34,7 +33,7 @@ from megarl.weights.files.model_folder import PAD_MULTIPLE, ModelFolder, open_mo
 from megarl.weights.files.partial_folder import PartialFolder
 from megarl.weights.files.shard_folder import Block, ShardMap, ShardParameter, rank_file
 from megarl.weights.files.sources import check_tensors
-from megarl.weights.files.stored_tensors import Buffer, TensorFolder, read_ahead, windows
+from megarl.weights.files.stored_tensors import Buffer, ReportBytes, TensorFolder, read_ahead, windows
 from megarl.weights.mapping import WeightMap, build_weight_map
 
 # vLLM's modules that hold another's module, the path of which sorts first (layers/mla.py, layers/fused_moe/runner/)
@@ -43,7 +42,7 @@ VLLM_SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")  # buffers of 
 
 
 def shard_map(weight_map: WeightMap, layout: EngineLayout) -> ShardMap:
-    """What every rank's shards hold.
+    """Return what every rank's shards hold.
 
     Raises:
         ConfigError: the layout does not divide the model, or the engine cannot load such a model or layout from shards.
@@ -62,7 +61,7 @@ def shard_map(weight_map: WeightMap, layout: EngineLayout) -> ShardMap:
         _state_dict_name(name, architecture, layout): ShardParameter(shape, 0.0, tuple(own))
         for name, shape, own in zip(held.parameters, held.shapes, blocks, strict=True)
     }
-    if layout.engine == "vllm":
+    if layout.traits.has_scales:
         attention = "mla_attn.mla_attn" if architecture.mla else "attn"
         for layer in range(architecture.num_layers):
             for scale in VLLM_SCALES:
@@ -72,7 +71,7 @@ def shard_map(weight_map: WeightMap, layout: EngineLayout) -> ShardMap:
 
 
 def _check_loadable(architecture: Architecture, layout: EngineLayout) -> None:
-    if layout.engine == "vllm" and layout.ep > layout.tp:
+    if layout.traits.tells_shards_by_tp and layout.ep > layout.tp:
         raise ConfigError(
             f"vllm ep {layout.ep} with tp {layout.tp}: vLLM tells shards apart by tp rank only, and its data parallel ranks need "
             f"different experts; use tp {layout.ep} or ep {layout.tp}"
@@ -90,10 +89,10 @@ def _check_loadable(architecture: Architecture, layout: EngineLayout) -> None:
 
 
 def _state_dict_name(name: str, architecture: Architecture, layout: EngineLayout) -> str:
-    """The first by name of those that a parameter has in the engine's state dict."""
+    """Return the first by name of those that a parameter has in the engine's state dict."""
     if name == "model.embed_tokens.weight" and architecture.tied_embeddings:
         return "lm_head.weight"
-    if layout.engine == "sglang":
+    if not layout.traits.wraps_modules:
         return name
     module, _, rest = name.partition(".self_attn.")
     if architecture.mla and rest.startswith(VLLM_LATENT_ATTENTION):
@@ -102,7 +101,7 @@ def _state_dict_name(name: str, architecture: Architecture, layout: EngineLayout
 
 
 def write_engine_shards(
-    source: Path, output: Path, layout: EngineLayout, config: Path | None, options: Options, progress: Progress
+    source: Path, output: Path, layout: EngineLayout, config: Path | None, options: Options, progress: ReportBytes
 ) -> Written:
     """Write the shards of every rank with the config and tokenizer files.
 
@@ -151,7 +150,7 @@ def _weight_map(model: ModelFolder) -> WeightMap:
 
 
 def _dtypes(shards: ShardMap, weight_map: WeightMap, tensors: TensorFolder, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Of each of the engine's parameters; those of no tensor are float32."""
+    """Return the dtype of each of the engine's parameters; those of no tensor are float32."""
     owners = {name: parameter.megatron for parameter in weight_map.parameters.values() for name in parameter.hugging_face}
     found: dict[str, torch.dtype] = {}
     for name, parameter in shards.parameters.items():

@@ -21,7 +21,7 @@ from megarl.reshard.barrier import PROBLEMS_SHOWN, first_line
 from megarl.reshard.packed_messages import PackedMessage, bucket_work
 from megarl.reshard.plan.plan import Plan
 from megarl.reshard.receive_plan import end_of, held_messages, holder_of
-from megarl.reshard.transport_choice import Location, memory_of
+from megarl.reshard.transport_choice import Location, shared_memory_of
 
 HANDLE_BYTES = 2048  # a handle travels as JSON, filled up with spaces; the receiver's number too
 Pack = Callable[[PackedMessage, Tensor], None]  # writes a packed message with its digest into its bytes
@@ -216,7 +216,7 @@ class SharedTransport:
         """Collective over the trainer ranks; ``locations``: of all ranks and workers."""
         self._crew = crew
         self._messages = Messages(crew, store, crew.ranks.stop)
-        memory = [memory_of(location, transport) for location in locations]
+        memory = [shared_memory_of(location, transport) for location in locations]
         neighbours = [worker for worker in crew.workers if memory[worker] == memory[crew.rank]]
         held = {worker: held_messages(crew.plan, worker, memory) for worker in neighbours}
         # of the workers that read here, for each bucket what they read

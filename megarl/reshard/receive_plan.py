@@ -11,9 +11,9 @@ import torch
 
 from megarl.reshard.packed_messages import PackedMessage, bucket_work
 from megarl.reshard.plan.plan import Copy, Plan
-from megarl.reshard.transport_choice import SHARED, Location, memory_of
+from megarl.reshard.transport_choice import SHARED, Location, shared_memory_of
 
-Memory = tuple[str, ...]  # where two are equal, both processes can open the same memory (transport_choice.py: memory_of)
+Memory = tuple[str, ...]  # where two are equal, both processes can open the same memory (transport_choice.py: shared_memory_of)
 
 
 def element_size(copy: Copy) -> int:
@@ -61,7 +61,7 @@ def _packed_messages(
 ) -> list[list[tuple[int, PackedMessage]]]:
     """Return each bucket's packed messages with the rank in whose memory the worker reads each: its sender, if none is shared."""
     if transport in SHARED:
-        memory = [memory_of(location, transport) for location in locations]
+        memory = [shared_memory_of(location, transport) for location in locations]
         held = held_messages(plan, worker, memory)
         return [[(holder, packed) for holder, packed_messages in bucket.items() for packed in packed_messages] for bucket in held]
     ranks = range(plan.source.num_ranks)

@@ -32,7 +32,7 @@ def own_location(device: torch.device) -> Location:
     return Location(host, str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None)
 
 
-def memory_of(location: Location, transport: str) -> tuple[str, ...]:
+def shared_memory_of(location: Location, transport: str) -> tuple[str, ...]:
     """Return what two processes must have in common to share memory by a transport of ``SHARED``."""
     return (location.host, location.gpu or "") if transport == "cuda_ipc" else (location.host,)
 
@@ -65,9 +65,9 @@ def _obstacle(transport: str, ranks: Sequence[Location], workers: Sequence[Locat
                 return f"{users[location.gpu]} and {name} share GPU {location.gpu}, of which NCCL takes only one into a group"
             users[location.gpu] = name
     if transport in SHARED:
-        shared = {memory_of(location, transport) for location in ranks}
+        shared = {shared_memory_of(location, transport) for location in ranks}
         for name, location in named[len(ranks) :]:
-            if memory_of(location, transport) not in shared:
+            if shared_memory_of(location, transport) not in shared:
                 if transport == "cuda_ipc":
                     return f"{name} is on GPU {location.gpu}, which no trainer rank of its machine and container uses"
                 return f"{name} is on a machine, or in a container, where no trainer rank is"

@@ -1,4 +1,4 @@
-"""The reward of a response: the weighted sum of its scorers, and what happens when one of them fails."""
+"""The reward of a response: the weighted sum of its scorers and the environment's part, what fails, and what counts as correct."""
 
 import asyncio
 import inspect
@@ -6,12 +6,13 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megarl.builtin.scorers import BaseScorer, DocumentQAScorer, PythonScorer, RewardServerScorer, WorkerScorer
 from megarl.builtin.scorers.document_qa import RuleScore
-from megarl.config.schema import RewardsConfig
+from megarl.config.schema import Config, RewardsConfig
+from megarl.config.tasks import TRAIN, correct_scorers, tasks_of
 from megarl.errors import ConfigError, RewardError, one_line
 from megarl.rewards.hybrid import HybridScore, HybridScorer, verdict_name, verdict_reader
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
@@ -21,11 +22,13 @@ from megarl.rewards.worker import checked_scores
 from megarl.types import Rollout, ScoredRollout
 from megarl.workers.on_loop import CallFailure, call_on_loop
 
-AsyncScorer = Callable[[Any, Mapping[str, Any]], Awaitable[Any]]
+AsyncScorer = Callable[[str | list[str], Mapping[str, Any]], Awaitable[object]]
 Score = float | list[float]
 Outcome = Score | HybridScore | ScorerFailure
 
 logger = logging.getLogger(__name__)
+
+PART = "environment"  # name of its part of the reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +92,7 @@ class RewardScorer:
         return dict(self._failure_counts)
 
     def take_num_replaced(self) -> int:
-        """How many workers ended before they had answered, and were replaced, since this was asked last."""
+        """Return how many workers ended before they had answered, and were replaced, since this was asked last."""
         return self._pool.take_num_replaced()
 
     async def check_workers(self) -> None:
@@ -108,7 +111,7 @@ class RewardScorer:
             raise
 
     async def score(self, rollout: Rollout) -> ScoredRollout | None:
-        """The scored response; None when a scorer failed and ``on_failure`` is drop: leave its whole group out.
+        """Return the scored response; None when a scorer failed and ``on_failure`` is drop: leave its whole group out.
 
         Every failure is counted and logged. With ``on_failure: zero`` a failed scorer has no entry in ``parts``, adds 0 to the
         reward and is listed in ``failures``; where only the judge of document_qa failed, the rule's score remains.
@@ -159,7 +162,7 @@ class RewardScorer:
             await server.close()
 
     def _at_tokens(self, scorer: _TaskScorer, scores: Sequence[float], rollout: Rollout) -> Iterator[tuple[int, float]]:
-        """The scores of a response's steps with the index of the last token of each."""
+        """Yield the scores of a response's steps with the index of the last token of each."""
         assert scorer.section.step_end is not None
         steps = split_steps(rollout.text, scorer.section.step_end)
         return zip(step_ends(steps, rollout.token_ids, self._decode, rollout.prompt.prefill), scores, strict=True)
@@ -189,7 +192,7 @@ class RewardScorer:
         except ScorerFailure as failure:
             return failure
 
-    async def _limited(self, scoring: Callable[[], Awaitable[Any]], response: str | list[str]) -> Score:
+    async def _limited(self, scoring: Callable[[], Awaitable[object]], response: str | list[str]) -> Score:
         late = f"no score within rewards.timeout = {self._config.timeout:g} seconds"
         try:
             return checked_scores(await call_on_loop(scoring, self._config.timeout, late), response)
@@ -212,3 +215,61 @@ def _with_keys(scorers: Sequence[BaseScorer], prefix: str) -> list[_TaskScorer]:
 
 def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+class EpisodeScorer:
+    """Adds an episode's reward to what the scorers give; an environment that failed is treated as a scorer that did.
+
+    Args:
+        score: the scorers.
+        weight: factor of the episode's reward.
+        on_failure: rewards.on_failure.
+    """
+
+    def __init__(self, score: Callable[[Rollout], Awaitable[ScoredRollout | None]], *, weight: float, on_failure: str) -> None:
+        self._score = score
+        self._weight = weight
+        self._on_failure = on_failure
+
+    async def score(self, rollout: Rollout) -> ScoredRollout | None:
+        """Return the scored response; None when the environment or a scorer failed and ``on_failure`` is drop.
+
+        With ``on_failure: zero`` an episode whose environment failed has no part of that name and adds 0, whatever rewards came
+        before the failure.
+
+        Raises:
+            RewardError: the environment or a scorer failed and ``on_failure`` is stop.
+        """
+        episode = rollout.episode
+        assert episode is not None
+        line = rollout.environment_failure
+        if line is not None:
+            logger.warning("%s", line)
+            if self._on_failure == "stop":
+                raise RewardError(f"{line}; set rewards.on_failure to drop or zero to go on without it")
+            if self._on_failure == "drop":
+                return None
+        scored = await self._score(rollout)
+        if scored is None:
+            return None
+        if line is not None:
+            return replace(scored, failures=(line, *scored.failures))
+        parts = {**scored.parts, PART: episode.reward}
+        return replace(scored, reward=scored.reward + self._weight * episode.reward, parts=parts)
+
+
+def correctness(config: Config) -> Callable[[ScoredRollout], bool]:
+    """Make the function that says whether a training response is correct: by the scores, not weighted, of the scorers that say so.
+
+    They are those of ``config.tasks.correct_scorers``, of which the best counts; a failed scorer says 0. Where a task has none, as
+    with an environment alone, the response's reward decides.
+    """
+    of_task = {task.name: correct_scorers(config, task) for task in tasks_of(config.data.train, TRAIN)}
+    least = config.algorithm.reward_shaping.correct_reward
+
+    def is_correct(scored: ScoredRollout) -> bool:
+        names = of_task.get(scored.rollout.prompt.task, ())
+        score = max(scored.parts.get(name, 0.0) for name in names) if names else scored.reward
+        return score >= least
+
+    return is_correct

@@ -25,7 +25,7 @@ class HybridScore:
     failure: ScorerFailure | None
 
     def parts(self, name: str) -> dict[str, float]:
-        """The score and its two parts, as they are logged."""
+        """Return the score and its two parts, as they are logged."""
         parts = {name: max(self.rule, self.judge or 0.0), f"{name}_rule": self.rule}
         return parts if self.judge is None else parts | {f"{name}_judge": self.judge}
 
@@ -63,7 +63,7 @@ class HybridScorer:
             await self._judge.close()
 
     async def score(self, rollout: Rollout) -> HybridScore:
-        """The score of a response.
+        """Return the score of a response.
 
         Raises:
             ScorerFailure: the rule failed.
@@ -100,7 +100,7 @@ class HybridScorer:
 
 
 def verdict_name(name: str) -> str:
-    """What the pool calls the reader of verdicts of the scorer ``name``."""
+    """Return what the pool calls the reader of verdicts of the scorer ``name``."""
     return f"{name}_judge"  # that of its part in the log, so that no other scorer of the list has it
 
 

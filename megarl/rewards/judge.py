@@ -41,7 +41,7 @@ class Judge:
         self._session: aiohttp.ClientSession | None = None
 
     async def check(self) -> str:
-        """The reply to a question whose answer is plain, so that nothing is found out later.
+        """Return the reply to a question whose answer is plain, so that nothing is found out later.
 
         Raises:
             RewardError: no reply came.
@@ -58,7 +58,7 @@ class Judge:
             self._session = None
 
     async def ask(self, question: str, answer: str, references: Sequence[str]) -> str:
-        """The judge's reply to one answer at temperature 0.
+        """Return the judge's reply to one answer at temperature 0.
 
         A server that is away, late or overloaded is asked again after ``retry_delay``, which doubles each time.
 
@@ -80,7 +80,7 @@ class Judge:
                 delay *= 2
         raise JudgeFailure(f"{self._name} failed in {config.retries + 1} requests: {problem}")
 
-    def _body(self, question: str, answer: str, references: Sequence[str]) -> dict[str, Any]:
+    def _body(self, question: str, answer: str, references: Sequence[str]) -> dict[str, object]:
         values = {"question": question, "answer": answer, "reference": " or ".join(references)}
         # One pass: an answer that holds "{reference}" must not have it filled in.
         prompt = _PLACEHOLDER.sub(lambda found: values[found[1]], self.config.prompt)

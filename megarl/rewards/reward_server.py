@@ -28,7 +28,7 @@ class Interface:
     """
 
     start: str
-    body: Callable[[list[int]], dict[str, Any]]
+    body: Callable[[list[int]], dict[str, object]]
     scores: Callable[[Any], Any]
 
 
@@ -103,7 +103,7 @@ class RewardServer:
             self._session = None
 
 
-def _only_number(answer: Any, interface: Interface) -> Any:
+def _only_number(answer: object, interface: Interface) -> object:
     """Return the number in vLLM's ``{"data": [{"probs": [2.5], …}]}`` or SGLang's ``{"embedding": [2.5], …}``."""
     try:
         (score,) = interface.scores(answer)

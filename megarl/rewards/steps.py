@@ -9,7 +9,7 @@ _INCOMPLETE = "\ufffd"  # what decoders write for the bytes of a character that 
 
 
 def split_steps(text: str, separator: str) -> list[str]:
-    """The text divided after each separator, which stays at the end of its step; together the steps are the text.
+    """Return the text divided after each separator, which stays at the end of its step; together the steps are the text.
 
     Several separators in a row divide once, and those at the start of the text belong to the first step, so that no step is blank.
     """
@@ -20,7 +20,7 @@ def split_steps(text: str, separator: str) -> list[str]:
 def step_ends(
     steps: Sequence[str], token_ids: Sequence[int], decode: Callable[[Sequence[int]], str], prefill: str = ""
 ) -> list[int]:
-    """Index of the last token of each step: the one with which the step's last character is there.
+    """Return index of the last token of each step: the one with which the step's last character is there.
 
     The last step ends with the response, so that the token that stops it, which has no text, belongs to it. Steps that end within
     one token get the same index.
@@ -37,7 +37,7 @@ def step_ends(
 
 
 def decoded_lengths(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[int]:
-    """How many characters of the whole text are complete after each token; ascending, the last is the length of the text.
+    """Return how many characters of the whole text are complete after each token; ascending, the last is the length of the text.
 
     A token may hold a part of a character, several characters, or none; bytes that make no character count with the next
     character, or with the last token. Only a few tokens are decoded at a time, beginning where a character began; the tokens just

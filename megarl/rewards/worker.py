@@ -9,13 +9,13 @@ from typing import Any
 
 from megarl.builtin.scorers import WorkerScorer
 from megarl.builtin.scorers.document_qa import RuleScore
-from megarl.workers.isolation import isolated
+from megarl.workers.limits import isolated
 
 Request = tuple[str, str | Sequence[str], Mapping[str, Any]]
 Score = float | list[float]
 
 
-def build_scorers(argument: tuple[Mapping[str, WorkerScorer], bool]) -> Callable[[Request], Any]:
+def build_scorers(argument: tuple[Mapping[str, WorkerScorer], bool]) -> Callable[[Request], object]:
     """Make the function that answers requests ``(name of scorer, response, reference)`` with the score, as JSON has it.
 
     The argument is the scorers by name, and whether this process is in a sandbox.
@@ -26,7 +26,7 @@ def build_scorers(argument: tuple[Mapping[str, WorkerScorer], bool]) -> Callable
     scorers, is_sandboxed = argument
     functions = {name: scorer.build(isolated if is_sandboxed else None) for name, scorer in scorers.items()}
 
-    def score(request: Request) -> Any:
+    def score(request: Request) -> object:
         name, response, reference = request
         result = functions[name](response, reference)
         return asdict(result) if isinstance(result, RuleScore) else checked_scores(result, response)
@@ -34,7 +34,7 @@ def build_scorers(argument: tuple[Mapping[str, WorkerScorer], bool]) -> Callable
     return score
 
 
-def read_score(answer: Any, response: str | Sequence[str]) -> Score | RuleScore:
+def read_score(answer: object, response: str | Sequence[str]) -> Score | RuleScore:
     """Read a worker's answer, which may be a response's own work; ValueError when it is no score."""
     if not isinstance(answer, dict):
         return checked_scores(answer, response)

@@ -12,9 +12,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megarl.algorithms.metrics import EXTREMES, batch_metrics
 from megarl.algorithms.objectives import Objective, ObjectiveFunction, select_tokens
 from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
+from megarl.algorithms.step_metrics import EXTREMES, batch_metrics
 from megarl.config.schema import RoleConfig
 from megarl.data.packing import plan_group_micro_batches, plan_micro_batches
 from megarl.models.build import CausalLM
@@ -62,7 +62,7 @@ class TrainingEngine:
         return (parameter.data for chunk in self.chunks for parameter in chunk.parameters())
 
     def gradient_buffers(self) -> Iterator[Tensor]:
-        """megatron-core's, for all parameters of this rank."""
+        """Yield megatron-core's gradient buffers, for all parameters of this rank."""
         for chunk in self.ddp_chunks:
             yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))
 
@@ -210,7 +210,7 @@ class TrainingEngine:
             dist.broadcast(values, src=self.layout.last_stage_rank, group=groups.pp)
 
     def _reduce_metrics(self, results: list[Objective], num_tokens: int) -> dict[str, float]:
-        names: list[Any] = [sorted(results[0].metrics) if results else None]
+        names = [sorted(results[0].metrics) if results else []]
         if self.layout.groups.pp.size() > 1:
             dist.broadcast_object_list(names, src=self.layout.last_stage_rank, group=self.layout.groups.pp)
         sum_names = [name for name in names[0] if name not in EXTREMES]

@@ -74,7 +74,7 @@ class ValueHead:
     num_outputs: ClassVar[int] = 1
 
     def __call__(self, hidden: Tensor, chunk: CausalLM, micro_batch: MicroBatch) -> tuple[Tensor, ...]:
-        """Every tp rank computes all values, so each has the whole gradient of the hidden states already."""
+        """Compute all values on every tp rank, so that each has the whole gradient of the hidden states already."""
         if self.role.parallel.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.layout.groups.tp

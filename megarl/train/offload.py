@@ -84,7 +84,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:
 
 
 def _bytes_of(storage: UntypedStorage) -> Tensor:
-    """uint8 [bytes of the storage], in its memory."""
+    """Return the storage as uint8 [bytes of the storage], in its memory."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 

@@ -22,7 +22,7 @@ from megarl.types import PackedBatch, TokenOutputs
 from megarl.weights.distributed_checkpoint import is_distributed_checkpoint
 from megarl.weights.files.sources import RandomSource, SafetensorsSource, WeightSource
 from megarl.weights.mapping import WeightMap, build_weight_map
-from megarl.weights.megatron_start import load_megatron_weights
+from megarl.weights.sharded_state import load_megatron_weights
 from megarl.weights.transfer import load_weights
 from megarl.weights.value_head import value_head_source, with_value_head
 
@@ -30,7 +30,7 @@ from megarl.weights.value_head import value_head_source, with_value_head
 def _build_engine(
     config: Config, model: ModelOfRun, *, with_weights: bool = True, replays_routing: bool = False
 ) -> tuple[TrainingEngine, WeightMap]:
-    """``with_weights``: the model's; without, something else must write all of its parameters."""
+    """Build a policy or its reference; without ``with_weights`` something else must write all of its parameters."""
     role, path = model.role, model.path
     architecture = read_architecture(path)
     weight_map = build_weight_map(

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.errors import CheckpointError, shortened
+from megarl.weights.distributed_writer import start_result_queue
 from megarl.weights.file_digests import (
     collect_digests,
     digest_file,
@@ -41,7 +42,6 @@ from megarl.weights.file_digests import (
 )
 from megarl.weights.manifest import MANIFEST, Manifest, RunState, another_checkpoint, read_manifest, refused_json, write_manifest
 from megarl.weights.mapping import WeightMap
-from megarl.weights.result_queue import start_result_queue
 from megarl.weights.sharded_state import load_sharded_state
 
 POLICY = "policy"  # folder of the tensors
@@ -101,7 +101,7 @@ def check_checkpoint(checkpoint: Path, weight_map: WeightMap, rank: int = 0, num
 
 
 def check_checkpoint_together(checkpoint: Path, weight_map: WeightMap) -> Manifest:
-    """``check_checkpoint`` with the files shared among the ranks of the world; collective, and all raise what one has found."""
+    """Do ``check_checkpoint`` with the files shared among the ranks of the world; collective, and all raise what one found."""
     found: Manifest | CheckpointError
     try:
         found = check_checkpoint(checkpoint, weight_map, dist.get_rank(), dist.get_world_size())
@@ -116,7 +116,7 @@ def check_checkpoint_together(checkpoint: Path, weight_map: WeightMap) -> Manife
 
 
 def read_data_state(checkpoint: Path, state: RunState) -> DataState:
-    """Where the run that saved the checkpoint was in its data.
+    """Read where the run that saved the checkpoint was in its data.
 
     Raises:
         CheckpointError: the groups that wait are damaged.
@@ -266,7 +266,7 @@ def _write_error(what: str, folder: Path, reason: str) -> CheckpointError:
 
 
 def _async_strategy() -> dict[str, str]:
-    """megatron-core 0.19 takes NVIDIA's resiliency extension by default, which need not be there."""
+    """Choose torch's writer: megatron-core 0.19 takes NVIDIA's resiliency extension by default, which need not be there."""
     parameters = inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if "async_strategy" in parameters else {}
 

@@ -72,7 +72,7 @@ class _RecordUnpickler(pickle.Unpickler):
 
 
 def _enum_member(enum: Any, name: str) -> Enum:
-    """All that metadata may use getattr for: Python 3.11.0 to 3.11.3 write members of enums with it."""
+    """Allow what metadata may use getattr for: Python 3.11.0 to 3.11.3 write members of enums with it."""
     if not (isinstance(enum, EnumType) and name in enum.__members__):
         raise pickle.UnpicklingError(f"it asks for the attribute {name} of {enum!r}, which no checkpoint metadata needs")
     return enum.__members__[name]
@@ -136,7 +136,7 @@ class DistributedCheckpoint:
         self._lock = threading.Lock()
 
     def read_object(self, key: str) -> Any:
-        """The value that megatron-core saved as a ShardedObject of that unique key: tensors, numbers, texts and containers of them.
+        """Read the value that megatron-core saved as a ShardedObject of that unique key: tensors, numbers, texts, containers.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it holds something else.
@@ -151,7 +151,7 @@ class DistributedCheckpoint:
             return values[0]
 
     def common_state(self) -> dict[str, Any]:
-        """What was saved beside tensors and ShardedObjects, wherever this version of megatron-core keeps it; raises likewise."""
+        """Read what was saved beside tensors and ShardedObjects, wherever this megatron-core keeps it; raises likewise."""
         path = self.folder / COMMON
         if COMMON_OBJECT in self._objects:
             state = self.read_object(COMMON_OBJECT)
@@ -201,7 +201,7 @@ class DistributedCheckpoint:
             target.copy_(elements.as_strided(target.shape, strides))
 
     def _locate(self, chunk: Chunk) -> StoredTensor:
-        """Where in its archive the chunk's bytes are, without reading them."""
+        """Find where in its archive the chunk's bytes are, without reading them."""
         with self._lock:
             if chunk not in self._stored:
                 self._stored[chunk] = self._open_archive(chunk)
@@ -248,7 +248,7 @@ class _Window(io.RawIOBase):
 
 
 def is_distributed_checkpoint(folder: Path) -> bool:
-    """Whether megatron-core finished saving a checkpoint there."""
+    """Return whether megatron-core finished saving a checkpoint there."""
     return (folder / MEGATRON_MARKER).is_file() and (folder / METADATA).is_file()
 
 

@@ -1,13 +1,20 @@
-"""Writing megatron-core's distributed checkpoints without holding the model: each chunk is read when it is written."""
+"""Write megatron-core's distributed checkpoints without holding the model: each chunk is read when it is written.
 
+megatron-core's queue of write results is kept here too, by a process that costs little and ends with its rank.
+"""
+
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy, mcore_to_pyt_state_dict
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
@@ -22,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megarl.death_signal import end_with_parent_alone
 from megarl.weights.files.checkpoint_map import Fragment
 from megarl.weights.files.partial_folder import PartialFolder
 from megarl.weights.files.stored_tensors import Buffer, read_ahead, windows
@@ -38,12 +46,12 @@ class Window:
 
     @property
     def num_bytes(self) -> int:
-        """Of the chunk."""
+        """Bytes of the whole chunk."""
         return torch.empty(self.fragment.box(self.start, self.stop)[1], dtype=self.dtype, device="meta").nbytes
 
 
 def split_into_files(fragments: list[Fragment], dtypes: dict[str, torch.dtype], file_bytes: int) -> list[list[Window]]:
-    """All fragments in windows, and these in files of about ``file_bytes``.
+    """Split all fragments into windows, and these into files of about ``file_bytes``.
 
     Args:
         fragments: of the whole model.
@@ -127,3 +135,26 @@ class StreamingSave(TorchDistSaveShardedStrategy):
 
 def _result(index: MetadataIndex, file: str, start: int, length: int) -> WriteResult:
     return WriteResult(index, length, _StorageInfo(file, start, length))
+
+
+class BytesQueue:
+    """A manager's queue that carries bytes: results have torch's classes, which the manager's process would import for seconds."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def put(self, result: Any) -> None:
+        """Add one result to the queue."""
+        self._queue.put(pickle.dumps(result))
+
+    def get_nowait(self) -> Any:
+        """Take the oldest result; queue.Empty when there is none."""
+        return pickle.loads(self._queue.get_nowait())
+
+
+def start_result_queue() -> None:
+    """Start the queue, whose process ends with this rank even when that is killed."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=get_context("spawn"))
+        manager.start(end_with_parent_alone)
+        filesystem_async._results_queue = BytesQueue(manager.Queue())

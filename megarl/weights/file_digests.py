@@ -43,7 +43,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def share_of_rank(files: dict[str, FileDigest], rank: int, num_ranks: int) -> list[str]:
-    """The files that a rank reads when all ranks share them: the largest first, each to who has least."""
+    """Return the files that a rank reads when all ranks share them: the largest first, each to who has least."""
     loads = [0] * num_ranks
     mine = []
     for name, entry in sorted(files.items(), key=lambda item: (-item[1].num_bytes, item[0])):
@@ -55,13 +55,13 @@ def share_of_rank(files: dict[str, FileDigest], rank: int, num_ranks: int) -> li
 
 
 def find_damage(folder: Path, files: dict[str, FileDigest], names: Sequence[str]) -> list[str]:
-    """What is wrong with these of the files, as sentences that begin with the file's path; in the order of ``names``."""
+    """Find what is wrong with these files, as sentences that begin with the file's path; in the order of ``names``."""
     with ThreadPoolExecutor(max_workers=NUM_READERS) as readers:
         return [problem for problem in readers.map(lambda name: _damage(folder / name, files[name]), names) if problem]
 
 
 def size_damage(folder: Path, files: dict[str, FileDigest]) -> str:
-    """The first file that is missing or has another size, as a sentence; empty when there is none. Reads no file."""
+    """Find the first file that is missing or has another size, as a sentence; empty when there is none. Reads no file."""
     return next((problem for name, entry in files.items() if (problem := _size_damage(folder / name, entry))), "")
 
 
@@ -111,7 +111,7 @@ def write_and_digest(write: Callable[..., None], folder: Path, rank: int, *args:
 
 
 def collect_digests(folder: Path) -> dict[str, FileDigest]:
-    """What ``write_and_digest`` of all ranks told, by file name; their side files are removed."""
+    """Collect what ``write_and_digest`` of all ranks told, by file name; their side files are removed."""
     digests: dict[str, FileDigest] = {}
     for path in sorted(folder.iterdir()):
         if re.fullmatch(SIDE_FILE.format(rank=r"\d+"), path.name):

@@ -102,7 +102,7 @@ class Manifest:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
         CheckpointError: there is none, it is damaged, or of another format.
@@ -171,7 +171,7 @@ def write_manifest(checkpoint: Path, manifest: Manifest, state: dict[str, Any]) 
 
 
 def another_checkpoint(checkpoint: Path) -> str:
-    """What to do about a checkpoint that cannot be used."""
+    """Say what to do about a checkpoint that cannot be used."""
     return f"move {checkpoint.name} away to go on from an older checkpoint"
 
 

@@ -29,7 +29,7 @@ class WeightMap:
     left_out: tuple[LeftOut, ...] = ()
 
     def shard(self, name: str, tp_rank: int, tp: int) -> Shard:
-        """What rank ``tp_rank`` of ``tp`` holds of the Megatron parameter ``name``; for experts the sizes are etp's."""
+        """Return what rank ``tp_rank`` of ``tp`` holds of the Megatron parameter ``name``; for experts the sizes are etp's."""
         padded = padded_vocabulary_size(self.architecture, self.pad_multiple, tp)
         return shard_of(self.parameters[name], self.architecture, padded, tp_rank, tp)
 
@@ -53,11 +53,11 @@ class WeightMap:
         return {name: start for p in self.parameters.values() for name, start in zip(p.hugging_face, p.start, strict=True)}
 
     def unknown(self, names: Iterable[str]) -> set[str]:
-        """Those of ``names`` that are not left out by the family."""
+        """Return those of ``names`` that are not left out by the family."""
         return {name for name in names if not any(tensors.pattern.fullmatch(name) for tensors in self.left_out)}
 
     def notices(self, names: Iterable[str]) -> list[str]:
-        """One line for each kind of tensor among ``names`` that a user should know to be left out."""
+        """Return one line for each kind of tensor among ``names`` that a user should know to be left out."""
         lines = []
         for tensors in self.left_out:
             found = sorted(name for name in names if tensors.pattern.fullmatch(name))

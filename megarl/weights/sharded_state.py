@@ -7,21 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    apply_factories,
+    apply_factory_merges,
+)
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch import Tensor
 
 from megarl.errors import CheckpointError
+from megarl.models.build import CausalLM
+from megarl.parallel.layout import Layout
 from megarl.weights.distributed_checkpoint import DistributedCheckpoint
+from megarl.weights.files.stored_tensors import check_finite
 
 EXTRA_STATE = "._extra_state"  # Transformer Engine's, of 8-bit training, and a pickle of its own
 
 
 @torch.no_grad()
 def load_sharded_state(folder: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
-    """The values of a sharded state dict; tensors that it has are filled in place.
+    """Load the values of a sharded state dict; tensors that it has are filled in place.
 
     Modules' extra state is not read: it holds scales of 8-bit training, which MegaRL does not do, as a pickle.
 
@@ -78,3 +87,22 @@ def fill_from(checkpoint: DistributedCheckpoint, sharded: ShardedTensor) -> Tens
     sharded.data[:num_rows].copy_(values.view(num_rows, *sharded.data.shape[1:]))
     sharded.data[num_rows:].zero_()
     return sharded.data
+
+
+@torch.no_grad()
+def load_megatron_weights(chunks: list[CausalLM], folder: Path, layout: Layout) -> None:
+    """Fill this rank's parameters and buffers from a torch_dist folder of any layout; reads nothing but tensors.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model.
+        WeightsError: it holds numbers that are not finite.
+    """
+    checkpoint = DistributedCheckpoint(folder)
+    for chunk in chunks:
+        state: ShardedStateDict = {"model": chunk.sharded_state_dict(metadata={"dp_cp_group": layout.groups.dp_cp})}
+        apply_factories(state)
+        for sharded in nested_values(state):
+            if isinstance(sharded, ShardedTensor):
+                fill_from(checkpoint, sharded)
+                if sharded.data is not None:
+                    check_finite(sharded.data, sharded.key, folder)

@@ -74,7 +74,7 @@ class Shard:
 
 
 def shard_of(parameter: Parameter, architecture: Architecture, padded_vocabulary: int, tp_rank: int, tp: int) -> Shard:
-    """The part of ``parameter`` that tensor parallel rank ``tp_rank`` of ``tp`` holds (expert tensor parallel for experts)."""
+    """Return the part of ``parameter`` that rank ``tp_rank`` of ``tp`` holds (expert tensor parallel for experts)."""
     shapes, whole = parameter.shapes, parameter.projections
 
     def part(projection: Slice, parts: int, number: int) -> Slice:

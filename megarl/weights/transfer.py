@@ -17,7 +17,7 @@ from megarl.weights.shards import Parameter
 
 
 def global_parameters(chunks: list[CausalLM], weight_map: WeightMap, layout: Layout) -> dict[str, Tensor]:
-    """This rank's parameters, and the buffers of the weight map, by global name (layers and experts counted over the whole model).
+    """Return this rank's parameters, and the buffers of the weight map, by global name (layers and experts of the whole model).
 
     There are none on a rank outside the role.
 

@@ -21,7 +21,7 @@ OUTPUT_LAYER = "output_layer.weight"
 
 
 def with_value_head(weight_map: WeightMap) -> WeightMap:
-    """The map of the same model with a value head in the place of its output layer, as ``models.build.ValueModel`` has it."""
+    """Return the map of the same model with a value head in the place of its output layer, as models.build.ValueModel."""
     backbone = _backbone(weight_map)
     head = Parameter(
         megatron=OUTPUT_LAYER,
@@ -38,7 +38,7 @@ def with_value_head(weight_map: WeightMap) -> WeightMap:
 
 
 def value_head_source(folder: Path, weight_map: WeightMap, seed: int) -> WeightSource:
-    """A folder with a value head as it is; one without (a language model) with a random one of small values.
+    """Return a folder with a value head as it is, one without (a language model) with a random one of small values.
 
     Args:
         folder: Hugging Face safetensors.

@@ -28,7 +28,7 @@ def check_length(length: int) -> int:
     return length
 
 
-def read_answer(payload: bytes, token: str) -> Any:
+def unpack_answer(payload: bytes, token: str) -> Any:
     """Read the answer in a frame: numbers, texts, lists and mappings of what JSON has.
 
     Raises:

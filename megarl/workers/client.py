@@ -8,7 +8,7 @@ import weakref
 from typing import Any
 
 from megarl.config.schema import SandboxConfig
-from megarl.workers.answers import BrokenAnswer, Failure, check_length, new_token, read_answer
+from megarl.workers.answers import BrokenAnswer, Failure, check_length, new_token, unpack_answer
 from megarl.workers.process import interpreter_arguments, told_end
 from megarl.workers.process_tree import kill_tree
 from megarl.workers.sandbox import find_sandbox, worker_environment
@@ -100,7 +100,7 @@ class Client:
             payload = self._read(worker, check_length(length), deadline)
         except BrokenPipeError:
             raise BrokenAnswer(told_end(worker.wait())) from None
-        return read_answer(payload, token)
+        return unpack_answer(payload, token)
 
     def _read(self, worker: subprocess.Popen[bytes], size: int, deadline: float) -> bytes:
         assert worker.stdout is not None

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from megarl.config.schema import SandboxConfig
-from megarl.workers.answers import BrokenAnswer, check_length, clean, new_token, read_answer
+from megarl.workers.answers import BrokenAnswer, check_length, clean, new_token, unpack_answer
 from megarl.workers.process_tree import kill_tree
 from megarl.workers.sandbox import find_sandbox, memory_bytes, worker_environment
 from megarl.workers.worker import FRAME_LENGTH, pack_request
@@ -80,7 +80,7 @@ class WorkerProcess:
             payload = await self._answers.readexactly(check_length(length))
         except (asyncio.IncompleteReadError, ConnectionError):
             raise BrokenAnswer(told_end(await self._exit_code())) from None
-        return read_answer(payload, token)
+        return unpack_answer(payload, token)
 
     async def kill(self) -> None:
         """End it with all that it started."""

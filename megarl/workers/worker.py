@@ -21,7 +21,7 @@ from megarl.workers.limits import limit_this_process
 FRAME_LENGTH = struct.Struct("<Q")
 _MAX_REASON = 1000  # characters
 
-Answer = Callable[[Any], Any]
+AnswerFunction = Callable[[Any], Any]
 
 
 def pack_request(token: str, value: object) -> bytes:
@@ -29,7 +29,7 @@ def pack_request(token: str, value: object) -> bytes:
     return _frame(pickle.dumps((token, value)))
 
 
-def main(build: Callable[[Any], Answer], *, memory: int, processes: int, is_apart: bool) -> None:
+def main(build: Callable[[Any], AnswerFunction], *, memory: int, processes: int, is_apart: bool) -> None:
     """Answer each request with ``{"token", "answer"}`` or ``{"token", "failure"}``, the reason why there is none.
 
     The first request is what ``build`` makes the answering function of. ``memory``, ``processes`` and ``is_apart``: see
@@ -45,7 +45,7 @@ def main(build: Callable[[Any], Answer], *, memory: int, processes: int, is_apar
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     # Reading in a thread lets the process end with the run even while user code loops for ever.
     threading.Thread(target=_read_frames, args=(requests, frames), daemon=True).start()
-    answer: Answer | None = None
+    answer: AnswerFunction | None = None
 
     def start(argument: Any) -> None:
         nonlocal answer
@@ -56,7 +56,7 @@ def main(build: Callable[[Any], Answer], *, memory: int, processes: int, is_apar
         _write(answers, _answer_frame(answer, frames.get()))
 
 
-def _answer_frame(answer: Answer, request: bytes) -> bytes:
+def _answer_frame(answer: AnswerFunction, request: bytes) -> bytes:
     token, value = pickle.loads(request)
     reply: dict[str, Any] = {"token": token}
     try:

@@ -10,8 +10,8 @@ import references
 from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.objectives import Objective, select_tokens
 from megarl.algorithms.sequences import SequenceTokens, sequence_numbers, trained_lengths
-from megarl.config.presets import PRESETS
 from megarl.config.schema import AlgorithmConfig
+from megarl.config.schema.algorithm import PRESETS
 from megarl.types import TrainBatch
 from ragged import GREEDY_LENGTHS, GROUPS, LONGEST, TASKS, Ragged
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megarl.algorithms.algorithm import Algorithm
-from megarl.algorithms.metrics import BatchMetrics, combined, step_metrics
+from megarl.algorithms.step_metrics import BatchMetrics, combined, step_metrics
 from megarl.config.schema import AlgorithmConfig
 from megarl.data.packing import no_routing
 from megarl.types import PackedBatch, TokenOutputs, UpdateResult

@@ -9,8 +9,8 @@ import yaml
 
 from megarl.config.checks.algorithm import CLASHES, check_algorithm
 from megarl.config.load import dump_config, load_config
-from megarl.config.presets import FOLDER, PRESETS
 from megarl.config.schema import AlgorithmConfig, Config
+from megarl.config.schema.algorithm import PRESETS, PRESETS_FOLDER
 from megarl.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -28,7 +28,7 @@ def lines(algorithm: dict[str, Any], **rollout: int) -> list[str]:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_is_taken_as_written_and_runs_or_says_what_it_needs(name: str) -> None:
-    written = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    written = yaml.safe_load((PRESETS_FOLDER / f"{name}.yaml").read_text())
     config = AlgorithmConfig.model_validate({"preset": name})
     for key, value in written.items():
         actual = getattr(config, key)

@@ -9,8 +9,8 @@ import pytest
 
 from megarl.config.checks import check
 from megarl.config.load import load_config
-from megarl.config.presets import PRESETS
 from megarl.config.schema import Config, JsonlSource
+from megarl.config.schema.algorithm import PRESETS
 from megarl.config.stages import configs_of
 from megarl.config.tasks import EVALUATION, TRAIN, tasks_of
 from megarl.errors import ConfigError

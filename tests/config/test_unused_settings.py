@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megarl.config.load import dump_config, load_config
-from megarl.config.presets import PRESETS
+from megarl.config.schema.algorithm import PRESETS
 from megarl.config.unused_settings import unused_settings
 
 TEXT = "kind: {kind}\nsteps: 4\nmodel: {{path: model}}\ndata: {{train: {{type: jsonl, path: a.jsonl}}}}\n"

@@ -1,6 +1,8 @@
 """What the tests of real engines share."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -18,8 +20,10 @@ ARGUMENTS = {
 }
 
 
-def make_engine(name: str, folder: Path, *, routing_replay: bool = False, **settings: Any) -> ServerEngine:
-    """An engine of the model in ``folder``/model, not started; ``settings`` are those of its section."""
+def make_engine(
+    name: str, folder: Path, *, routing_replay: bool = False, rollout: Mapping[str, Any] = MappingProxyType({}), **settings: Any
+) -> ServerEngine:
+    """An engine of the model in ``folder``/model, not started; ``settings`` are those of its section, the rest of ``rollout``'s."""
     section = {"start_timeout": 150, "update_timeout": 60, "arguments": ARGUMENTS[name]} | settings
     config = Config.model_validate(
         {
@@ -33,6 +37,7 @@ def make_engine(name: str, folder: Path, *, routing_replay: bool = False, **sett
                 "max_new_tokens": 32,
                 "routing_replay": routing_replay,
                 name: section,
+                **rollout,
             },
         }
     )

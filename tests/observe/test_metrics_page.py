@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.algorithms.metrics import BatchMetrics, combined
+from megarl.algorithms.step_metrics import BatchMetrics, combined
 from megarl.metrics import SECTIONS, UPDATE_METRICS, Reduction, find_metric, metrics_markdown
 
 ROOT = Path(__file__).parent.parent.parent

@@ -6,7 +6,7 @@ import pytest
 
 from megarl.config.checks.algorithm import check_correctness
 from megarl.config.schema import Config
-from megarl.rewards.correctness import correctness
+from megarl.rewards.combine import correctness
 from megarl.types import FinishReason, Prompt, Rollout, ScoredRollout
 
 EXACT, FORMAT = {"type": "exact", "weight": 0.5}, {"type": "format", "tags": ["a"], "weight": 1.0}

@@ -5,7 +5,7 @@ from megarl.builtin.scorers import ReasoningGymScorer
 from megarl.config.schema import RewardsConfig
 from megarl.errors import ConfigError
 from megarl.rewards.combine import RewardScorer
-from megarl.workers.isolation import isolated
+from megarl.workers.limits import isolated
 
 
 def scorer(type, pattern=None, **fields):

@@ -498,6 +498,21 @@ def test_the_greedy_response_takes_the_most_probable_tokens_and_is_scored(model_
     assert result.stats.metrics().keys() == without.stats.metrics().keys()
 
 
+def test_the_runs_sampling_options_reach_the_engine_with_every_request() -> None:
+    asked: list[SamplingParams] = []
+
+    class Recording(FailingEngine):
+        async def generate(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> list[Generation]:
+            asked.append(sampling)
+            return await super().generate(prompt_token_ids, sampling)
+
+    options = {"top_p": 0.9, "top_k": 40, "min_p": 0.1}
+    options |= {"presence_penalty": 0.2, "frequency_penalty": -0.3, "repetition_penalty": 1.4}
+    collect(Recording(), 2, with_greedy=True, **options)
+    assert [one.temperature == 0 for one in asked].count(True) == 2 and len(asked) == 4
+    assert all({name: getattr(one, name) for name in options} == options for one in asked)
+
+
 def test_a_group_whose_greedy_response_is_not_scored_is_dropped_and_replaced() -> None:
     async def score(rollout: Rollout) -> ScoredRollout | None:
         return None if rollout.prompt.text in ("1", "4") and rollout.sample_index == GREEDY_INDEX else scored(rollout, 1.0)

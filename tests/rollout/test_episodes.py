@@ -19,8 +19,8 @@ from megarl.engines.embedded import EmbeddedEngine
 from megarl.engines.protocol import Generation, SamplingParams
 from megarl.environments.run import EnvironmentFailure
 from megarl.errors import RewardError, RolloutError
-from megarl.observe.metrics import rollout_metrics
-from megarl.rewards.episodes import EpisodeScorer
+from megarl.observe.rollout_metrics import rollout_metrics
+from megarl.rewards.combine import EpisodeScorer
 from megarl.rollout.collect_result import CollectResult
 from megarl.rollout.collector import Collector
 from megarl.rollout.episodes import EpisodePlayer

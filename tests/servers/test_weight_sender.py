@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine_plugin import load_plugin
 from megarl.engines.server_launch import PLUGIN_FOLDER
-from megarl.engines.weight_sender import BUCKET_BYTES, WeightSender, buckets
+from megarl.engines.weight_sender import BUCKET_BYTES, WeightSender, in_buckets
 
 WeightReceiver = load_plugin("megarl_weight_receiver").WeightReceiver
 
@@ -35,7 +35,7 @@ def test_every_worker_gets_every_tensor_bit_for_bit() -> None:
     with ThreadPoolExecutor(2) as pool:
         received = [pool.submit(receive, rank, sender.port) for rank in range(2)]
         sender.join()
-        messages = list(buckets(weights().items()))
+        messages = list(in_buckets(weights().items()))
         for bucket in messages:
             sender.send_bucket(bucket)
         sender.send_end()

@@ -13,14 +13,14 @@ from megarl.cli.parity import (
     CRITIC,
     LayoutResult,
     ParityRun,
-    compare,
+    compare_results,
     compute_gradients,
     megatron_parameters,
     parse_layout,
     with_layout,
 )
-from megarl.config.presets import PRESETS
 from megarl.config.schema import Config
+from megarl.config.schema.algorithm import PRESETS
 from megarl.parallel.launch import run_local_ranks
 from megarl.train.roles import Critic, Policy, is_main_rank
 from tiny import PROMPTS, tiny_config, write_tiny_model
@@ -117,7 +117,7 @@ def test_gradients_equal_one_rank(one_rank: Methods, layout: str) -> None:
     results = one_rank.compute(layout)
     assert set(results) == set(one_rank.reference) and len(results) >= 19
     for name, result in results.items():
-        row = compare(one_rank.reference[name], result)
+        row = compare_results(one_rank.reference[name], result)
         assert max(row.worst_gap, row.loss_gap, row.norm_gap) <= BOUND, (name, row)
 
 

@@ -12,8 +12,8 @@ from transformers import get_scheduler
 
 from megarl.algorithms.algorithm import Algorithm
 from megarl.algorithms.batches import build_supervised_batch
-from megarl.algorithms.metrics import step_metrics
 from megarl.algorithms.objectives import supervised_objective
+from megarl.algorithms.step_metrics import step_metrics
 from megarl.cli.parity import synthetic_batch
 from megarl.config.schema import Config
 from megarl.errors import TrainingError

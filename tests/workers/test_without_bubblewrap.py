@@ -15,8 +15,8 @@ from megarl.builtin.scorers import BaseScorer, PythonScorer, ReasoningGymScorer
 from megarl.config.load import load_config
 from megarl.config.schema import SandboxConfig
 from megarl.errors import ConfigError
-from megarl.rewards.evaluating_tasks import refuse_evaluating_tasks
 from megarl.rewards.process_pool import ScorerFailure, WorkerPool
+from megarl.rewards.start_checks import refuse_evaluating_tasks
 from megarl.workers.sandbox import find_sandbox
 
 pytestmark = pytest.mark.timeout(120)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from megarl.builtin.environments.protocol import Environment
 from megarl.builtin.sandbox import SandboxConfig
@@ -23,7 +23,7 @@ class BaseEnvironment(Section):
     plays: ClassVar[str | None] = None
 
     type: str = key(..., "-", "Which environment.")
-    options: dict[str, Any] = key(dict, "-", "Keyword arguments of the class.")
+    options: dict[str, object] = key(dict, "-", "Keyword arguments of the class.")
     max_turns: int = key(8, "turns", "The episode ends after so many turns of the policy.", ge=1)
     timeout: float = key(10.0, "seconds", "Time one reset or step may take.", gt=0)
     in_process: bool = key(
@@ -50,7 +50,7 @@ class BaseEnvironment(Section):
         return None
 
     def mistakes(self) -> Iterator[str]:
-        """One line for each mistake that its own keys show, beginning with the key."""
+        """Yield one line for each mistake that its own keys show, beginning with the key."""
         yield from ()
 
     @abstractmethod

@@ -40,7 +40,7 @@ class Calculator:
     """
 
     def __init__(self, pattern: str = r"<calculator>(.*?)</calculator>", answer: str = "{value}") -> None:
-        """``pattern``'s first group is the expression; ``answer`` is what the policy reads, with {value} in it."""
+        """Prepare it: ``pattern``'s first group is the expression; ``answer`` is what the policy reads, with {value} in it."""
         self._pattern = re.compile(pattern, re.DOTALL)
         if self._pattern.groups == 0:
             raise ValueError(f"pattern {pattern!r} has no group; put the expression's part in ( )")
@@ -49,7 +49,7 @@ class Calculator:
         self._answer = answer
 
     def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> None:
-        """The prompt says all."""
+        """Do nothing, as the prompt says all."""
 
     def step(self, response: str) -> tuple[str | None, float | None, bool]:
         """Return the value of the turn's last call; an expression that has none is told so."""

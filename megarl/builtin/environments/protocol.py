@@ -50,21 +50,21 @@ class Step:
 
 
 def checked_observation(value: object) -> Observation:
-    """What ``reset`` returned; ValueError when it is neither a text nor None."""
+    """Check what ``reset`` returned; ValueError when it is neither a text nor None."""
     if value is not None and not isinstance(value, str):
         raise ValueError(f"reset returned {value!r}, not a text or None")
     return value
 
 
-def read_step(answer: Any) -> Step:
-    """A worker's answer, which may be a response's own work; ValueError when it is no step."""
+def read_step(answer: object) -> Step:
+    """Read a worker's answer, which may be a response's own work; ValueError when it is no step."""
     if not isinstance(answer, dict) or answer.keys() != {"observation", "reward", "done"}:
         raise ValueError("the worker answered with something else than a step")
     return checked_step((answer["observation"], answer["reward"], answer["done"]))
 
 
 def checked_step(value: object) -> Step:
-    """What ``step`` returned; ValueError when it is not what the protocol says."""
+    """Check what ``step`` returned; ValueError when it is not what the protocol says."""
     if not (isinstance(value, tuple) and len(value) == 3):
         raise ValueError(f"step returned {value!r}, not (observation, reward, done)")
     observation, reward, done = value

@@ -83,7 +83,7 @@ Answer = Words | Number | Based | Clock | Listing | Union | Matrix | Assignment 
 
 
 def read_answer(text: str) -> Answer:
-    """What a text means as an answer; Words where it is no mathematics, or too much of it."""
+    """Read what a text means as an answer; Words where it is no mathematics, or too much of it."""
     text = tidy(text)
     if french := _OUTWARD.fullmatch(text):
         begin, inside, end = french.groups()
@@ -125,7 +125,7 @@ def _read(text: str) -> Answer:
 
 
 def _whole_text(text: str) -> str | None:
-    r"""What ``\text{...}`` around all of a text holds, without the marks of text within."""
+    r"""Return what ``\text{...}`` around all of a text holds, without the marks of text within."""
     if not text.startswith("\\text") or not text.endswith("}"):
         return None
     found = re.fullmatch(r"\\text ?\{([^{}]*)\}", text)
@@ -142,7 +142,7 @@ def _read_quantity(text: str) -> Answer | None:
 
 
 def _read_lists(text: str) -> Answer | None:
-    """Answers side by side: with commas, semicolons, "and" or "or" between them, or joined by cups."""
+    """Read answers side by side: with commas, semicolons, "and" or "or" between them, or joined by cups."""
     joined = split_at(text, "\\cup")
     if len(joined) > 1:
         return Union(tuple(map(_read, joined)))
@@ -155,13 +155,13 @@ def _read_lists(text: str) -> Answer | None:
 
 
 def _items(parts: Iterable[str]) -> tuple[Answer, ...]:
-    """What the parts mean, with both of a plus-minus."""
+    """Return what the parts mean, with both of a plus-minus."""
     items = [_read(part) for part in parts if part]
     return tuple(one for item in items for one in (item.items if isinstance(item, Listing) and not item.begin else (item,)))
 
 
 def _conjoined(text: str) -> str:
-    """The text with commas for the words and, or, where these stand between mathematics."""
+    """Return the text with commas for the words and, or, where these stand between mathematics."""
     return _CONJUNCTION.sub(", ", text)
 
 
@@ -194,7 +194,7 @@ def _read_relation(text: str) -> Answer | None:
 
 
 def _relations(text: str) -> tuple[list[str], list[str]]:
-    """The sides of equations and inequalities, and what stands between them."""
+    """Return the sides of equations and inequalities, and what stands between them."""
     parts, relations, begin = [], [], 0
     for start, token, depth in tokens_of(text):
         if depth == 0 and (token in ("=", "\\in") or token in _SMALLER or token in _LARGER):

@@ -161,7 +161,7 @@ def _equal_rows(gold: Sequence[Sequence[Answer]], answer: Sequence[Sequence[Answ
 
 
 def _minutes(clock: Clock, other_half: str) -> tuple[int, int]:
-    """Hour of 24 and minute; a clock that does not say which half of the day is in the other's."""
+    """Return hour of 24 and minute; a clock that does not say which half of the day is in the other's."""
     half = clock.half or (other_half if clock.hour <= 12 else "")
     return (clock.hour % 12 + 12 * (half == "p") if half else clock.hour), clock.minute
 
@@ -215,7 +215,7 @@ def _as_sympy(quantity: Number | Expression) -> Any:
 
 
 def _equal_expressions(first: Any, second: Any) -> bool:
-    """Equal digits at every point that both are defined at, or equal for math-verify where they have no digits."""
+    """Say whether their digits are equal at every point that both are defined at, or math-verify says so where they have none."""
     from sympy import Float
 
     if first == second:
@@ -241,7 +241,7 @@ def _point(symbols: Sequence[Any], turn: int) -> dict[Any, Fraction]:
 
 
 def _value_at(expression: Any, point: dict[Any, Fraction]) -> Any:
-    """Its value as a complex number of _DIGITS digits, None where it has none."""
+    """Return its value as a complex number of _DIGITS digits, None where it has none."""
     from sympy import Rational
 
     try:
@@ -286,7 +286,7 @@ def _verify(gold: Any, answer: Any) -> bool:
 
 @lru_cache(maxsize=8192)
 def sympy_of(latex: str) -> Any:
-    """The expression as sympy's, not worked out; None for one that latex2sympy cannot read or that is too large."""
+    """Return the expression as sympy's, not worked out; None for one that latex2sympy cannot read or that is too large."""
     from latex2sympy2_extended import latex2sympy
 
     too_much = _WORKED_OUT_BY_PARSER.search(latex) and _MUCH_WORK.search(latex)
@@ -300,7 +300,7 @@ def sympy_of(latex: str) -> Any:
 
 
 def _num_digits(expression: Any) -> float:
-    """An upper bound of the digits of all numbers that come up when it is worked out; infinite where that is not known to end.
+    """Bound the digits of all numbers that come up when it is worked out; infinite where that is not known to end.
 
     Sums, products, integrals, derivatives and limits count as infinite too: they repeat the question and answer nothing.
     """
@@ -329,7 +329,7 @@ def _num_digits(expression: Any) -> float:
 
 
 def _size(expression: Any) -> float:
-    """An upper bound of a number's absolute value, 1 for what holds symbols."""
+    """Return an upper bound of a number's absolute value, 1 for what holds symbols."""
     if not expression.is_number:
         return 1.0
     return float(abs(expression).evalf(5)) if _num_digits(expression) < 300 else math.inf

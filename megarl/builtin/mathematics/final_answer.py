@@ -34,7 +34,7 @@ _MOST_OF_A_SENTENCE = 400  # characters; what is longer is no answer
 
 
 def final_answers(response: str) -> list[str]:
-    """What the response may mean as its answer, the likeliest first; a text in a box or tag is the only one. Empty for none."""
+    """Return what the response may mean as its answer, the likeliest first; a text in a box or tag is the only one."""
     text = outside_of_thoughts(response)
     if (box := last_box(text)) is not None:
         return [box] if box else []
@@ -47,15 +47,17 @@ def final_answers(response: str) -> list[str]:
 
 
 def given_answer(text: str) -> str:
-    """The answer of a reference: what its last box holds or what follows its last ####, as in GSM8K; the whole text otherwise."""
+    """Return a reference's answer: what its last box holds or what follows its last ####, as in GSM8K; else the whole text."""
     if (box := last_box(text)) is not None:
         return box
     return text.rpartition("####")[2].strip()
 
 
 def outside_of_thoughts(response: str) -> str:
-    """The response without ``<think>...</think>``: nothing before a closing tag whose opening one stands in the prompt, and nothing
-    after an opening one that is never closed."""
+    """Return the response without ``<think>...</think>``.
+
+    Nothing is left before a closing tag whose opening one stands in the prompt, nor after an opening one that is never closed.
+    """
     pieces, begin, depth = [], 0, 0
     for tag in _THOUGHT.finditer(response):
         if not tag[1]:
@@ -71,7 +73,7 @@ def outside_of_thoughts(response: str) -> str:
 
 
 def last_box(text: str) -> str | None:
-    """What the last box holds; empty for one that is never closed, None for no box."""
+    """Return what the last box holds; empty for one that is never closed, None for no box."""
     box = None
     for box in _BOX.finditer(text):  # noqa: B007  (the last one)
         pass
@@ -110,7 +112,7 @@ def _in_prose(text: str) -> list[str]:
 
 
 def _first_line(text: str) -> str:
-    """The first line with something in it; of display mathematics its content."""
+    """Return the first line with something in it; of display mathematics its content."""
     stripped = text.lstrip(" \t\r\n*_:=")
     for begin, end in (("$$", "$$"), ("\\[", "\\]")):
         if stripped.startswith(begin):
@@ -119,7 +121,7 @@ def _first_line(text: str) -> str:
 
 
 def _of_sentence(sentence: str, *, is_anchored: bool) -> list[str]:
-    """The answers that a sentence may give: the first number of one that begins with "the answer is", the last one of any other."""
+    """Return what a sentence may give as its answer: the first number after "the answer is" at its begin, the last of any other."""
     sentence = sentence.strip().strip("*_`").strip()
     if end := _SENTENCE_END.search(sentence):
         sentence = sentence[: end.start()]
@@ -139,7 +141,7 @@ def _of_sentence(sentence: str, *, is_anchored: bool) -> list[str]:
 
 
 def _mathematics(sentence: str, *, first: bool) -> str | None:
-    """What stands between marks of mathematics; several with nothing but "and" between them are one list."""
+    """Return what stands between marks of mathematics; several with nothing but "and" between them are one list."""
     found = [math for math in _MATH.finditer(sentence) if not _PROSE_IN_MATH.search(math[0])]
     if not found:
         return None

@@ -78,7 +78,7 @@ class Clock:
 
 
 def read_number(text: str) -> Number | None:
-    """A number without a unit, in digits, as a fraction, a mixed number or a power of ten; None for anything else."""
+    """Read a number without a unit, in digits, as a fraction, a mixed number or a power of ten; None for anything else."""
     if found := _NUMBER.fullmatch(text):
         sign, digits, exponent = found.groups()
         digits = re.sub("[, ]", "", digits)
@@ -101,13 +101,13 @@ def read_number(text: str) -> Number | None:
 
 
 def read_based(text: str) -> Based | None:
-    """Digits with a base as their index; None for anything else."""
+    """Read digits with a base as their index; None for anything else."""
     found = _BASED.fullmatch(text)
     return None if found is None else Based(found[1].replace(",", ""), (found[2] or found[3]).strip().casefold())
 
 
 def read_clock(text: str) -> Clock | None:
-    """A time of day; None for anything else."""
+    """Read a time of day; None for anything else."""
     found = _CLOCK.fullmatch(without_text_marks(text))
     if found is None:
         return None
@@ -116,7 +116,7 @@ def read_clock(text: str) -> Clock | None:
 
 
 def without_unit(text: str) -> tuple[str, str]:
-    """The text without money's sign, percent, degrees or a unit behind it, and that unit in one spelling; empty for none."""
+    """Return the text without money's sign, percent, degrees or a unit behind it, and that unit in one spelling; empty for none."""
     if (money := _MONEY.match(text)) and money.end() < len(text):
         return money[1] + text[money.end() :], "money"
     if percent := _PERCENT.search(text):
@@ -131,7 +131,7 @@ def without_unit(text: str) -> tuple[str, str]:
 
 
 def unit_named(name: str, power: str) -> str:
-    """One spelling of a unit: short, singular, squares and cubes as powers."""
+    """Return one spelling of a unit: short, singular, squares and cubes as powers."""
     name = " ".join(name.casefold().replace(".", "").split())
     for word, of_word in (("square ", "2"), ("sq ", "2"), ("cubic ", "3"), ("cu ", "3")):
         if name.startswith(word):

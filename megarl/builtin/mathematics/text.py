@@ -68,7 +68,7 @@ _TOKEN = re.compile(r"\\begin\{[A-Za-z]+\*?\}|\\end\{[A-Za-z]+\*?\}|\\[A-Za-z]+|
 
 
 def tidy(text: str) -> str:
-    r"""One spelling: no marks of mathematics around it, no LaTeX of appearance, ``\text`` for upright letters, single spaces."""
+    r"""Unify the spelling: no marks of mathematics around, no LaTeX of appearance, ``\text`` for upright letters, single spaces."""
     text = text.strip()
     for begin, end in _WRAPPERS:
         inside = text[len(begin) : -len(end)] if len(text) > len(begin) + len(end) else ""
@@ -83,18 +83,18 @@ def tidy(text: str) -> str:
 
 
 def without_text_marks(text: str) -> str:
-    r"""The words of ``\text{words}``, with spaces around them."""
+    r"""Return the words of ``\text{words}``, with spaces around them."""
     return " ".join(_TEXT.sub(r" \1 ", text).split())
 
 
 def words_of(text: str) -> str:
-    """The text as words are compared: without LaTeX's marks of text, case, spaces that mean nothing, and a full stop."""
+    """Return the text as words are compared: without LaTeX's marks of text, case, spaces that mean nothing, and a full stop."""
     plain = without_text_marks(text).casefold().strip(" .,;:!?'\"")
     return _ORDINAL.sub(r"\1", re.sub(r"\s*([^\w\s])\s*", r"\1", plain))
 
 
 def tokens_of(text: str) -> Iterator[tuple[int, str, int]]:
-    """Each token's begin, text and depth: how many brackets, groups and environments are open before it.
+    """Yield each token's begin, text and depth: how many brackets, groups and environments are open before it.
 
     A closing bracket has the depth of its opening one. ``(`` may be closed by ``]``, as intervals are.
     """
@@ -107,7 +107,7 @@ def tokens_of(text: str) -> Iterator[tuple[int, str, int]]:
 
 
 def split_at(text: str, *separators: str) -> list[str]:
-    """The parts of a text between separators (tokens) that stand in no brackets."""
+    """Return the parts of a text between separators (tokens) that stand in no brackets."""
     parts, begin = [], 0
     for start, token, depth in tokens_of(text):
         if depth == 0 and token in separators:
@@ -128,7 +128,7 @@ def is_balanced(text: str) -> bool:
 
 
 def depth_of(text: str) -> int:
-    """How deeply brackets are nested."""
+    """Return how deeply brackets are nested."""
     return max((depth for _, _, depth in tokens_of(text)), default=0)
 
 

@@ -47,15 +47,15 @@ class BaseScorer(Section):
         return None
 
     def log_names(self) -> tuple[str, ...]:
-        """Every name under which it logs a score."""
+        """Return every name under which it logs a score."""
         return (self.log_name,)
 
     def key_variables(self) -> Iterator[tuple[str, str | None]]:
-        """Its keys that name the environment variable with a server's key, and their values."""
+        """Yield its keys that name the environment variable with a server's key, and their values."""
         yield from ()
 
     def mistakes(self) -> Iterator[str]:
-        """One line for each mistake that its own keys show, beginning with the key."""
+        """Yield one line for each mistake that its own keys show, beginning with the key."""
         yield from ()
 
     def build(self, run_apart: RunApart | None) -> Scorer:

@@ -74,7 +74,7 @@ class JudgeConfig(Section):
         return self.timeout * (self.retries + 1) + self.retry_delay * (2**self.retries - 1)
 
     def mistakes(self) -> Iterator[str]:
-        """One line for each mistake, beginning with the key."""
+        """Yield one line for each mistake, beginning with the key."""
         for placeholder in PLACEHOLDERS:
             if placeholder not in self.prompt:
                 yield f"prompt: {self.prompt[:60]!r}... has no {placeholder}; add it, as the judge sees nothing else"
@@ -105,7 +105,7 @@ class DocumentQAScorer(AnswerScorer):
     )
 
     def log_names(self) -> tuple[str, ...]:
-        """The score, and its two parts."""
+        """Return the score, and its two parts."""
         return (self.log_name, f"{self.log_name}_rule", f"{self.log_name}_judge")
 
     def key_variables(self) -> Iterator[tuple[str, str | None]]:

@@ -125,16 +125,16 @@ def _words(text: str) -> Iterator[str]:
     """Yield the first word of the Unicode names of each word's letters."""
     before = ""
     for character in text:
-        kind = _kind(character)
-        if kind == "accent":  # belongs to the letter before it
+        script = _script_of(character)
+        if script == "accent":  # belongs to the letter before it
             continue
-        if kind and (kind != before or kind in _LETTER_BY_LETTER):
-            yield kind
-        before = kind
+        if script and (script != before or script in _LETTER_BY_LETTER):
+            yield script
+        before = script
 
 
 @lru_cache(maxsize=65536)
-def _kind(character: str) -> str:
+def _script_of(character: str) -> str:
     """Return the first word of a letter's Unicode name, "accent" for a mark, empty for anything else."""
     category = unicodedata.category(character)
     if category.startswith("M"):

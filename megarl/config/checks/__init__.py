@@ -8,9 +8,8 @@ from pathlib import Path
 
 from megarl.config.checks.algorithm import GREEDY_ADVANTAGES
 from megarl.config.checks.curriculum import check_curriculum
-from megarl.config.checks.engine import check_engine
+from megarl.config.checks.model import check_engine, check_rope_scaling
 from megarl.config.checks.roles import Role, check_role
-from megarl.config.checks.rope import check_rope_scaling
 from megarl.config.checks.run import check_run
 from megarl.config.models import ModelOfRun, critic_of, models_of, policy_of, reference_of
 from megarl.config.redaction import check_not_redacted
@@ -49,7 +48,7 @@ def _check_stages(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _check_models_and_run(config: Config, world_size: int) -> list[str]:
-    """Mistakes of a run without stages, or of one stage."""
+    """Return the mistakes of a run without stages, or of one stage."""
     failures = list(check_run(config))
     try:
         own = read_architecture(config.model.path)
@@ -61,7 +60,7 @@ def _check_models_and_run(config: Config, world_size: int) -> list[str]:
 
 
 def _check_models(config: Config, own: Architecture, world_size: int) -> Iterator[str]:
-    """Every model of the run; ``own`` are the facts of the policy's config.json without model.rope_scaling."""
+    """Check every model of the run; ``own`` are the facts of the policy's config.json without model.rope_scaling."""
     scaling = config.model.rope_scaling
     lines = [] if scaling is None else list(check_rope_scaling(scaling, own))
     if lines:
@@ -78,7 +77,7 @@ def _check_models(config: Config, own: Architecture, world_size: int) -> Iterato
 
 
 def _check_attention(config: Config, facts: Architecture) -> Iterator[str]:
-    """Transformer Engine's attention takes 16 bits, and heads of one width under context parallelism."""
+    """Check that Transformer Engine's attention gets 16 bits, and heads of one width under context parallelism."""
     model = config.model
     if model.attention_impl == "megarl":
         return
@@ -111,7 +110,7 @@ def _check_policy(config: Config, facts: Architecture, world_size: int) -> Itera
 
 
 def _check_reference(config: Config, policy: Architecture, world_size: int) -> Iterator[str]:
-    """The reference role, where one is needed that is not simply the policy's twin."""
+    """Check the reference role, where one is needed that is not simply the policy's twin."""
     if config.reference is None or not config.has_reference:
         return
     reference = reference_of(config)
@@ -134,7 +133,7 @@ def _check_reference(config: Config, policy: Architecture, world_size: int) -> I
 
 
 def _check_critic(config: Config, policy: Architecture, world_size: int) -> Iterator[str]:
-    """The critic's role, where one learns."""
+    """Check the critic's role, where one learns."""
     if not config.learns_from_samples and config.critic is not None:
         yield f"critic: is given and kind {config.kind} has no critic; remove it"
     if not config.has_critic:
@@ -161,7 +160,7 @@ def _check_critic(config: Config, policy: Architecture, world_size: int) -> Iter
 
 
 def _check_reward_model(config: Config, policy: Architecture, world_size: int) -> Iterator[str]:
-    """The reward model's role, and what cannot go with it."""
+    """Check the reward model's role, and what cannot go with it."""
     reward_model = config.reward_model
     if reward_model is None:
         return
@@ -194,7 +193,7 @@ def _check_reward_model(config: Config, policy: Architecture, world_size: int) -
 
 
 def _check_idle_ranks(config: Config, world_size: int) -> Iterator[str]:
-    """Every rank has a part of some model of the run."""
+    """Check that every rank has a part of some model of the run."""
     ranks = [model.role.ranks(world_size) for model in models_of(config).values()]
     idle = sorted(set(range(world_size)).difference(*ranks))
     if idle and all(0 <= part.start < part.stop <= world_size for part in ranks):  # else check_ranks says what is wrong
@@ -209,5 +208,5 @@ def _role(model: ModelOfRun, facts: Architecture) -> Role:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Safetensors, or a Megatron checkpoint as ``tools/convert/hf_to_megatron.py`` writes it."""
+    """Return whether it holds safetensors, or a Megatron checkpoint as ``tools/convert/hf_to_megatron.py`` writes it."""
     return any(folder.glob("*.safetensors")) or (folder / ".metadata").is_file()

@@ -65,7 +65,7 @@ CLASHES = (
 
 
 def check_algorithm(config: Config) -> Iterator[str]:
-    """All checks of this file; lines start with the key."""
+    """Make all checks of this file; lines start with the key."""
     if not config.learns_from_samples:
         return
     algorithm = config.algorithm
@@ -83,7 +83,7 @@ def check_algorithm(config: Config) -> Iterator[str]:
 
 
 def check_clashes(algorithm: AlgorithmConfig) -> Iterator[str]:
-    """No two choices clash."""
+    """Check that no two choices clash."""
     for clash in CLASHES:
         (first, first_values), (second, second_values) = clash.first, clash.second
         first_value, second_value = _value(algorithm, first), _value(algorithm, second)
@@ -96,7 +96,7 @@ def _value(algorithm: AlgorithmConfig, path: str) -> object:
 
 
 def check_kl(algorithm: AlgorithmConfig) -> Iterator[str]:
-    """Place, coefficient and target of the KL penalty agree."""
+    """Check that place, coefficient and target of the KL penalty agree."""
     kl = algorithm.kl
     if kl.place != "none" and kl.coefficient == 0:
         yield (
@@ -113,7 +113,7 @@ def check_kl(algorithm: AlgorithmConfig) -> Iterator[str]:
 
 
 def check_settings(algorithm: AlgorithmConfig) -> Iterator[str]:
-    """Settings of one choice are given only with that choice, and their ranges make sense."""
+    """Check that settings of one choice are given only with that choice, and their ranges make sense."""
     control, clip = algorithm.entropy_control, algorithm.clip
     if clip.dual is not None and algorithm.surrogate != "ppo_clip":
         yield f"algorithm.clip.dual: is {clip.dual:g} and only surrogate ppo_clip uses it, not {algorithm.surrogate}; remove it"
@@ -124,7 +124,7 @@ def check_settings(algorithm: AlgorithmConfig) -> Iterator[str]:
 
 
 def check_ratio(algorithm: AlgorithmConfig) -> Iterator[str]:
-    """The loss can be corrected for what the ratio or the weights are of."""
+    """Check that the loss can be corrected for what the ratio or the weights are of."""
     correction, surrogate, updates = algorithm.sampler_correction, algorithm.surrogate, algorithm.updates_per_step
     is_whole = surrogate in WHOLE_RESPONSE_SURROGATES or algorithm.ratio == "sequence"
     if is_whole and correction.method != "none" and correction.level == "token":
@@ -141,7 +141,7 @@ def check_ratio(algorithm: AlgorithmConfig) -> Iterator[str]:
 
 
 def check_critic(config: Config) -> Iterator[str]:
-    """A critic is configured where one learns, and the policy learns too."""
+    """Check that a critic is configured where one learns, and the policy learns too."""
     algorithm, critic = config.algorithm, config.critic
     if not algorithm.has_critic:
         if critic is not None:
@@ -158,7 +158,7 @@ def check_critic(config: Config) -> Iterator[str]:
 
 
 def check_greedy_shaping(algorithm: AlgorithmConfig) -> Iterator[str]:
-    """With an advantage that needs greedy responses, all that is added to a response's reward can be added to theirs."""
+    """Check that with an advantage that needs greedy responses, all that is added to a response's reward can be added to theirs."""
     weight = algorithm.reward_shaping.length_weight
     if weight > 0:
         yield (
@@ -168,7 +168,7 @@ def check_greedy_shaping(algorithm: AlgorithmConfig) -> Iterator[str]:
 
 
 def check_groups(algorithm: AlgorithmConfig, rollout: RolloutConfig) -> Iterator[str]:
-    """Responses can be compared with others."""
+    """Check that responses can be compared with others."""
     # a function of the user's own may need the greedy response too, which this package cannot know without importing it
     may_have_greedy = algorithm.advantage in GREEDY_ADVANTAGES or ":" in algorithm.advantage
     if rollout.samples_per_prompt < 2 and algorithm.advantage in GROUP_ADVANTAGES:
@@ -187,7 +187,7 @@ def check_groups(algorithm: AlgorithmConfig, rollout: RolloutConfig) -> Iterator
 
 
 def check_task_std(config: Config) -> Iterator[str]:
-    """A standard deviation by task has several tasks."""
+    """Check that a standard deviation by task has several tasks."""
     if config.algorithm.advantage == "group_mean_task_std" and len(tasks_of(config.data.train, TRAIN)) < 2:
         yield (
             "algorithm.advantage: group_mean_task_std needs a mixture of several tasks, and data.train holds one; give data.train "
@@ -196,7 +196,7 @@ def check_task_std(config: Config) -> Iterator[str]:
 
 
 def check_correctness(config: Config) -> Iterator[str]:
-    """With a length reward it is clear which scorer says that an answer is right."""
+    """Check that with a length reward it is clear which scorer says that an answer is right."""
     shaping = config.algorithm.reward_shaping
     tasks = tasks_of(config.data.train, TRAIN) if shaping.length_weight > 0 else []
     known = {scorer.log_name for task in tasks for scorer in scorers_of(config, task)}
@@ -217,7 +217,7 @@ def check_correctness(config: Config) -> Iterator[str]:
 
 
 def check_process_rewards(config: Config) -> Iterator[str]:
-    """With rewards for steps, every task has a scorer that gives them, and nothing shapes rewards that are not used."""
+    """Check that with rewards for steps, every task has a scorer that gives them, and nothing shapes rewards that are not used."""
     algorithm = config.algorithm
     if algorithm.advantage != "process_rewards":
         return

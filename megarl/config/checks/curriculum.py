@@ -8,7 +8,7 @@ from megarl.errors import ConfigError
 
 
 def check_curriculum(config: Config) -> Iterator[str]:
-    """The stages follow each other, and each can end."""
+    """Check that the stages follow each other, and each can end."""
     curriculum = config.curriculum
     if curriculum is None:
         return
@@ -65,7 +65,7 @@ def _check_promotion(config: Config, stage: StageConfig, path: str) -> Iterator[
 
 
 def _check_what_stays(config: Config) -> Iterator[str]:
-    """What later stages must have in common with the first, because something of theirs goes on."""
+    """Check what later stages must have in common with the first, because something of theirs goes on."""
     first, *others = stages_of(config)
     for stage in others:
         if stage.config.has_critic != first.config.has_critic:

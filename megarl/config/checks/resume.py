@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megarl.config.schema import Config
 
@@ -47,7 +46,7 @@ def check_resume(config: Config, saved: Config) -> Iterator[str]:
 
 
 def _counts(path: str, config: Config) -> bool:
-    """Settings of other kinds are not looked at."""
+    """Return whether the kind uses the setting."""
     return path.split(".")[0] in {"kind", "seed", "model", *config.own_sections}
 
 
@@ -68,13 +67,13 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
 
 
-def _value(config: Config, path: str) -> Any:
-    value: Any = config
+def _value(config: Config, path: str) -> object:
+    value: object = config
     for name in path.split("."):
         value = getattr(value, name)
     return value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = "not given" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

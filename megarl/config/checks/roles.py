@@ -28,7 +28,7 @@ class Role:
 
 
 def check_role(role: Role, config: Config, world_size: int) -> Iterator[str]:
-    """All checks of one role; one line for each mistake."""
+    """Make all checks of one role; one line for each mistake."""
     yield from check_architecture(role)
     yield from check_ranks(role, world_size)
     yield from check_tensor_parallel(role)
@@ -43,7 +43,7 @@ def check_role(role: Role, config: Config, world_size: int) -> Iterator[str]:
 
 
 def check_architecture(role: Role) -> Iterator[str]:
-    """The model uses only what MegaRL builds."""
+    """Check that the model uses only what MegaRL builds."""
     facts, where = role.facts, f"{role.path_key}: {role.facts.path / 'config.json'}"
     if facts.rope_type not in NAMES:
         fix = "set model.rope_scaling or give another model" if role.path_key == "model.path" else "give another model"
@@ -52,7 +52,7 @@ def check_architecture(role: Role) -> Iterator[str]:
 
 
 def check_ranks(role: Role, world_size: int) -> Iterator[str]:
-    """The role's ranks exist, and the data parallel sizes over them are whole numbers."""
+    """Check that the role's ranks exist, and the data parallel sizes over them are whole numbers."""
     first, count = role.config.first_rank, role.config.num_ranks
     if first >= world_size:
         yield f"{role.name}.first_rank: there is no rank {first} in a world of {world_size}; give at most {world_size - 1}"
@@ -66,7 +66,7 @@ def check_ranks(role: Role, world_size: int) -> Iterator[str]:
 
 
 def _check_sizes(role: Role, world_size: int) -> Iterator[str]:
-    """Both products of axes divide the number of ranks."""
+    """Check that both products of axes divide the number of ranks."""
     parallel, num_ranks = role.config.parallel, len(role.config.ranks(world_size))
     words = "world size" if num_ranks == world_size else "number of ranks"
     product = parallel.tp * parallel.pp * parallel.cp
@@ -87,7 +87,7 @@ def _check_sizes(role: Role, world_size: int) -> Iterator[str]:
 
 
 def check_tensor_parallel(role: Role) -> Iterator[str]:
-    """tp divides everything that it shards."""
+    """Check that tp divides everything that it shards."""
     tp, facts = role.config.parallel.tp, role.facts
     sharded = {"num_attention_heads": facts.num_heads}
     if facts.mla is None:
@@ -115,7 +115,7 @@ def check_tensor_parallel(role: Role) -> Iterator[str]:
 
 
 def check_pipeline_parallel(role: Role) -> Iterator[str]:
-    """Every pipeline stage and virtual stage gets as many layers, but for a first and last stage with numbers of their own."""
+    """Check that all pipeline and virtual stages get as many layers, but for a first and last stage with their own numbers."""
     parallel, layers = role.config.parallel, role.facts.num_layers
     if parallel.vpp > 1 and parallel.pp == 1:
         yield f"{role.name}.parallel.vpp: vpp {parallel.vpp} needs pp 2 or more and pp is 1; set vpp to 1 or raise pp"
@@ -154,7 +154,7 @@ def _check_equal_stages(role: Role) -> Iterator[str]:
 
 
 def check_context_parallel(role: Role) -> Iterator[str]:
-    """Exchanging heads takes whole heads, and hybrid the number of neighbours that do so."""
+    """Check that exchanging heads takes whole heads, and hybrid the number of neighbours that do so."""
     parallel, facts, method = role.config.parallel, role.facts, role.config.parallel.context_parallel_method
     if (method == "hybrid") != (parallel.ulysses_size is not None):
         yield (
@@ -181,7 +181,7 @@ def check_context_parallel(role: Role) -> Iterator[str]:
 
 
 def check_experts(role: Role) -> Iterator[str]:
-    """ep divides the experts, and etp each of them."""
+    """Check that ep divides the experts, and etp each of them."""
     parallel, experts = role.config.parallel, role.facts.moe
     if experts is None:
         for name, size in (("ep", parallel.ep), ("etp", parallel.etp or 1)):
@@ -202,7 +202,7 @@ def check_experts(role: Role) -> Iterator[str]:
 
 
 def check_lengths(role: Role, config: Config) -> Iterator[str]:
-    """The longest sequence fits into a micro-batch and into the model's positions."""
+    """Check that the longest sequence fits into a micro-batch and into the model's positions."""
     step, rollout = config.step_size, config.rollout
     trained, trained_words = step.longest, step.longest_words
     end = int(role.name == "reward_model" or config.trains_reward_model)  # it reads one token behind the sequence
@@ -226,7 +226,7 @@ def check_lengths(role: Role, config: Config) -> Iterator[str]:
 
 
 def _positions(role: Role, config: Config) -> str:
-    """The model's positions, whose they are, and how there can be more."""
+    """Return the model's positions, whose they are, and how there can be more."""
     number, scaling = role.facts.max_positions, config.model.rope_scaling
     if role.path_key != "model.path":
         whose, fix = f"{role.path_key} {role.facts.path}", "give a model with more positions"

@@ -1,13 +1,17 @@
-"""The RL method."""
+"""The RL method, and its presets: YAML files, each a complete choice on every axis of one method."""
 
-from typing import Annotated, Any, Literal
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
+from megarl.config import yaml_text
 from megarl.config.names import Name
-from megarl.config.presets import PRESETS, with_preset
 from megarl.section import Section, key
 
+PRESETS_FOLDER = Path(__file__).parent.parent / "presets"
+PRESETS = tuple(sorted(path.stem for path in PRESETS_FOLDER.glob("*.yaml")))
 ADVANTAGES = (
     "group_mean_std",
     "group_mean",
@@ -177,5 +181,19 @@ class AlgorithmConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _over_preset(cls, section: Any) -> Any:
-        return with_preset(section)
+    def _over_preset(cls, section: object) -> object:
+        return _with_preset(section)
+
+
+def _with_preset(section: object) -> object:
+    """Return the algorithm section as YAML gives it, with its preset's choices under its own keys.
+
+    A section without a preset, or with an unknown one, is returned as it is: the schema reports the latter.
+    """
+    name = section.get("preset") if isinstance(section, dict) else None
+    return yaml_text.merged(_preset(name), section) if name in PRESETS else section
+
+
+@lru_cache
+def _preset(name: str) -> object:
+    return yaml_text.parse((PRESETS_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))

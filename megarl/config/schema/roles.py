@@ -92,7 +92,7 @@ class RoleConfig(Section):
     )
 
     def ranks(self, world_size: int) -> range:
-        """Its ranks in a world of ``world_size``; they may reach beyond it in a config that was not checked."""
+        """Return its ranks in a world of ``world_size``; they may reach beyond it in a config that was not checked."""
         num_ranks = world_size - self.first_rank if self.num_ranks is None else self.num_ranks
         return range(self.first_rank, self.first_rank + num_ranks)
 

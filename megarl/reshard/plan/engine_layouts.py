@@ -15,7 +15,7 @@ VOCABULARY_PADDING = 64  # DEFAULT_VOCAB_PADDING_SIZE of both
 
 
 def engine_shard_layout(architecture: Architecture, layout: EngineLayout, tensors: TensorTable) -> ShardLayout:
-    """What every rank of the engines holds.
+    """Return what every rank of the engines holds.
 
     Raises:
         ConfigError: the layout does not divide the model, or the engine has no such layout.
@@ -34,9 +34,9 @@ def _check_layout(architecture: Architecture, layout: EngineLayout) -> None:
         raise ConfigError(f"{layout.engine} ep {ep} is not a multiple of tp {tp}; choose ep = tp × data parallel size")
     if layout.ranks_per_engine % ep:
         raise ConfigError(f"{layout.engine} tp {tp} is not a multiple of ep {ep}; choose ep among the divisors of tp")
-    if layout.engine == "vllm" and 1 < ep < tp:
+    if layout.traits.groups_are_whole and 1 < ep < tp:
         raise ConfigError(
-            f"vllm ep {ep} with tp {tp}: its experts are distributed over all tp × data parallel ranks or cut over tp; "
+            f"{layout.engine} ep {ep} with tp {tp}: its experts are distributed over all tp × data parallel ranks or cut over tp; "
             f"use ep 1 or a multiple of {tp}"
         )
     if architecture.num_heads % tp:
@@ -79,7 +79,7 @@ class _EngineShardLayout:
         )
 
     def _apply(self, rule: EngineRule, layer: int) -> Iterator[np.ndarray]:
-        """The boxes of one rule in one layer, none where the model lacks its tensors."""
+        """Return the boxes of one rule in one layer, none where the model lacks its tensors."""
         experts = range(self._architecture.num_experts) if rule.group is Group.EXPERTS else (0,)
         names = [[part.format(layer=layer, expert=expert) for part in rule.parts] for expert in experts]
         if not names or not all(name in self._left for group in names for name in group):

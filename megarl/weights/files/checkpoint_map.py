@@ -145,23 +145,23 @@ class MegatronFolder:
         self.shapes = checkpoint_map.weight_map.hugging_face_shapes()
         _check_model(checkpoint, list(checkpoint_map.fragments.values()))
         self._checkpoint = checkpoint
-        self._blocks: dict[str, list[FragmentRows]] = {name: [] for name in self.shapes}
+        self._parts: dict[str, list[FragmentRows]] = {name: [] for name in self.shapes}
         for fragment in checkpoint_map.fragments.values():
             rows = checkpoint_map.hugging_face_rows(fragment.parameter)
             for at, (name, start, stop) in overlap(rows, fragment.start, fragment.start + fragment.shape[0]):
                 if name is not None:
-                    self._blocks[name].append(FragmentRows(start, stop, fragment, at))
-        self.dtypes = {name: checkpoint.tensors[blocks[0].fragment.key].dtype for name, blocks in self._blocks.items()}
+                    self._parts[name].append(FragmentRows(start, stop, fragment, at))
+        self.dtypes = {name: checkpoint.tensors[parts[0].fragment.key].dtype for name, parts in self._parts.items()}
 
     def read_rows(self, name: str, start: int, target: Tensor) -> None:
         """Fill ``target`` with rows of the Hugging Face tensor ``name``, from row ``start`` on."""
         stop = start + target.shape[0]
-        for block in self._blocks[name]:
-            low, high = max(start, block.start), min(stop, block.stop)
+        for part in self._parts[name]:
+            low, high = max(start, part.start), min(stop, part.stop)
             if low < high:
-                first = block.at + low - block.start
-                offsets, shape = block.fragment.box(first, first + high - low)
-                self._checkpoint.read_box(block.fragment.key, offsets, target[low - start : high - start].view(shape))
+                first = part.at + low - part.start
+                offsets, shape = part.fragment.box(first, first + high - low)
+                self._checkpoint.read_box(part.fragment.key, offsets, target[low - start : high - start].view(shape))
 
 
 def _check_model(checkpoint: DistributedCheckpoint, fragments: list[Fragment]) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from megarl.weights.files.model_folder import ModelFolder
 from megarl.weights.files.shard_folder import ShardFolder
-from megarl.weights.files.stored_tensors import Buffer, TensorFolder, as_bytes, num_bytes, read_ahead, windows
+from megarl.weights.files.stored_tensors import Buffer, ReportBytes, TensorFolder, as_bytes, num_bytes, read_ahead, windows
 
-Progress = Callable[[int, int], None]
 PIECE = 2**20  # elements of which the differences are looked at together
 
 
@@ -55,7 +54,7 @@ class Comparison:
     ignored: list[str]
 
 
-def compare(first: ModelFolder, second: ModelFolder, *, cast: bool, progress: Progress) -> Comparison:
+def compare(first: ModelFolder, second: ModelFolder, *, cast: bool, progress: ReportBytes) -> Comparison:
     """Read both models once, window by window, and compare every tensor.
 
     Tensors are equal when names, shapes, dtypes and all bytes are; in shards also all copies of them.

@@ -20,10 +20,8 @@ from megarl.weights.files.model_folder import PAD_MULTIPLE, FolderKind, folder_k
 from megarl.weights.files.partial_folder import PartialFolder
 from megarl.weights.files.safetensors_files import SafetensorsFolder, write_safetensors
 from megarl.weights.files.sources import check_tensors
-from megarl.weights.files.stored_tensors import Buffer, TensorFolder, check_finite, read_ahead, windows
+from megarl.weights.files.stored_tensors import Buffer, ReportBytes, TensorFolder, check_finite, read_ahead, windows
 from megarl.weights.mapping import WeightMap
-
-Progress = Callable[[int, int], None]  # told the bytes just done and the bytes of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class Written:
     notices: tuple[str, ...] = ()
 
 
-def hugging_face_to_megatron(source: Path, output: Path, options: Options, progress: Progress) -> Written:
+def hugging_face_to_megatron(source: Path, output: Path, options: Options, progress: ReportBytes) -> Written:
     """Write a torch_dist checkpoint, which any layout loads, with the config and tokenizer files.
 
     Raises:
@@ -113,7 +111,9 @@ def target_dtype(weight_map: WeightMap, parameter: str, stored: torch.dtype, dty
     return dtype
 
 
-def megatron_to_hugging_face(checkpoint: Path, output: Path, config: Path | None, options: Options, progress: Progress) -> Written:
+def megatron_to_hugging_face(
+    checkpoint: Path, output: Path, config: Path | None, options: Options, progress: ReportBytes
+) -> Written:
     """Write safetensors files with their index, and the config and tokenizer files.
 
     Args:

@@ -55,7 +55,7 @@ class Description:
     optimizer: list[TensorLine]
 
 
-def describe(path: Path) -> Description:
+def describe_folder(path: Path) -> Description:
     """Look into a folder, reading headers and metadata only.
 
     Raises:

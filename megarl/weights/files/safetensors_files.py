@@ -11,14 +11,14 @@ from torch import Tensor
 
 from megarl.errors import WeightsError, listed, one_line, quoted, shortened
 from megarl.json_text import parse_json, read_json_object
-from megarl.weights.files.stored_tensors import StoredTensor, as_bytes, read_rows
+from megarl.weights.files.stored_tensors import StoredTensor, as_bytes, read_stored_rows
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 LENGTH_BYTES = 8  # of the header's length, a little-endian integer at the start of the file
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -32,7 +32,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 class SafetensorsFolder:
@@ -50,7 +50,7 @@ class SafetensorsFolder:
 
     def read_rows(self, name: str, start: int, target: Tensor) -> None:
         """Fill ``target`` with rows of the tensor ``name``, from row ``start`` on."""
-        read_rows(self.tensors[name], start, target)
+        read_stored_rows(self.tensors[name], start, target)
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -136,11 +136,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _stored_tensor(path: Path, data: int, entry: dict[str, Any]) -> StoredTensor:
     dtype, (start, stop), shape = entry["dtype"], entry["data_offsets"], entry["shape"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
         raise ValueError(f"dtype {quoted(dtype)} is not supported")
     if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
         raise ValueError(f"a tensor has shape {quoted(shape)} and data_offsets {quoted([start, stop])}")
-    tensor = StoredTensor(path, data + start, tuple(shape), DTYPES[dtype])
+    tensor = StoredTensor(path, data + start, tuple(shape), STORED_DTYPES[dtype])
     if tensor.num_bytes != stop - start:
         raise ValueError(f"a tensor of {list(tensor.shape)} {dtype} cannot have {stop - start} bytes")
     return tensor

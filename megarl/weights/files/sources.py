@@ -13,7 +13,7 @@ from megarl.errors import WeightsError, listed, shortened, with_fix
 from megarl.families.base.weight_blocks import EMBEDDING, LM_HEAD
 from megarl.families.base.weight_rules import Start
 from megarl.weights.files.safetensors_files import SafetensorsFolder
-from megarl.weights.files.stored_tensors import TensorFolder, check_finite, read_columns, read_rows, windows
+from megarl.weights.files.stored_tensors import TensorFolder, check_finite, read_columns, read_stored_rows, windows
 from megarl.weights.mapping import WeightMap
 from megarl.weights.shards import Slice
 
@@ -51,7 +51,7 @@ class SafetensorsSource:
             values = read_columns(stored, piece.start, piece.stop)
         else:
             values = torch.empty((piece.stop - piece.start, *stored.shape[1:]), dtype=stored.dtype)
-            read_rows(stored, piece.start, values, keep_cached=True)  # other ranks read the neighbouring rows
+            read_stored_rows(stored, piece.start, values, keep_cached=True)  # other ranks read the neighbouring rows
         check_finite(values, piece.name, self._tensors.folder)
         return values
 

@@ -22,6 +22,7 @@ from megarl.errors import WeightsError
 WINDOW_BYTES = 64 * 2**20  # what is read and written at once
 READ_AHEAD = 2  # windows that are read while one is written
 
+ReportBytes = Callable[[int, int], None]  # told the bytes just done and the bytes of all
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -77,7 +78,7 @@ def windows(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, i
         yield start, min(start + step, rows)
 
 
-def read_rows(stored: StoredTensor, start: int, target: Tensor, *, keep_cached: bool = False) -> None:
+def read_stored_rows(stored: StoredTensor, start: int, target: Tensor, *, keep_cached: bool = False) -> None:
     """Fill a contiguous CPU tensor of the same dtype with as many rows as it has, from row ``start`` on.
 
     Args:
@@ -92,7 +93,7 @@ def read_columns(stored: StoredTensor, start: int, stop: int) -> Tensor:
     num_columns = stored.shape[1]
     columns = torch.empty((stored.shape[0], stop - start), dtype=stored.dtype)
     if (start, stop) == (0, num_columns):
-        read_rows(stored, 0, columns, keep_cached=True)
+        read_stored_rows(stored, 0, columns, keep_cached=True)
         return columns
     with _opened(stored.path) as descriptor:
         for row, target in enumerate(columns):

@@ -1,11 +1,32 @@
-"""Which tasks of reasoning_gym take an answer for a program, and their refusal where there is no sandbox."""
+"""What is found out before the first response is made: whether answers can be compared with, and scored without harm."""
 
-from megarl.builtin.scorers import ReasoningGymScorer
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megarl.builtin.scorers import AnswerScorer, ReasoningGymScorer, ScorerConfig
 from megarl.builtin.scorers.reasoning_gym import READING_TASKS
 from megarl.config.schema import Config, ReasoningGymSource
 from megarl.config.tasks import placed_tasks, scorers_of
 from megarl.errors import ConfigError
+from megarl.section import sections_of
 from megarl.workers.sandbox import find_sandbox
+
+_COMPARING = {name: section for name, section in sections_of(ScorerConfig).items() if issubclass(section, AnswerScorer)}
+
+
+def compared_with(scorer: AnswerScorer, reference: Mapping[str, Any]) -> list[object]:
+    """Return the scorer's type and what it looks at, as JSON values; equal ones need one check."""
+    return [scorer.type, *scorer.compared_with(reference)]
+
+
+def build(argument: object) -> Callable[[list[list[object]]], list[str | None]]:
+    """Make the function of a process that checks batches of what ``compared_with`` gives; it needs no argument."""
+    return lambda batch: [why_refused(str(scorer), *values) for scorer, *values in batch]
+
+
+def why_refused(scorer: str, *values: object) -> str | None:
+    """Say why a scorer of that type cannot compare responses with these values, and what to do; None where it can."""
+    return _COMPARING[scorer].why_refused(*values)
 
 
 def refuse_evaluating_tasks(config: Config) -> None:

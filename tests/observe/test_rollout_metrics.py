@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megarl.observe.metrics import accuracy_metrics, pass_at_k, pass_rates, repetition, rollout_metrics
+from megarl.observe.rollout_metrics import accuracy_metrics, pass_at_k, pass_rates, repetition, rollout_metrics
 from megarl.types import Episode, FinishReason, Turn
 from observe.rollouts import group
 

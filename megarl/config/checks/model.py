@@ -1,18 +1,55 @@
-"""Refuses a model.rope_scaling that transformers or an engine would read otherwise than it is meant."""
+"""Checks of a model's config.json: whether the engine computes it as the trainer does, and a RoPE scaling in its place."""
 
 import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megarl.config.schema import Config
 from megarl.families.base.architecture import Architecture
+from megarl.families.base.engine_rules import EngineName
 from megarl.families.base.rope_scaling import LENGTH_DEPENDENT, NAMES, ORIGINAL, SWITCHES, WHOLE_NUMBERS
+from megarl.families.registry import family_of
 
 KEY = "model.rope_scaling"
 TEMPERATURES = ("attention_factor", "mscale", "mscale_all_dim")
 
 
+def check_engine(config: Config, facts: Architecture) -> Iterator[str]:
+    """Refuse what the engine of the run computes otherwise than transformers and the trainer do; one line for each.
+
+    What a family's models need is in the family's file, read from vLLM 0.32.0 (model_executor/models) and SGLang 0.5.23
+    (srt/models).
+    """
+    engine = config.rollout.server_engine
+    if config.rollout.routing_replay and facts.moe is None:
+        yield f"rollout.routing_replay: is true and {facts.path} has no experts to replay; set it to false"
+    if engine is not None and config.samples_responses:
+        yield from (f"rollout.engine: {line}" for line in _refusals(facts, engine))
+
+
+def _refusals(facts: Architecture, engine: EngineName) -> Iterator[str]:
+    """Say what the engine computes otherwise."""
+    family = family_of(facts.family)
+    others = "vllm or embedded" if engine == "sglang" else "sglang or embedded"
+    if facts.tied_embeddings and engine in family.never_tied_by:
+        yield (
+            f"{engine} gives {facts.family} an output layer of its own, and {facts.path} ties it to the "
+            f"embedding (tie_word_embeddings); use {others}"
+        )
+    num_moe_layers = len(facts.moe.moe_layers) if facts.moe is not None else 0
+    if num_moe_layers < facts.num_layers and engine in family.experts_everywhere_in:
+        yield (
+            f"{engine} gives every layer of {facts.family} experts, and only {num_moe_layers} of the {facts.num_layers} layers of "
+            f"{facts.path} have them (decoder_sparse_step, mlp_only_layers); use {others}"
+        )
+    attention_factor = facts.rope_parameters.get("attention_factor")
+    if engine == "sglang" and facts.mla is None and attention_factor is not None:
+        yield f"sglang reads no attention_factor of RoPE, and {facts.path} has {attention_factor}; use {others}"
+    yield from family.engine_refusals(facts, engine)
+
+
 def check_rope_scaling(scaling: Mapping[str, Any], facts: Architecture) -> Iterator[str]:
-    """All checks of the scaling; one line for each mistake.
+    """Refuse a model.rope_scaling that transformers or an engine would read otherwise than it is meant; one line for each mistake.
 
     Args:
         scaling: what the config gives.
@@ -37,7 +74,7 @@ def _nearest(name: str, names: Mapping[str, Any] | tuple[str, ...]) -> str:
 
 
 def _check_names(rope_type: str, scaling: Mapping[str, Any]) -> Iterator[str]:
-    """Exactly the names of the type."""
+    """Check that the names are exactly those of the type."""
     needed, optional = NAMES[rope_type]
     known = ("rope_type", *needed, *optional)
     for name in scaling:
@@ -52,7 +89,7 @@ def _check_names(rope_type: str, scaling: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_values(scaling: Mapping[str, Any]) -> Iterator[str]:
-    """Each value is of its type and in its range."""
+    """Check that each value is of its type and in its range."""
     for name, value in scaling.items():
         if name == "rope_type":
             continue
@@ -70,7 +107,7 @@ def _check_values(scaling: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_together(scaling: Mapping[str, Any], facts: Architecture) -> Iterator[str]:
-    """The values fit each other and the model."""
+    """Check that the values fit each other and the model."""
     for low, high, defaults in (("low_freq_factor", "high_freq_factor", (1, 4)), ("beta_slow", "beta_fast", (1, 32))):
         smaller, larger = scaling.get(low, defaults[0]), scaling.get(high, defaults[1])
         if smaller >= larger:
