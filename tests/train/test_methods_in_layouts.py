@@ -82,7 +82,7 @@ def compute_all(configs: dict[str, Config], layout: str, batch_file: Path, outpu
             gradient_norm=norm,
             gradients=gradients,
             parameters=megatron_parameters(policy, critic_of_method),
-            scores={},
+            outputs={},
         )
     if is_main_rank():
         torch.save(results, output)
