@@ -6,7 +6,8 @@ import time
 import pytest
 
 from math_cases import GOLDS
-from megarl.builtin.scorers.math import MathScorer, why_ungradable
+from megarl.builtin.mathematics.score import why_ungradable
+from megarl.builtin.scorers import MathScorer
 
 
 @pytest.fixture(scope="module")

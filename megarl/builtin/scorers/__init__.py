@@ -7,10 +7,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megarl.builtin.scorers.answers import AnswerScorer, ExactScorer
+from megarl.builtin.scorers.answers import AnswerScorer, ExactScorer, MathScorer
 from megarl.builtin.scorers.base import BaseScorer, RunApart, Scorer, WorkerScorer
 from megarl.builtin.scorers.document_qa import DocumentQAScorer
-from megarl.builtin.scorers.math import MathScorer
 from megarl.builtin.scorers.outside import PythonScorer, RewardServerScorer
 from megarl.builtin.scorers.reasoning_gym import ReasoningGymScorer
 from megarl.builtin.scorers.text import FormatScorer, LanguageScorer, RegexScorer, RepetitionScorer

@@ -1,11 +1,13 @@
 """Scorers that compare the response's answer with the row's, and the plainest of them."""
 
+import logging
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from megarl.builtin.scorers.base import BaseScorer, RunApart, Scorer, pattern_mistakes
+from megarl.errors import quoted
 from megarl.section import key
 
 
@@ -43,6 +45,31 @@ class ExactScorer(AnswerScorer):
     def why_refused(*values: Any) -> str | None:
         """See AnswerScorer."""
         return None if values[0].strip() else "the answer is empty, so that an empty response would be right; write one"
+
+
+class MathScorer(AnswerScorer):
+    """1 if the response's final answer is mathematically equal to the row's."""
+
+    type: Literal["math"] = key("math", "-", "Compares mathematics.")
+
+    def build(self, run_apart: RunApart | None) -> Scorer:
+        """See WorkerScorer."""
+        import latex2sympy2_extended  # noqa: F401  (here, because it takes a second and other scorers do without)
+        import math_verify  # noqa: F401
+
+        from megarl.builtin.mathematics.score import math_score  # here, as every command would compile its patterns
+
+        # It warns in every worker that its time-outs are off, as they should be: they would be a silent "wrong" after 5 seconds.
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
+        return of_first_group(self.pattern, math_score)
+
+    @staticmethod
+    def why_refused(*values: Any) -> str | None:
+        """See AnswerScorer."""
+        from megarl.builtin.mathematics.score import why_ungradable
+
+        reason = why_ungradable(values[0])
+        return reason and f"the answer {quoted(values[0])} {reason}"
 
 
 def of_first_group(pattern: str | None, score_answer: Scorer) -> Scorer:

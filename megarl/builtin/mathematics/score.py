@@ -1,44 +1,20 @@
-"""The ``math`` scorer: the response's final answer against the reference's, in bounded time whatever either of them holds."""
+"""Scores of mathematics: the response's final answer against the reference's, in bounded time whatever either of them holds."""
 
 import logging
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 from megarl.builtin.mathematics.answers import MAX_CHARACTERS, Answer, Words, is_prose, read_answer
 from megarl.builtin.mathematics.equality import MAX_SECONDS, TooLongError, equal, is_readable, limited_time
 from megarl.builtin.mathematics.final_answer import final_answers, given_answer, has_different_boxes
 from megarl.builtin.mathematics.text import is_balanced, tidy, words_of
-from megarl.builtin.scorers.answers import AnswerScorer, of_first_group
-from megarl.builtin.scorers.base import RunApart, Scorer
 from megarl.errors import quoted
-from megarl.section import key
 
 logger = logging.getLogger(__name__)
 
 _NOTHING = ("", "nan", "none", "null", "n/a", "na", "inf", "-inf", "undefined answer", "tbd", "todo")
-
-
-class MathScorer(AnswerScorer):
-    """1 if the response's final answer is mathematically equal to the row's."""
-
-    type: Literal["math"] = key("math", "-", "Compares mathematics.")
-
-    def build(self, run_apart: RunApart | None) -> Scorer:
-        """See WorkerScorer."""
-        import latex2sympy2_extended  # noqa: F401  (here, because it takes a second and other scorers do without)
-        import math_verify  # noqa: F401
-
-        # It warns in every worker that its time-outs are off, as they should be: they would be a silent "wrong" after 5 seconds.
-        logging.getLogger("math_verify").setLevel(logging.ERROR)
-        return of_first_group(self.pattern, math_score)
-
-    @staticmethod
-    def why_refused(*values: Any) -> str | None:
-        """See AnswerScorer."""
-        reason = why_ungradable(values[0])
-        return reason and f"the answer {quoted(values[0])} {reason}"
 
 
 def math_score(response: str, reference: Mapping[str, Any]) -> float:
