@@ -38,7 +38,7 @@ def key(default: Any, unit: str, sentence: str, *, give: str = "", **constraints
 class Section(BaseModel):
     """Base of all sections: immutable; unknown keys and values that no machine can use are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(defer_build=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod

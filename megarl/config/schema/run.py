@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import ModelWrapValidatorHandler, model_validator
-
 from megarl.config.schema.algorithm import AlgorithmConfig
 from megarl.config.schema.curriculum import CurriculumConfig
 from megarl.config.schema.data import DataConfig, EvaluationConfig, RewardsConfig, SFTConfig
@@ -115,12 +113,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = key(CheckpointConfig, "-", "Checkpoints.")
     observe: ObserveConfig = key(ObserveConfig, "-", "Logging.")
 
-    @model_validator(mode="wrap")
     @classmethod
-    def _of_its_kind(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Any:
-        """Let the class of its kind read it; of a kind that there is not, this class says so."""
-        kind = data.get("kind") if cls is Config and isinstance(data, dict) else None
-        return KINDS[kind].model_validate(data) if isinstance(kind, str) and kind in KINDS else handler(data)
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Let the class of its kind read a run; of a kind that there is not, this class says so."""
+        kind = obj.get("kind") if cls is Config and isinstance(obj, dict) else None
+        of_its_kind: Any = KINDS[kind] if isinstance(kind, str) and kind in KINDS else super()
+        return of_its_kind.model_validate(obj, **options)
 
     @property
     def trains_on_pairs(self) -> bool:
