@@ -33,7 +33,7 @@ def test_logprobs_follow_an_update_tensor_by_tensor(
     model = write_tiny_model(tmp_path / "model", family, **changes)
     weights = load_file(tmp_path / "model" / "model.safetensors")
     # messages may end anywhere, also between tensors that an engine keeps in one
-    monkeypatch.setattr(server_engine, "buckets", lambda tensors: ([tensor] for tensor in tensors))
+    monkeypatch.setattr(server_engine, "in_buckets", lambda tensors: ([tensor] for tensor in tensors))
     engine = make_engine(name, tmp_path)
     with asyncio.Runner() as runner:
         runner.run(engine.start())
