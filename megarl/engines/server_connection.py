@@ -105,7 +105,7 @@ class ServerConnection:
         return problem if self.process is not None else with_fix(problem, self._hint)
 
     def _refusal(self, where: str, status: int, text: str) -> RolloutError:
-        problem = f"{self._who} answered {where} with {status}: {shortened(_message(text), 100)}"
+        problem = f"{self._who} answered {where} with {status}: {shortened(_message(text), 170)}"
         if status in (401, 403) and self.process is None:
             fix = f"name the environment variable with its key as rollout.{self.name.lower()}.api_key_env"
             return RefusedError(with_fix(problem, fix))
