@@ -31,9 +31,9 @@ class StopRequest:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle one of the signals."""
         if os.getpid() == self._launcher:
-            self._announce(number)
-            for one in STOP_SIGNALS:
+            for one in STOP_SIGNALS:  # first, so that a second signal ends the process even while the first is handled
                 signal.signal(one, signal.SIG_DFL)
+            self._announce(number)
             if self._forks_ranks:
                 for rank in multiprocessing.active_children():
                     if rank.pid is not None:

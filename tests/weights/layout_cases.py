@@ -90,15 +90,15 @@ class World:
 WORLDS = {
     "llama": World("llama", 8, DENSE_ON_EIGHT),
     "llama, tied, 3 key-value heads": World("llama", 6, DENSE_ON_SIX, ODD | {"tie_word_embeddings": True}),
-    "mistral": World("mistral", 8, DENSE_ON_EIGHT[::5]),  # its table is Llama's
-    "mistral, tied, 3 key-value heads": World("mistral", 6, DENSE_ON_SIX[::4], ODD | {"tie_word_embeddings": True}),
+    "mistral": World("mistral", 8, DENSE_ON_EIGHT),
+    "mistral, tied, 3 key-value heads": World("mistral", 6, DENSE_ON_SIX, ODD | {"tie_word_embeddings": True}),
     "qwen2, tied": World("qwen2", 8, DENSE_ON_EIGHT),
     "qwen2, 3 key-value heads": World("qwen2", 6, DENSE_ON_SIX, ODD | {"tie_word_embeddings": False}),
     "qwen3": World("qwen3", 8, DENSE_ON_EIGHT),
     "qwen3, tied, 3 key-value heads": World("qwen3", 6, DENSE_ON_SIX, ODD | {"tie_word_embeddings": True}),
-    "phi3": World("phi3", 8, DENSE_ON_EIGHT[::2]),
+    "phi3": World("phi3", 8, DENSE_ON_EIGHT),
     "phi3, tied, 3 key-value heads": World("phi3", 6, DENSE_ON_SIX, ODD | {"tie_word_embeddings": True}),
-    "olmo2": World("olmo2", 8, DENSE_ON_EIGHT[::2]),
+    "olmo2": World("olmo2", 8, DENSE_ON_EIGHT),
     "olmo2, tied, 3 key-value heads": World("olmo2", 6, DENSE_ON_SIX, ODD | {"tie_word_embeddings": True}),
     "qwen3_moe": World("qwen3_moe", 8, EXPERTS_ON_EIGHT, {"num_experts": 8}),
     "qwen3_moe, tied, scores not normalised": World(
