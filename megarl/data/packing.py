@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -234,30 +235,35 @@ def _example(example: SFTExample, group_id: int) -> _Sequence:
 
 
 def _pack(sequences: Sequence[_Sequence]) -> PackedBatch:
-    token_ids: list[int] = []
-    loss_mask: list[bool] = []
-    logprobs: list[float] = []
-    versions: list[int] = []
-    step_rewards: list[float] = []
-    for sequence in sequences:
+    lengths = [len(sequence.prompt) + len(sequence.token_ids) for sequence in sequences]
+    starts = [0, *itertools.accumulate(lengths)]
+    num_tokens = starts[-1]
+    token_ids = numpy.empty(num_tokens, numpy.int64)
+    loss_mask = numpy.zeros(num_tokens, numpy.bool_)
+    logprobs = numpy.zeros(num_tokens, numpy.float32)
+    versions = numpy.full(num_tokens, NO_VERSION, numpy.int64)
+    step_rewards = numpy.full(num_tokens, math.nan, numpy.float32)
+    for start, end, sequence in zip(starts, starts[1:], sequences, strict=False):
         num_prompt, num_response = len(sequence.prompt), len(sequence.token_ids)
         assert num_prompt > 0, "the first token of a sequence is never predicted"
         assert len(sequence.routed_experts) == num_prompt + num_response
         assert {len(sequence.loss_mask), len(sequence.logprobs), len(sequence.weight_versions)} == {num_response}
-        token_ids += [*sequence.prompt, *sequence.token_ids]
-        loss_mask += [False] * num_prompt + [*sequence.loss_mask]
-        trained = list(zip(sequence.loss_mask, sequence.logprobs, sequence.weight_versions, strict=True))
-        logprobs += [0.0] * num_prompt + [logprob if is_trained else 0.0 for is_trained, logprob, _ in trained]
-        versions += [NO_VERSION] * num_prompt + [version if is_trained else NO_VERSION for is_trained, _, version in trained]
-        step_rewards += [math.nan] * num_prompt + [sequence.step_rewards.get(index, math.nan) for index in range(num_response)]
-    lengths = [len(sequence.prompt) + len(sequence.token_ids) for sequence in sequences]
+        response = slice(start + num_prompt, end)
+        trained = numpy.array(sequence.loss_mask, numpy.bool_)
+        token_ids[start : response.start] = sequence.prompt
+        token_ids[response] = sequence.token_ids
+        loss_mask[response] = trained
+        logprobs[response] = numpy.where(trained, sequence.logprobs, 0.0)
+        versions[response] = numpy.where(trained, sequence.weight_versions, NO_VERSION)
+        for index, reward in sequence.step_rewards.items():
+            step_rewards[response][index] = reward
     return PackedBatch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64),
-        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int64),
-        loss_mask=torch.tensor(loss_mask, dtype=torch.bool),
-        sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32),
-        weight_versions=torch.tensor(versions, dtype=torch.int64),
-        step_rewards=torch.tensor(step_rewards, dtype=torch.float32),
+        token_ids=torch.from_numpy(token_ids),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int64),
+        loss_mask=torch.from_numpy(loss_mask),
+        sampler_logprobs=torch.from_numpy(logprobs),
+        weight_versions=torch.from_numpy(versions),
+        step_rewards=torch.from_numpy(step_rewards),
         routed_experts=torch.cat([sequence.routed_experts for sequence in sequences]),
         group_ids=torch.tensor([sequence.group_id for sequence in sequences], dtype=torch.int64),
         task_ids=torch.tensor([sequence.task_id for sequence in sequences], dtype=torch.int64),
