@@ -19,7 +19,7 @@ quickstart: install
 	$(BIN)/python examples/quickstart/run.py
 
 test: install
-	$(BIN)/python -m pytest tests --ignore tests/engines
+	$(BIN)/python -m pytest tests --ignore tests/engines --numprocesses 2 --dist loadfile
 
 # the real engines, each in an environment of its own outside the clone
 engine-sglang engine-vllm: engine-%:

@@ -202,7 +202,7 @@ class CheckpointWriter:
         free = shutil.disk_usage(self._folder).free
         if free < int(sizes):
             raise CheckpointError(
-                f"cannot write {checkpoint}: it needs up to {int(sizes) / 1e9:.2f} GB and {self._folder} has "
+                f"cannot write {checkpoint}: it needs up to {int(sizes) / 1e9:.2f} GB and its disk has "
                 f"{free / 1e9:.2f} GB free; free some space or lower checkpoint.keep"
             )
 

@@ -87,7 +87,8 @@ def assert_every_prompt_is_accounted_for(path: Path, run_dir: Path) -> int:
 
 @pytest.mark.parametrize("on_update", ["continue", "finish"])
 def test_no_token_is_older_than_the_bound(write: Callable[..., Path], tmp_path: Path, on_update: str) -> None:
-    path = write(rollout={"asynchronous": {"max_staleness": 2, "on_update": on_update}}, steps=6)
+    rollout = {"asynchronous": {"max_staleness": 2, "on_update": on_update}, "max_new_tokens": 160}
+    path = write(rollout=rollout, steps=6)
     for attempt in range(4):  # whether an update falls between two tokens of a response is a matter of time
         run_dir, spans = tmp_path / f"run{attempt}", 0
         train(path, run_dir)

@@ -249,8 +249,8 @@ def mounted_as(source: Path, folder: Path) -> Iterator[None]:
 def test_disk_too_small_for_a_checkpoint(workspace: Path, tmp_path: Path, small_disk: Path, capfd: Capture) -> None:
     path = changed(tmp_path, workspace, steps=1, kind="sft", evaluation={}, optimizer={})
     error = refusal(capfd, "train", path, "--nproc", 2, "--run-dir", small_disk / "run")
-    checkpoints = small_disk / "run" / "checkpoints"
-    assert error.startswith(f"error: cannot write {checkpoints / 'step_00000001'}: it needs up to 0.00 GB and {checkpoints} has ")
+    checkpoint = small_disk / "run" / "checkpoints" / "step_00000001"
+    assert error.startswith(f"error: cannot write {checkpoint}: it needs up to 0.00 GB and its disk has 0.00 ")
     assert error.endswith("GB free; free some space or lower checkpoint.keep")
     assert len(error.splitlines()) == 1
 

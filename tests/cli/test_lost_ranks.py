@@ -108,14 +108,14 @@ def only_line(errors: str) -> str:
 def test_a_stopped_rank_is_named_and_ended(workspace: Path, tmp_path: Path) -> None:
     """The command in its own process, which has to end too: a stopped rank neither answers nor sees any signal but SIGKILL."""
     (tmp_path / "model").symlink_to(workspace / "model")
-    path = write_config(tmp_path, distributed_timeout=4.0, **SFT)
+    path = write_config(tmp_path, distributed_timeout=12.0, **SFT)
     driver = Path(__file__).with_name("lost_rank.py")
     command = [sys.executable, driver, "1", "update of step 2", "SIGSTOP", "train", path, "--nproc", "2"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT)
     ended_at = time.time()
     assert done.returncode == 2, done.stderr
-    words = "is stopped (SIGSTOP) in update of step 2: the others waited longer than distributed_timeout 4 s for it; "
+    words = "is stopped (SIGSTOP) in update of step 2: the others waited longer than distributed_timeout 12 s for it; "
     assert re.match(RANK + re.escape(words), only_line(done.stderr)), done.stderr
     assert not processes_naming(tmp_path)
     # step 1 was saved just before; the rest is for what the others say of it, and for a busy machine
-    assert ended_at - (tmp_path / "run" / "checkpoints" / "step_00000001" / "manifest.json").stat().st_mtime < 30.0
+    assert ended_at - (tmp_path / "run" / "checkpoints" / "step_00000001" / "manifest.json").stat().st_mtime < 38.0
