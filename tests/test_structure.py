@@ -47,6 +47,8 @@ PLAIN_DOCSTRINGS = {
     "memory",
     "models",
     "weights",
+    "config",
+    "builtin",
 }
 NO_VERBS = {"Of", "What", "The", "A", "An", "For", "How", "Where", "Which", "Whether", "Why", "In", "On", "At", "As", "All", "Each"}
 

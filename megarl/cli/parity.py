@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -388,7 +387,7 @@ class ParityRun:
         self._run(_add_model_scores, (single, self._batch_file), 1)
         self.reference = self._result(single, "one rank", 1)
 
-    def _run(self, function: Callable[..., None], args: tuple[Any, ...], num_ranks: int) -> None:
+    def _run(self, function: Callable[..., None], args: tuple[object, ...], num_ranks: int) -> None:
         run_local_ranks(function, args, num_ranks, self.config.distributed_timeout)
 
     def _result(self, config: Config, name: str, num_ranks: int) -> LayoutResult:

@@ -134,7 +134,7 @@ def type_in_words(field: FieldInfo) -> str:
 
 
 def _annotation_in_words(annotation: Any) -> str:
-    """See ``type_in_words``."""
+    """Say in words what ``type_in_words`` describes."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         names = [item for item in arguments[1:] if isinstance(item, Name)]

@@ -39,7 +39,7 @@ def read_tokenizer_settings(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: a file is malformed, or a special token is no text.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     file = folder / TOKENIZER_CONFIG
     if file.is_file():
         settings = read_json_object(file)
@@ -53,14 +53,14 @@ def read_tokenizer_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _token_text(value: Any, name: str, file: Path) -> str | None:
+def _token_text(value: object, name: str, file: Path) -> str | None:
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
         raise ConfigError(f"{file}: {name} is {json.dumps(value)[:_REASON_CHARACTERS]}, not a text; correct it")
     return text or None
 
 
-def tokens_of(tokenizer: Mapping[str, Any], file: Path) -> dict[str, int]:
+def tokens_of(tokenizer: Mapping[str, object], file: Path) -> dict[str, int]:
     """Return the ids of all tokens of a tokenizer.json, those of its model and the added ones.
 
     Args:
@@ -79,11 +79,11 @@ def tokens_of(tokenizer: Mapping[str, Any], file: Path) -> dict[str, int]:
     return tokens
 
 
-def _token_entries(tokenizer: Mapping[str, Any], file: Path) -> Iterator[tuple[str, int]]:
+def _token_entries(tokenizer: Mapping[str, object], file: Path) -> Iterator[tuple[str, int]]:
     model, added = tokenizer.get("model"), tokenizer.get("added_tokens") or []
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, list):  # Unigram: pairs of text and score
-        entries: list[tuple[Any, Any]] = [
+        entries: list[tuple[object, object]] = [
             (pair[0] if isinstance(pair, list) and pair else None, i) for i, pair in enumerate(vocabulary)
         ]
     elif isinstance(vocabulary, dict):

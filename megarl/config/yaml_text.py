@@ -131,7 +131,7 @@ def _problem(text: str, where: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
 class Dumper(yaml.SafeDumper):
     """Safe dumper whose texts stay on one line."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         """Write equal values out in full."""
         return True
 
@@ -170,18 +170,18 @@ def problem_of(error: yaml.YAMLError) -> tuple[int | None, str]:
     return None, " ".join(str(error).split())
 
 
-def dump(data: Any) -> str:
+def dump(data: object) -> str:
     """Return block-style YAML, keys in the given order."""
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize)
 
 
-def dump_inline(value: Any) -> str:
+def dump_inline(value: object) -> str:
     """Return one value as YAML on one line, to be written after ``key: ``."""
     text = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize, default_flow_style=True)
     return text.removesuffix("...\n").strip()
 
 
-def merged(below: Any, above: Any) -> Any:
+def merged(below: object, above: object) -> Any:
     """Put the values of ``above`` over those of ``below``, mapping by mapping."""
     if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
         return above

@@ -52,9 +52,9 @@ class ChatRenderer:
     def render(
         self,
         template: str,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         today: date,
-        options: Mapping[str, Any] = MappingProxyType({}),
+        options: Mapping[str, object] = MappingProxyType({}),
         *,
         add_generation_prompt: bool = True,
     ) -> str:
@@ -135,7 +135,7 @@ class ChatTemplate:
         self._check_repeatable()
         self.prefill = self._find_prefill()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], what: str, *, add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[Mapping[str, object]], what: str, *, add_generation_prompt: bool = True) -> str:
         """Return a chat as text, with the beginning of the assistant's next turn unless that is not wanted.
 
         Args:
@@ -222,7 +222,7 @@ def opened_tags(text: str) -> str:
     return "" if found is None else found.group()
 
 
-def _chosen(tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any], advice: str) -> str:
+def _chosen(tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, object], advice: str) -> str:
     """Return the tokenizer's template; of several the one for tools where some are given, else the default."""
     templates = tokenizer.chat_template
     if isinstance(templates, dict):

@@ -40,7 +40,7 @@ class FieldNames:
     answers: str = "answers"
 
 
-def read_document_question(fields: Mapping[str, Any], names: FieldNames, location: str, max_characters: int) -> DocumentQuestion:
+def read_document_question(fields: Mapping[str, object], names: FieldNames, location: str, max_characters: int) -> DocumentQuestion:
     """Read the question of one row.
 
     Args:
@@ -78,7 +78,7 @@ def read_document_question(fields: Mapping[str, Any], names: FieldNames, locatio
     return DocumentQuestion(documents=documents, question=question, answers=tuple(dict.fromkeys(answers)))
 
 
-def _texts(value: Any, location: str) -> tuple[str, ...]:
+def _texts(value: object, location: str) -> tuple[str, ...]:
     """Return a text or list of texts as a tuple; DataError when there is none, or a blank one."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -182,7 +182,7 @@ def _parts(prompt: str) -> tuple[str, str, str]:
     return before, between, after
 
 
-def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> int:
     """Write the rows and return their number; the file appears only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")

@@ -16,7 +16,7 @@ _USUAL_NAMES = {
 }
 
 
-def value_at(fields: Mapping[str, Any], name: str, option: str, location: str) -> Any:
+def value_at(fields: Mapping[str, object], name: str, option: str, location: str) -> Any:
     """Return the value of a field: the one of exactly that name, else the one that its dots lead to (``extra.answers.0``).
 
     Args:
@@ -30,7 +30,7 @@ def value_at(fields: Mapping[str, Any], name: str, option: str, location: str) -
     """
     if name in fields:
         return fields[name]
-    value: Any = fields
+    value: object = fields
     for part in name.split("."):
         if isinstance(value, Mapping) and part in value:
             value = value[part]
@@ -41,7 +41,7 @@ def value_at(fields: Mapping[str, Any], name: str, option: str, location: str) -
     return value
 
 
-def given_text(value: Any, where: str) -> str:
+def given_text(value: object, where: str) -> str:
     """Return an answer as a text; DataError where it is none and no finite number."""
     if isinstance(value, bool):
         raise DataError(f'{where} is a bool ({str(value).lower()}); write the text that a response should give, such as "yes"')
@@ -66,7 +66,7 @@ def checked_text(text: str, where: str) -> str:
     return text
 
 
-def checked_prompt(prompt: Any, where: str) -> str | list[ChatMessage]:
+def checked_prompt(prompt: object, where: str) -> str | list[ChatMessage]:
     """Return a text, or messages with the roles and contents that a chat template needs; DataError for anything else."""
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -81,7 +81,7 @@ def checked_prompt(prompt: Any, where: str) -> str | list[ChatMessage]:
     return [_checked_message(message, f"{where}: message {index}") for index, message in enumerate(prompt)]
 
 
-def response_and_context(value: Any, where: str) -> tuple[str, list[ChatMessage] | None]:
+def response_and_context(value: object, where: str) -> tuple[str, list[ChatMessage] | None]:
     """Return a response, and the messages before it where it is the last one of a chat; None for a text alone."""
     if not isinstance(value, list) or not any(isinstance(message, Mapping) for message in value):
         if not isinstance(value, str):
@@ -98,7 +98,7 @@ def response_and_context(value: Any, where: str) -> tuple[str, list[ChatMessage]
     return last["content"], messages[:-1]
 
 
-def _checked_message(message: Any, where: str) -> ChatMessage:
+def _checked_message(message: object, where: str) -> ChatMessage:
     if not isinstance(message, Mapping):
         raise DataError(f"{where} is a {type(message).__name__}; it must be an object with the strings 'role' and 'content'")
     # Parquet gives every message all keys that any has
@@ -125,7 +125,7 @@ def _text_of_parts(parts: Sequence[Any], where: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _has(fields: Mapping[str, Any]) -> str:
+def _has(fields: Mapping[str, object]) -> str:
     return f"it has: {listed([quoted(str(name), 30).strip(chr(39)) for name in fields], 8)}" if fields else "it has none"
 
 
@@ -140,7 +140,7 @@ def _example(fields: Mapping[str, Any], name: str) -> str:
     return f", e.g. to {found[0]}" if found else ""
 
 
-def _paths(fields: Mapping[str, Any], before: str) -> list[str]:
+def _paths(fields: Mapping[str, object], before: str) -> list[str]:
     paths = []
     for name, value in list(fields.items())[:50]:
         paths.append(f"{before}{name}")
@@ -151,5 +151,5 @@ def _paths(fields: Mapping[str, Any], before: str) -> list[str]:
     return paths
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return f" ({quoted(value, 40)})" if isinstance(value, int | float | str | list) else ""

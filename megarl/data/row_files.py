@@ -145,7 +145,7 @@ def _parse(text: str, location: str, advice: str) -> Any:
         raise DataError(f"{location}: a number has thousands of digits; write it as a string or leave the row out") from None
 
 
-def _object(pairs: list[tuple[str, Any]], location: str) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]], location: str) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
@@ -154,13 +154,13 @@ def _object(pairs: list[tuple[str, Any]], location: str) -> dict[str, Any]:
     return value
 
 
-def _checked(value: Any, location: str) -> dict[str, Any]:
+def _checked(value: object, location: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{location}: a {type(value).__name__}, not a JSON object; write one object a line")
     return value
 
 
-def _refuse_surrogates(value: Any, location: str, path: str = "") -> None:
+def _refuse_surrogates(value: object, location: str, path: str = "") -> None:
     """Refuse a row with half of a character in a string, which no file and no tokenizer could hold."""
     if isinstance(value, str):
         refuse_surrogate(value, f"{location}: field '{path}'")

@@ -126,7 +126,7 @@ def measure_of(config: Config, tokenizer: "PreTrainedTokenizerBase", form: Rows)
     return measures[form]
 
 
-def naming_row(row: Row, function: Callable[..., Any], *arguments: Any) -> Any:
+def naming_row(row: Row, function: Callable[..., object], *arguments: object) -> Any:
     """Call the function and return its answer; whatever it raises is a DataError that names the row by its place."""
     try:
         return function(*arguments)

@@ -74,7 +74,7 @@ def number_at(row: Row, field: str, option: str) -> float:
     Raises:
         DataError: there is no such field, or no finite number in it.
     """
-    value: Any = row.reference
+    value: object = row.reference
     for depth, name in enumerate(names := field.split(".")):
         if not isinstance(value, Mapping) or name not in value:
             has = f"it has: {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"there is a {type(value).__name__}"
@@ -96,7 +96,7 @@ def _read_file(source: JsonlSource | DatasetsSource, task: str, *, in_pairs: boo
     return [make(fields, source, task, index, location) for index, (location, fields) in objects]
 
 
-def _row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: str, index: int, location: str) -> Row:
+def _row(fields: Mapping[str, object], source: JsonlSource | DatasetsSource, task: str, index: int, location: str) -> Row:
     prompt = value_at(fields, source.prompt_field, "prompt_field", location)
     if source.answer_field == source.prompt_field:
         where = f"{location}: field '{source.prompt_field}'"
@@ -120,7 +120,7 @@ def _row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: 
     )
 
 
-def _pair_row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, task: str, index: int, location: str) -> Row:
+def _pair_row(fields: Mapping[str, object], source: JsonlSource | DatasetsSource, task: str, index: int, location: str) -> Row:
     responses, contexts = [], []
     for option, name in (("chosen_field", source.chosen_field), ("rejected_field", source.rejected_field)):
         where = f"{location}: field '{name}'"
@@ -150,7 +150,7 @@ def _pair_row(fields: Mapping[str, Any], source: JsonlSource | DatasetsSource, t
 
 
 def _pair_prompt(
-    fields: Mapping[str, Any],
+    fields: Mapping[str, object],
     source: JsonlSource | DatasetsSource,
     contexts: Sequence[list[ChatMessage] | None],
     location: str,

@@ -32,7 +32,7 @@ class _Generation(jinja2.ext.Extension):
 def build_renderer(argument: None) -> Callable[[tuple[str, Mapping[str, Any], str]], str]:
     """Return the function that answers requests ``(template, variables, today's date)`` with the text."""
 
-    def render(request: tuple[str, Mapping[str, Any], str]) -> str:
+    def render(request: tuple[str, Mapping[str, object], str]) -> str:
         template, variables, today = request
         # the clock of templates stands still: a resumed run must read the prompts that the interrupted one read
         text = _compiled(template).render(strftime_now=datetime.fromisoformat(today).strftime, **variables)

@@ -85,7 +85,7 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _from_tokenizer_json(path: Path, settings: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
+def _from_tokenizer_json(path: Path, settings: Mapping[str, object]) -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast  # here, because it takes seconds
 
     file = path / TOKENIZER
@@ -116,7 +116,7 @@ def _read_backend(file: Path) -> "Tokenizer":
     return backend
 
 
-def _check_added_tokens(settings: Mapping[str, Any], tokens: Mapping[str, int], path: Path) -> None:
+def _check_added_tokens(settings: Mapping[str, object], tokens: Mapping[str, int], path: Path) -> None:
     """Check that tokenizer_config.json adds no token to tokenizer.json's, but one for padding, and gives none another id."""
     added = settings.get("added_tokens_decoder") or {}
     file = path / TOKENIZER_CONFIG

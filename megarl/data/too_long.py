@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy
 
@@ -70,7 +70,7 @@ def cut_in_the_middle(prompt: Prompt, max_tokens: int, tokenizer: "PreTrainedTok
     if len(prompt.token_ids) <= max_tokens:
         return prompt
     token_ids = without_middle(prompt.token_ids, max_tokens)
-    decoded: Any = tokenizer.decode(token_ids)
+    decoded: object = tokenizer.decode(token_ids)
     return replace(prompt, token_ids=token_ids, text=str(decoded))
 
 

@@ -15,7 +15,7 @@ from megarl.errors import RolloutError
 class _WithoutCopies(TorchFunctionMode):
     """``contiguous`` gives back the tensor itself."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         return args[0] if func is Tensor.contiguous else func(*args, **(kwargs or {}))
 
 

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megarl.config.schema import EngineServerConfig
 from megarl.engines.environment import default_python
@@ -32,7 +31,7 @@ def server_python(engine: str, settings: EngineServerConfig) -> str:
     return str(python)
 
 
-def flags(arguments: dict[str, Any], *, negated: bool) -> Iterator[str]:
+def flags(arguments: dict[str, object], *, negated: bool) -> Iterator[str]:
     """Return engine arguments as command-line flags; False is left out, or written ``--no-…`` when ``negated``."""
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"

@@ -59,7 +59,7 @@ class WeightSender:
         """Tell the workers that the rest will not come."""
         self._send_header({"kind": "abort", "reason": reason})
 
-    def _send_header(self, header: dict[str, Any]) -> None:
+    def _send_header(self, header: dict[str, object]) -> None:
         encoded = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
         self._broadcast(torch.tensor([encoded.numel()]))
         self._broadcast(encoded)

@@ -22,7 +22,7 @@ class EnvironmentFailure(Exception):
 class Environments(Protocol):
     """All episodes' environments; a state is one episode's, and only ``step`` reads it."""
 
-    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[object, Observation]:
+    async def reset(self, prompt: str, reference: Mapping[str, object], seed: int) -> tuple[object, Observation]:
         """Begin an episode and return its state and first observation. Raises EnvironmentFailure."""
 
     async def step(self, state: object, response: str) -> tuple[object, Step]:
@@ -64,7 +64,7 @@ class ProcessEnvironments:
             modules=[] if config.user_module is None else [config.user_module],
         )
 
-    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[object, Observation]:
+    async def reset(self, prompt: str, reference: Mapping[str, object], seed: int) -> tuple[object, Observation]:
         """See Environments."""
         return await self._ask(checked_observation, "reset", prompt, dict(reference), seed)
 
@@ -102,7 +102,7 @@ class LocalEnvironments:
         self._build = build
         self._timeout = timeout
 
-    async def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> tuple[object, Observation]:
+    async def reset(self, prompt: str, reference: Mapping[str, object], seed: int) -> tuple[object, Observation]:
         """See Environments."""
 
         async def reset() -> tuple[Environment, Observation]:

@@ -33,7 +33,7 @@ def family_of(model_type: str) -> Family:
     return family
 
 
-def read_architecture(path: Path, rope_scaling: Mapping[str, Any] | None = None) -> Architecture:
+def read_architecture(path: Path, rope_scaling: Mapping[str, object] | None = None) -> Architecture:
     """Read ``path/config.json`` as its family does.
 
     Args:

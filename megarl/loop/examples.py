@@ -19,7 +19,7 @@ class ResumableSource(Protocol[Example]):
     def state(self) -> dict[str, Any]:
         """Return the position as JSON values."""
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, object]) -> None:
         """Go on from ``state()``."""
 
 

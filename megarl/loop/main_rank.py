@@ -24,7 +24,7 @@ def broadcast_batch(batch: Batch | None, kind: type[Batch]) -> Batch:
     given = [(field.name, getattr(batch, field.name, None)) for field in fields(kind)]
     layout: list[Any] = [[(name, value.dtype, value.shape) for name, value in given if value is not None]]
     dist.broadcast_object_list(layout, src=0)
-    tensors: dict[str, Any] = {field.name: None for field in fields(kind)}
+    tensors: dict[str, object] = {field.name: None for field in fields(kind)}
     for name, dtype, shape in layout[0]:
         tensor = torch.empty(shape, dtype=dtype) if batch is None else getattr(batch, name).contiguous()
         # neither gloo nor NCCL knows int16

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -208,7 +208,7 @@ class BackgroundLoop:
         self._thread = Thread(target=self._serve, daemon=True, name=BACKGROUND_THREAD)
         self._thread.start()
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def run(self, coroutine: Coroutine[object, object, T]) -> T:
         """Run it to its end while the calling thread waits; its exception is raised here."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:

@@ -151,11 +151,11 @@ def _edits(key: str, values: list[Any]) -> Iterator[_Edit]:
     return (_Edit(f"{key}={str(value).lower()}", _setter(key, value)) for value in values)
 
 
-def _setter(key: str, value: Any) -> Callable[[_Run], _Run]:
+def _setter(key: str, value: object) -> Callable[[_Run], _Run]:
     return lambda run: replace(run, config=cast(Config, _changed(run.config, key.split("."), value)))
 
 
-def _changed(section: Section, path: list[str], value: Any) -> Section:
+def _changed(section: Section, path: list[str], value: object) -> Section:
     inner = value if len(path) == 1 else _changed(getattr(section, path[0]), path[1:], value)
     return section.model_copy(update={path[0]: inner})
 

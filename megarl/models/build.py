@@ -41,7 +41,7 @@ class ConstantBiasRouter(TopKRouter):
 
     expert_bias: torch.Tensor
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         del self.expert_bias  # None, as the config leaves the moving bias off
         self.register_buffer("expert_bias", torch.zeros(self.config.num_moe_experts, dtype=torch.float32))
@@ -80,7 +80,7 @@ def _norm(with_transformer_engine: bool) -> type:
 
 
 def _layer_spec(architecture: Architecture, with_transformer_engine: bool, core_attention: type, is_moe: bool) -> ModuleSpec:
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         "num_experts": architecture.num_experts if is_moe else None,
         "qk_layernorm": architecture.qk_norm == "head",
         "multi_latent_attention": architecture.mla is not None,
@@ -117,11 +117,11 @@ def _normalise_outputs(spec: ModuleSpec, with_transformer_engine: bool) -> None:
 class CausalLM(GPTModel):
     """A GPTModel whose last stage returns hidden states: logits are made later, for response tokens only, in chunks."""
 
-    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return hidden_states
 
     def tie_embeddings_and_output_weights_state_dict(
-        self, sharded_state_dict: Any, output_layer_weight_key: str, first_stage_word_emb_key: str, metadata: Any = None
+        self, sharded_state_dict: Any, output_layer_weight_key: str, first_stage_word_emb_key: str, metadata: object = None
     ) -> None:
         """Save the last stage's copy of tied embeddings as a replica of the first's (upstream reads a global group here)."""
         if not self.post_process or self.pre_process:
@@ -145,7 +145,7 @@ class CausalLM(GPTModel):
 class ValueModel(CausalLM):
     """A GPTModel whose last stage has a value head in the place of the output layer: one number for each token."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, **arguments: object) -> None:
         super().__init__(**arguments)
         if self.post_process:
             # under the output layer's name, which megatron-core looks for when it saves

@@ -1,7 +1,5 @@
 """Multi-head latent attention with process groups and rotary frequencies of our own."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -32,7 +30,7 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
 
     attention_factor = 1.0
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, float]:
         """Return [positions, 1, 1, rotary dim] and the factor."""
         return super().forward(*args, **kwargs), self.attention_factor
 
@@ -46,7 +44,7 @@ class LatentAttentionModule(MLASelfAttention):
     """
 
     def __init__(
-        self, config: MLATransformerConfig, submodules: MLASelfAttentionSubmodules, layer_number: int, **kwargs: Any
+        self, config: MLATransformerConfig, submodules: MLASelfAttentionSubmodules, layer_number: int, **kwargs: object
     ) -> None:
         # past MLASelfAttention.__init__, which only builds the projections
         super(MLASelfAttention, self).__init__(config, submodules, layer_number, attention_type="self", **kwargs)
@@ -64,7 +62,7 @@ class LatentAttentionModule(MLASelfAttention):
         key_value = num_heads * (config.qk_head_dim + config.v_head_dim)
         self.linear_kv_up_proj = self._column(submodules.linear_kv_up_proj, config.kv_lora_rank, key_value)
 
-    def _column(self, spec: Any, input_size: int, output_size: int) -> torch.nn.Module:
+    def _column(self, spec: object, input_size: int, output_size: int) -> torch.nn.Module:
         return build_module(
             spec,
             input_size,
@@ -78,5 +76,5 @@ class LatentAttentionModule(MLASelfAttention):
             tp_group=self.pg_collection.tp,
         )
 
-    def _norm(self, spec: Any, size: int) -> torch.nn.Module:
+    def _norm(self, spec: object, size: int) -> torch.nn.Module:
         return build_module(spec, hidden_size=size, config=self.config, eps=LATENT_NORM_EPSILON)

@@ -42,12 +42,12 @@ class AllHeadsNorm(torch.nn.Module):
         return (self.weight * (values * torch.rsqrt(mean + self._epsilon))).to(heads.dtype).view(heads.shape)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, object] | None = None
     ) -> dict[str, Any]:
         """Describe the weight, cut along its only dimension, for megatron-core's checkpoints."""
         state = self.state_dict(prefix="", keep_vars=True)
         dp_cp_group = (metadata or {})["dp_cp_group"]
-        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        sharded: dict[str, object] = make_sharded_tensors_for_checkpoint(
             state, prefix, {"weight": 0}, sharded_offsets, tp_group=self._tp_group, dp_cp_group=dp_cp_group
         )
         return sharded
@@ -56,7 +56,9 @@ class AllHeadsNorm(torch.nn.Module):
 class AllHeadsNormAttention(SelfAttention):
     """megatron-core's SelfAttention with the norms over all heads, of queries and of keys, in the place of those over each."""
 
-    def __init__(self, config: TransformerConfig, submodules: SelfAttentionSubmodules, layer_number: int, **options: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: SelfAttentionSubmodules, layer_number: int, **options: object
+    ) -> None:
         super().__init__(config, submodules, layer_number, **options)
         width, tp_group = self.hidden_size_per_attention_head, self.pg_collection.tp
         self.q_layernorm = AllHeadsNorm(self.num_attention_heads_per_partition * width, config, tp_group)
@@ -70,7 +72,7 @@ class OutputNormLayer(TransformerLayer):
         norm: class of the norms, local or Transformer Engine's.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *, norm: type, **options: Any) -> None:
+    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *, norm: type, **options: object) -> None:
         super().__init__(config, submodules, **options)
         sizes = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         self.post_attention_layernorm = norm(**sizes)
@@ -83,7 +85,7 @@ class OutputNormLayer(TransformerLayer):
         *,
         rotary_pos_emb: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-        **unused: Any,
+        **unused: object,
     ) -> tuple[Tensor, None]:
         """Compute [tokens, batch, hidden size] from the same; megatron-core's layers return a context too.
 

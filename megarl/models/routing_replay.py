@@ -60,6 +60,8 @@ def replay_routing(chunks: list[CausalLM], architecture: Architecture) -> None:
                 layer.register_forward_pre_hook(partial(_take_experts, replay, moe_layer), with_kwargs=True)
 
 
-def _take_experts(replay: ExpertReplay, moe_layer: int, layer: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _take_experts(
+    replay: ExpertReplay, moe_layer: int, layer: object, arguments: tuple[object, ...], options: dict[str, Any]
+) -> None:
     routed_experts = options["packed_seq_params"].routed_experts
     replay.experts = None if routed_experts is None else routed_experts[:, moe_layer]

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megarl.config.schema import Config
 from megarl.errors import ConfigError
@@ -57,7 +56,7 @@ def _has_other_attention(model: Path) -> bool:
     return (model / CONFIG).is_file() and bool(read_config_json(model).values.get(NOT_COMPUTED))
 
 
-def scaled_folder(folder: Path, scaling: Mapping[str, Any] | None) -> Path:
+def scaled_folder(folder: Path, scaling: Mapping[str, object] | None) -> Path:
     """Return where ``with_scaled_model`` puts the model: a name of the scaling's type and digest, the same for 4 and 4.0."""
     if scaling is None:
         return folder / "models" / "full_attention"
@@ -65,7 +64,7 @@ def scaled_folder(folder: Path, scaling: Mapping[str, Any] | None) -> Path:
     return folder / "models" / f"{scaling['rope_type']}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _write(source: Path, scaling: Mapping[str, Any] | None, output: Path) -> None:
+def _write(source: Path, scaling: Mapping[str, object] | None, output: Path) -> None:
     """Make the folder, which appears under its name only when it is whole; one that is as it should be is left alone."""
     used = {name: value for name, value in read_config_json(source).values.items() if name != NOT_COMPUTED}
     text = json.dumps(used if scaling is None else scaled_values(used, scaling), indent=2) + "\n"

@@ -147,7 +147,7 @@ class PackedAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        attn_mask_type: Any = None,
+        attn_mask_type: object = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
@@ -178,7 +178,7 @@ class PackedAttention(MegatronModule):
             out = self._gather_keys(query, key, value, lengths)
         return out.reshape(out.size(0), -1)
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict[str, Any]:
         """Save nothing; upstream's default asks for a global process group."""
         return {}
 

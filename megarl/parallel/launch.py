@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -167,7 +166,7 @@ def _run_rank(
     timeout_seconds: float,
     crash_folder: Path | None,
     function: Callable[..., None],
-    args: tuple[Any, ...],
+    args: tuple[object, ...],
 ) -> None:
     end_with_parent_in_forks()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
@@ -216,7 +215,7 @@ def _watched(store: dist.TCPStore, rank: int, world_size: int, crash_folder: Pat
 
 def run_ranks(
     function: Callable[..., None],
-    args: tuple[Any, ...],
+    args: tuple[object, ...],
     launched: LaunchedRank | None,
     num_ranks: int,
     timeout_seconds: float,
@@ -275,7 +274,7 @@ def _end_openmp_threads() -> None:
 
 def run_local_ranks(
     function: Callable[..., None],
-    args: tuple[Any, ...],
+    args: tuple[object, ...],
     num_ranks: int,
     timeout_seconds: float,
     crash_folder: Path | None = None,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def _reduce(tensor: Tensor, operation: Any, group: dist.ProcessGroup | None) -> None:
+def _reduce(tensor: Tensor, operation: object, group: dist.ProcessGroup | None) -> None:
     if group is not None and group.size() > 1:
         dist.all_reduce(tensor, op=operation, group=group)
 

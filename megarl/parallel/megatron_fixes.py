@@ -39,7 +39,7 @@ def _keep_bucket_padding() -> None:
     """
     original = DistributedOptimizer.get_parameter_state_dp_zero
 
-    def get_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_state(self: Any, *args: object, **kwargs: object) -> Any:
         state = original(self, *args, **kwargs)
         for index, buffer in enumerate(self.buffers):
             for tensors in (state or {}).get(index, {}).values():

@@ -26,7 +26,7 @@ class TransformerEngineAttention(TEDotProductAttention):
             self.set_context_parallel_group(groups.hcp, ranks, TEDotProductAttention.cp_stream, config.cp_comm_type)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attn_mask_type: Any, **options: Any
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attn_mask_type: object, **options: object
     ) -> Tensor:
         """Attend to packed sequences; the boundaries of the packing go to the GPU, where this implementation reads them."""
         packing: PackedSeqParams = options.pop("packed_seq_params")

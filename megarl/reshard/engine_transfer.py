@@ -177,7 +177,7 @@ class EngineTransfer:
     def _name(self, rank: int) -> str:
         return f"rank {rank}" if rank < self.first_worker else f"worker {rank - self.first_worker} of the engine"
 
-    def _send_receive_plans(self, receive_plan_of: Callable[[int], dict[str, Any]]) -> None:
+    def _send_receive_plans(self, receive_plan_of: Callable[[int], dict[str, object]]) -> None:
         """Tell every worker what it will get."""
         if self._rank == 0:
             for worker in range(self.first_worker, self.world_size):

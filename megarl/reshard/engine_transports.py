@@ -183,7 +183,7 @@ class SharedBuffer:
 
     def handle(self) -> bytes:
         """Return what one other process opens the buffer with, once: CUDA counts a reader for every handle made."""
-        described: dict[str, Any]
+        described: dict[str, object]
         if self._file is not None:
             described = {"path": f"/proc/{os.getpid()}/fd/{self._file}", "bytes": self.data.numel()}
         else:

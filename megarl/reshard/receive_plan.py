@@ -35,7 +35,7 @@ def receive_plan(
     shapes = dict(zip(plan.destination.parameters, plan.destination.shapes, strict=True))
     numbers: dict[str, int] = {}
     parameters: list[list[Any]] = []
-    buckets: list[list[dict[str, Any]]] = []
+    buckets: list[list[dict[str, object]]] = []
     for bucket in _packed_messages(plan, worker, locations, transport):
         packed_messages = []
         for holder, packed in bucket:

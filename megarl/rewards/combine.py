@@ -213,7 +213,7 @@ def _with_keys(scorers: Sequence[BaseScorer], prefix: str) -> list[_TaskScorer]:
     return [_TaskScorer(key=prefix + scorer.log_name, section=scorer) for scorer in scorers]
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
+def _is_async(function: Callable[..., object]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import aiohttp
 
@@ -92,7 +91,7 @@ class Judge:
             "max_tokens": self.config.max_tokens,
         }
 
-    async def _request(self, body: Mapping[str, Any]) -> str:
+    async def _request(self, body: Mapping[str, object]) -> str:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=self.config.timeout)
             connector = aiohttp.TCPConnector(limit=0)

@@ -1,7 +1,6 @@
 """Scorers in worker processes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from megarl.builtin.scorers import WorkerScorer
 from megarl.builtin.scorers.document_qa import RuleScore
@@ -53,7 +52,7 @@ class WorkerPool:
         return self._processes.take_num_replaced()
 
     async def score(
-        self, name: str, response: str | Sequence[str], reference: Mapping[str, Any], timeout: float
+        self, name: str, response: str | Sequence[str], reference: Mapping[str, object], timeout: float
     ) -> Score | RuleScore:
         """Return the score of the scorer of that name: a number, a list of them for steps, or a RuleScore of type document_qa.
 

@@ -1,7 +1,6 @@
 """What is found out before the first response is made: whether answers can be compared with, and scored without harm."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from megarl.builtin.scorers import AnswerScorer, ReasoningGymScorer, ScorerConfig
 from megarl.builtin.scorers.reasoning_gym import READING_TASKS
@@ -14,7 +13,7 @@ from megarl.workers.sandbox import find_sandbox
 _COMPARING = {name: section for name, section in sections_of(ScorerConfig).items() if issubclass(section, AnswerScorer)}
 
 
-def compared_with(scorer: AnswerScorer, reference: Mapping[str, Any]) -> list[object]:
+def compared_with(scorer: AnswerScorer, reference: Mapping[str, object]) -> list[object]:
     """Return the scorer's type and what it looks at, as JSON values; equal ones need one check."""
     return [scorer.type, *scorer.compared_with(reference)]
 

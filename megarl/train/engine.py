@@ -201,7 +201,7 @@ class TrainingEngine:
         chunk = model.module if isinstance(model, DistributedDataParallel) else model
         return hidden, partial(loss_of, micro_batch, chunk)
 
-    def _sum_over_replicas(self, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
+    def _sum_over_replicas(self, values: Tensor, operation: object = dist.ReduceOp.SUM) -> None:
         """Reduce over data and context parallel ranks of the last stage, then give the result to every stage."""
         groups = self.layout.groups
         if self.layout.is_last_stage:

@@ -129,7 +129,7 @@ class EngineOptimizer:
                 f"{self._config.max_skipped_steps}; lower the learning rate or look at the last rollouts"
             )
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, object]) -> None:
         """Take over Adam's state; its settings, which checkpoints hold too, stay those of this run."""
         self.megatron.load_state_dict(state)
         for group, settings in zip(self.megatron.param_groups, self._settings, strict=True):

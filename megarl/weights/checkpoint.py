@@ -131,7 +131,7 @@ def read_data_state(checkpoint: Path, state: RunState) -> DataState:
     return DataState(position=state.data, pending=pending)
 
 
-def load_policy(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
+def load_policy(checkpoint: Path, sharded_state: dict[str, object]) -> dict[str, Any]:
     """Fill a sharded state dict from a checkpoint of any layout; no file of it is executed.
 
     Raises:
@@ -157,7 +157,7 @@ class CheckpointWriter:
         self._queue = AsyncCallsQueue() if asynchronous else None
         start_result_queue()
 
-    def save(self, sharded_state: dict[str, Any], state: RunState, pending: dict[str, Any] | None = None) -> None:
+    def save(self, sharded_state: dict[str, object], state: RunState, pending: dict[str, object] | None = None) -> None:
         """Save one checkpoint; collective. ``pending``: of DataState, on rank 0.
 
         Raises:
@@ -194,7 +194,7 @@ class CheckpointWriter:
             self.poll(blocking=True)
             self._queue.close()
 
-    def _check_space(self, checkpoint: Path, sharded_state: dict[str, Any]) -> None:
+    def _check_space(self, checkpoint: Path, sharded_state: dict[str, object]) -> None:
         """Compare what all ranks are about to write with the free space, so that nothing is half written on a full disk."""
         sizes = torch.tensor([_tensor_bytes(sharded_state)], dtype=torch.int64)
         dist.all_reduce(sizes)

@@ -71,7 +71,7 @@ class _RecordUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _enum_member(enum: Any, name: str) -> Enum:
+def _enum_member(enum: object, name: str) -> Enum:
     """Allow what metadata may use getattr for: Python 3.11.0 to 3.11.3 write members of enums with it."""
     if not (isinstance(enum, EnumType) and name in enum.__members__):
         raise pickle.UnpicklingError(f"it asks for the attribute {name} of {enum!r}, which no checkpoint metadata needs")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -92,7 +91,7 @@ def _damage(path: Path, expected: FileDigest) -> str:
     return f"{path} is damaged: its bytes do not have the digest that the manifest says"
 
 
-def write_and_digest(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+def write_and_digest(write: Callable[..., None], folder: Path, rank: int, *args: object, **kwargs: object) -> None:
     """Have megatron-core write a rank's files, then take their digests while their pages are still in memory.
 
     Args:

@@ -142,7 +142,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     )
 
 
-def write_manifest(checkpoint: Path, manifest: Manifest, state: dict[str, Any]) -> None:
+def write_manifest(checkpoint: Path, manifest: Manifest, state: dict[str, object]) -> None:
     """Write it as the last file of a checkpoint whose others are on the disk.
 
     Args:

@@ -29,7 +29,7 @@ EXTRA_STATE = "._extra_state"  # Transformer Engine's, of 8-bit training, and a 
 
 
 @torch.no_grad()
-def load_sharded_state(folder: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
+def load_sharded_state(folder: Path, sharded_state: dict[str, object]) -> dict[str, Any]:
     """Load the values of a sharded state dict; tensors that it has are filled in place.
 
     Modules' extra state is not read: it holds scales of 8-bit training, which MegaRL does not do, as a pickle.
@@ -47,7 +47,7 @@ def load_sharded_state(folder: Path, sharded_state: dict[str, Any]) -> dict[str,
     state = checkpoint.common_state()
     merge(state, fixed)
     merge(state, dict_list_map_inplace(lambda item: _value(checkpoint, item), sharded))
-    filled: dict[str, Any] = apply_factory_merges(state, factories)
+    filled: dict[str, object] = apply_factory_merges(state, factories)
     return filled
 
 

@@ -19,7 +19,7 @@ from megarl.errors import MegaRLError, one_line
 _BOOTSTRAP = "import sys; sys.path[:] = {path!r}; from megarl.workers.batches import serve; serve()"
 
 
-def in_processes(build: str, argument: Any, batches: Sequence[Any], report: Callable[[int], None]) -> list[Any]:
+def in_processes(build: str, argument: object, batches: Sequence[object], report: Callable[[int], None]) -> list[Any]:
     """Answer each batch, in their order, with as many processes as this one may use cores, up to 16.
 
     Args:
@@ -32,7 +32,7 @@ def in_processes(build: str, argument: Any, batches: Sequence[Any], report: Call
         MegaRLError: a process could not answer, or ended.
     """
     num_processes = min(len(os.sched_getaffinity(0)), 16, len(batches))
-    answers: list[Any] = [None] * len(batches)
+    answers: list[object] = [None] * len(batches)
     numbers = iter(range(len(batches)))
     lock = threading.Lock()
     num_answered = 0
@@ -66,14 +66,14 @@ def serve() -> None:
     """Be such a process: build the function of the first line of stdin, and answer each line after it, until stdin ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed must not get among the answers
-    function: Callable[[Any], Any] | None = None
+    function: Callable[[object], object] | None = None
     for line in sys.stdin.buffer:
         try:
             request = json.loads(line)
             if function is None:
                 module, _, name = request["build"].partition(":")
                 function = getattr(importlib.import_module(module), name)(request["argument"])
-                answer: dict[str, Any] = {"answer": None}
+                answer: dict[str, object] = {"answer": None}
             else:
                 answer = {"answer": function(request)}
         except Exception as error:  # whatever it is belongs to the parent, which names what was asked
@@ -88,7 +88,7 @@ def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
-def _ask(process: subprocess.Popen[bytes], request: Any) -> Any:
+def _ask(process: subprocess.Popen[bytes], request: object) -> Any:
     stdin, stdout = process.stdin, process.stdout
     assert stdin is not None and stdout is not None
     _send(stdin, request)
@@ -101,7 +101,7 @@ def _ask(process: subprocess.Popen[bytes], request: Any) -> Any:
     return answer["answer"]
 
 
-def _send(stdin: IO[bytes], request: Any) -> None:
+def _send(stdin: IO[bytes], request: object) -> None:
     try:
         stdin.write(json.dumps(request).encode() + b"\n")
         stdin.flush()

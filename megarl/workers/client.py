@@ -24,7 +24,7 @@ class CallTimeout(Exception):
 class Client:
     """Asks one worker, which is started when it is first needed and again after it was killed or this process was forked."""
 
-    def __init__(self, build: str, argument: Any, sandbox: SandboxConfig) -> None:
+    def __init__(self, build: str, argument: object, sandbox: SandboxConfig) -> None:
         """Take ``build`` and ``argument`` as ProcessPool does."""
         self._build = build
         self._argument = argument
@@ -33,7 +33,7 @@ class Client:
         self._owner = 0  # the process that started the worker
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
-    def ask(self, request: Any, timeout: float) -> Any:
+    def ask(self, request: object, timeout: float) -> Any:
         """Return the answer to a request, a JSON value.
 
         Raises:
@@ -52,7 +52,7 @@ class Client:
             self._finalizer()
         self._worker = None
 
-    def _ask_once(self, request: Any, timeout: float) -> Any:
+    def _ask_once(self, request: object, timeout: float) -> Any:
         answered = False
         try:
             if self._worker is None or self._owner != os.getpid():
@@ -86,7 +86,7 @@ class Client:
             self.close()
             raise
 
-    def _exchange(self, request: Any, timeout: float) -> Any:
+    def _exchange(self, request: object, timeout: float) -> Any:
         worker = self._worker
         assert worker is not None and worker.stdin is not None and worker.stdout is not None
         deadline = time.monotonic() + timeout

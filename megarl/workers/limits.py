@@ -117,7 +117,7 @@ def _prctl(option: int, *arguments: object) -> None:
         raise OSError(error, f"prctl {option}: {os.strerror(error)}")
 
 
-def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
+def isolated(function: Callable[..., object], *arguments: object) -> Any:
     """Call the function in a fork of this process that can start no other, and return its answer, a JSON value.
 
     Whatever the call changes is gone after it, so that one response cannot change the score of the next. The worker's own files are
@@ -152,7 +152,7 @@ def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
     return answer
 
 
-def _answer_and_exit(writer: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _answer_and_exit(writer: int, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
     try:
         os.closerange(3, writer)
         os.closerange(writer + 1, MAX_FILES)

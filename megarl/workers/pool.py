@@ -34,7 +34,7 @@ class ProcessPool:
     def __init__(
         self,
         build: str,
-        argument: Any,
+        argument: object,
         num_workers: int,
         *,
         kind: str,
@@ -74,7 +74,7 @@ class ProcessPool:
         )
         self._num_replaced = 0
 
-    async def ask(self, request: Any, timeout: float, late: str) -> Any:
+    async def ask(self, request: object, timeout: float, late: str) -> Any:
         """Return the answer to a request, a JSON value; ``timeout`` seconds count from when a worker takes it.
 
         A worker that ends before it has answered is replaced and the new one asked, ``ATTEMPTS`` times in all.
@@ -115,7 +115,7 @@ class ProcessPool:
         await asyncio.gather(*(self._kill(worker) for worker in list(self._alive)))
         self._watch.close()
 
-    async def _ask_once(self, request: Any, timeout: float, late: str) -> Any:
+    async def _ask_once(self, request: object, timeout: float, late: str) -> Any:
         worker = self._idle.pop() if self._idle else await self._start()
         reusable = False
         reason = ""

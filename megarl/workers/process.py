@@ -64,7 +64,7 @@ class WorkerProcess:
         """Of the process that was started, which is the sandbox's where there is one."""
         return self._process.pid
 
-    async def ask(self, request: Any) -> Any:
+    async def ask(self, request: object) -> Any:
         """Send a request and wait for the answer.
 
         Raises:

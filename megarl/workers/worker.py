@@ -29,7 +29,7 @@ def pack_request(token: str, value: object) -> bytes:
     return _frame(pickle.dumps((token, value)))
 
 
-def main(build: Callable[[Any], AnswerFunction], *, memory: int, processes: int, is_apart: bool) -> None:
+def main(build: Callable[[object], AnswerFunction], *, memory: int, processes: int, is_apart: bool) -> None:
     """Answer each request with ``{"token", "answer"}`` or ``{"token", "failure"}``, the reason why there is none.
 
     The first request is what ``build`` makes the answering function of. ``memory``, ``processes`` and ``is_apart``: see
@@ -47,7 +47,7 @@ def main(build: Callable[[Any], AnswerFunction], *, memory: int, processes: int,
     threading.Thread(target=_read_frames, args=(requests, frames), daemon=True).start()
     answer: AnswerFunction | None = None
 
-    def start(argument: Any) -> None:
+    def start(argument: object) -> None:
         nonlocal answer
         answer = build(argument)
 
@@ -58,7 +58,7 @@ def main(build: Callable[[Any], AnswerFunction], *, memory: int, processes: int,
 
 def _answer_frame(answer: AnswerFunction, request: bytes) -> bytes:
     token, value = pickle.loads(request)
-    reply: dict[str, Any] = {"token": token}
+    reply: dict[str, object] = {"token": token}
     try:
         return _frame(json.dumps(reply | {"answer": answer(value)}).encode())
     except BaseException as error:  # user code may also raise SystemExit or CancelledError

@@ -83,21 +83,21 @@ class PythonEnvironment(BaseEnvironment):
 
     @property
     def title(self) -> str:
-        """See BaseEnvironment."""
+        """The class, as messages call it."""
         return self.function
 
     @property
     def user_module(self) -> str | None:
-        """See BaseEnvironment."""
+        """The module of the user's own that it imports."""
         return self.function.partition(":")[0]
 
     def mistakes(self) -> Iterator[str]:
-        """See BaseEnvironment."""
+        """Yield a line for each mistake that its own keys show."""
         if not FUNCTION_PATTERN.fullmatch(self.function):
             yield f"function: {self.function!r} is not module:Class for type python; give {CLASS_EXAMPLE}"
 
     def load(self) -> Callable[..., Environment]:
-        """See BaseEnvironment."""
+        """Return the environment's class."""
         factory = import_function(self.function, "rollout.environment.function")
         if not all(callable(getattr(factory, method, None)) for method in ("reset", "step")):
             raise ConfigError(f"rollout.environment.function: {self.function} has no reset and step; see docs/environments.md")

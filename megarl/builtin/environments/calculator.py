@@ -5,7 +5,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 from megarl.builtin.environments.base import BaseEnvironment
 from megarl.builtin.environments.protocol import Environment
@@ -20,7 +20,7 @@ class CalculatorEnvironment(BaseEnvironment):
     type: Literal["calculator"] = key("calculator", "-", "Answers each turn that asks for the value of an expression.")
 
     def load(self) -> Callable[..., Environment]:
-        """See BaseEnvironment."""
+        """Return the environment's class."""
         return Calculator
 
 
@@ -48,7 +48,7 @@ class Calculator:
             raise ValueError(f"answer {answer!r} has no {{value}} in it")
         self._answer = answer
 
-    def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> None:
+    def reset(self, prompt: str, reference: Mapping[str, object], seed: int) -> None:
         """Do nothing, as the prompt says all."""
 
     def step(self, response: str) -> tuple[str | None, float | None, bool]:

@@ -4,7 +4,7 @@ import math
 import numbers
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 Observation = str | None
 Outcome = tuple[Observation, float | None, bool]
@@ -16,7 +16,7 @@ class Environment(Protocol):
     Whatever a method raises is a failure of the episode (``rewards.on_failure``).
     """
 
-    def reset(self, prompt: str, reference: Mapping[str, Any], seed: int) -> Observation | Awaitable[Observation]:
+    def reset(self, prompt: str, reference: Mapping[str, object], seed: int) -> Observation | Awaitable[Observation]:
         """Begin the episode.
 
         Args:

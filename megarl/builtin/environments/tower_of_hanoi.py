@@ -19,7 +19,7 @@ class TowerOfHanoiEnvironment(BaseEnvironment):
     type: Literal["tower_of_hanoi"] = key("tower_of_hanoi", "-", "Carries out one move each turn.")
 
     def load(self) -> Callable[..., Environment]:
-        """See BaseEnvironment."""
+        """Return the environment's class."""
         return TowerOfHanoi
 
 

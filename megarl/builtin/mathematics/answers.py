@@ -56,7 +56,7 @@ class Union:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Rows of entries."""
+    """The rows of a matrix, each of entries."""
 
     rows: "tuple[tuple[Answer, ...], ...]"
     is_determinant: bool
@@ -92,7 +92,7 @@ def read_answer(text: str) -> Answer:
 
 
 def is_prose(answer: Answer) -> bool:
-    """Whether it is a text of more words than an answer has."""
+    """Tell whether it is a text of more words than an answer has."""
     return isinstance(answer, Words) and (answer.text.count(" ") > 4 or len(answer.text) > 80)
 
 

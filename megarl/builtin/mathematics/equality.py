@@ -60,7 +60,7 @@ def limited_time(seconds: float) -> Iterator[None]:
 
 
 def equal(gold: Answer, answer: Answer) -> bool:
-    """Whether the answer is the gold one; units and names that only one of them has count for nothing."""
+    """Tell whether the answer is the gold one; units and names that only one of them has count for nothing."""
     if gold == answer:
         return True
     if isinstance(gold, Assignment) or isinstance(answer, Assignment):
@@ -84,7 +84,7 @@ def equal(gold: Answer, answer: Answer) -> bool:
 
 
 def is_readable(answer: Answer) -> bool:
-    """Whether every expression in the answer can be read by latex2sympy and worked out."""
+    """Tell whether every expression in the answer can be read by latex2sympy and worked out."""
     if isinstance(answer, Expression):
         return sympy_of(answer.latex) is not None
     if isinstance(answer, Assignment):
@@ -200,7 +200,7 @@ def _equal_values(gold: Number | Expression, answer: Number | Expression) -> boo
 
 
 def _rounds_to(value: Fraction, decimal: Number) -> bool:
-    """Whether a decimal of enough places is the value, rounded."""
+    """Tell whether a decimal of enough places is the value, rounded."""
     if decimal.places is None or decimal.places < _PLACES:
         return False
     return abs(value - decimal.value) * 2 * 10**decimal.places <= 1
@@ -236,7 +236,7 @@ def _equal_expressions(first: Any, second: Any) -> bool:
     return num_compared > 0 or _verify(first, second)
 
 
-def _point(symbols: Sequence[Any], turn: int) -> dict[Any, Fraction]:
+def _point(symbols: Sequence[object], turn: int) -> dict[Any, Fraction]:
     return {symbol: _POINTS[(turn + index) % len(_POINTS)] + index for index, symbol in enumerate(symbols)}
 
 
@@ -260,7 +260,7 @@ def _same_digits(first: Any, second: Any, tolerance: int) -> bool:
 
 
 def _equal_relations(first: Any, second: Any) -> bool:
-    """Whether two equations or inequalities are one, up to a factor and the order of their sides."""
+    """Tell whether two equations or inequalities are one, up to a factor and the order of their sides."""
     if not (getattr(first, "is_Relational", False) and getattr(second, "is_Relational", False)):
         return False
     if first.rel_op != second.rel_op:
@@ -278,7 +278,7 @@ def _equal_relations(first: Any, second: Any) -> bool:
     return bool(is_constant and ratios[0] != 0 and (first.rel_op == "==" or ratios[0] > 0))
 
 
-def _verify(gold: Any, answer: Any) -> bool:
+def _verify(gold: object, answer: object) -> bool:
     from math_verify import verify  # here, because it takes a second and other scorers do without
 
     return bool(verify(gold, answer, timeout_seconds=None))
@@ -299,7 +299,7 @@ def sympy_of(latex: str) -> Any:
         return None
 
 
-def _num_digits(expression: Any) -> float:
+def _num_digits(expression: object) -> float:
     """Bound the digits of all numbers that come up when it is worked out; infinite where that is not known to end.
 
     Sums, products, integrals, derivatives and limits count as infinite too: they repeat the question and answer nothing.

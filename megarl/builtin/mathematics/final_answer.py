@@ -81,7 +81,7 @@ def last_box(text: str) -> str | None:
 
 
 def has_different_boxes(text: str) -> bool:
-    """Whether a text, which is an answer that was given and no response, puts several answers into boxes."""
+    """Tell whether a text, which is an answer that was given and no response, puts several answers into boxes."""
     return len({_content(text, box.end()) for box in _BOX.finditer(text[:4000])}) > 1
 
 

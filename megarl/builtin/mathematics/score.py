@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 from megarl.builtin.mathematics.answers import MAX_CHARACTERS, Answer, Words, is_prose, read_answer
 from megarl.builtin.mathematics.equality import MAX_SECONDS, TooLongError, equal, is_readable, limited_time
@@ -17,7 +16,7 @@ logger = logging.getLogger(__name__)
 _NOTHING = ("", "nan", "none", "null", "n/a", "na", "inf", "-inf", "undefined answer", "tbd", "todo")
 
 
-def math_score(response: str, reference: Mapping[str, Any]) -> float:
+def math_score(response: str, reference: Mapping[str, object]) -> float:
     """Return 1 if the response's final answer equals the reference's, 0 if not, or if it cannot be told within MAX_SECONDS.
 
     Raises:

@@ -117,7 +117,7 @@ def split_at(text: str, *separators: str) -> list[str]:
 
 
 def is_balanced(text: str) -> bool:
-    """Whether every bracket, group and environment is closed."""
+    """Tell whether every bracket, group and environment is closed."""
     depth = groups = 0
     for _, token, _ in tokens_of(text):
         depth += _opens(token) - _closes(token)

@@ -19,16 +19,16 @@ class AnswerScorer(BaseScorer):
     )
 
     def mistakes(self) -> Iterator[str]:
-        """See BaseScorer."""
+        """Yield a line for each mistake that its own keys show."""
         yield from pattern_mistakes("pattern", self.pattern, "answer")
 
-    def compared_with(self, reference: Mapping[str, Any]) -> list[Any]:
+    def compared_with(self, reference: Mapping[str, object]) -> list[Any]:
         """Return what it looks at in a row, as JSON values; rows with equal ones need one check by ``why_refused``."""
         return [reference["answer"]]
 
     @staticmethod
     @abstractmethod
-    def why_refused(*values: Any) -> str | None:
+    def why_refused(*values: object) -> str | None:
         """Say why no response can be compared with what ``compared_with`` gave, and what to do; None where one can."""
 
 
@@ -38,12 +38,12 @@ class ExactScorer(AnswerScorer):
     type: Literal["exact"] = key("exact", "-", "Compares texts.")
 
     def build(self, run_apart: RunApart | None) -> Scorer:
-        """See WorkerScorer."""
+        """Make the scorer from its own keys."""
         return of_first_group(self.pattern, exact)
 
     @staticmethod
     def why_refused(*values: Any) -> str | None:
-        """See AnswerScorer."""
+        """Say why no response can be compared with the row's answer; None where one can."""
         return None if values[0].strip() else "the answer is empty, so that an empty response would be right; write one"
 
 
@@ -53,7 +53,7 @@ class MathScorer(AnswerScorer):
     type: Literal["math"] = key("math", "-", "Compares mathematics.")
 
     def build(self, run_apart: RunApart | None) -> Scorer:
-        """See WorkerScorer."""
+        """Make the scorer from its own keys."""
         import latex2sympy2_extended  # noqa: F401  (here, because it takes a second and other scorers do without)
         import math_verify  # noqa: F401
 
@@ -65,7 +65,7 @@ class MathScorer(AnswerScorer):
 
     @staticmethod
     def why_refused(*values: Any) -> str | None:
-        """See AnswerScorer."""
+        """Say why no response can be compared with the row's answer; None where one can."""
         from megarl.builtin.mathematics.score import why_ungradable
 
         reason = why_ungradable(values[0])
@@ -78,7 +78,7 @@ def of_first_group(pattern: str | None, score_answer: Scorer) -> Scorer:
         return score_answer
     compiled = re.compile(pattern)
 
-    def score(response: str, reference: Mapping[str, Any]) -> Any:
+    def score(response: str, reference: Mapping[str, object]) -> Any:
         match = compiled.search(response)
         # A response without an answer is a wrong response, not a failed scorer.
         return 0.0 if match is None or match[1] is None else score_answer(match[1], reference)

@@ -109,12 +109,12 @@ class DocumentQAScorer(AnswerScorer):
         return (self.log_name, f"{self.log_name}_rule", f"{self.log_name}_judge")
 
     def key_variables(self) -> Iterator[tuple[str, str | None]]:
-        """See BaseScorer."""
+        """Yield the key that names a server's environment variable, and its value."""
         if self.judge is not None:
             yield "judge.api_key_env", self.judge.api_key_env
 
     def mistakes(self) -> Iterator[str]:
-        """See BaseScorer."""
+        """Yield a line for each mistake that its own keys show."""
         if self.extract is not None and self.pattern is not None:
             yield f"extract: {self.extract} is given beside pattern {self.pattern!r}, and both find the answer; remove one of them"
         if "substring" in self.match and self.extract is None and self.pattern is None:
@@ -132,7 +132,7 @@ class DocumentQAScorer(AnswerScorer):
         comparisons = [COMPARISONS[name] for name in self.match or ("exact",)]
         pattern = None if self.pattern is None else re.compile(self.pattern)
 
-        def score(response: str, reference: Mapping[str, Any]) -> RuleScore:
+        def score(response: str, reference: Mapping[str, object]) -> RuleScore:
             gold = gold_answers(reference)
             if pattern is None:
                 answer = extractor(response)
@@ -145,14 +145,14 @@ class DocumentQAScorer(AnswerScorer):
 
         return score
 
-    def compared_with(self, reference: Mapping[str, Any]) -> list[Any]:
-        """See AnswerScorer."""
+    def compared_with(self, reference: Mapping[str, object]) -> list[Any]:
+        """Return what ``why_refused`` looks at in a row, and its name there."""
         name = "answers" if "answers" in reference else "answer"
         return [name, reference[name]]
 
     @staticmethod
     def why_refused(*values: Any) -> str | None:
-        """See AnswerScorer."""
+        """Say why no response can be compared with the row's answer; None where one can."""
         try:
             gold_answers({values[0]: values[1]})
         except ValueError as error:
@@ -176,7 +176,7 @@ class VerdictReader:
         """Make the scorer of a reply: 1 when its last verdict is ``positive``, else 0; it raises ValueError where there is none."""
         pattern = re.compile(self.pattern)
 
-        def score(reply: str, reference: Mapping[str, Any]) -> float:
+        def score(reply: str, reference: Mapping[str, object]) -> float:
             verdicts = [found[1] for found in pattern.finditer(reply) if found[1] is not None]
             if not verdicts:
                 raise ValueError(f"no verdict {pattern.pattern!r} in {reply[-200:]!r}")
@@ -185,7 +185,7 @@ class VerdictReader:
         return score
 
 
-def gold_answers(reference: Mapping[str, Any]) -> list[str]:
+def gold_answers(reference: Mapping[str, object]) -> list[str]:
     """Return ``answers`` of the prompt's row, or its one ``answer`` where it has no such list.
 
     Raises:

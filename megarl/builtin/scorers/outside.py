@@ -27,16 +27,16 @@ class PythonScorer(BaseScorer):
 
     @property
     def step_end(self) -> str | None:
-        """See BaseScorer."""
+        """The separator after which a step ends."""
         return self.step_separator
 
     @property
     def user_module(self) -> str | None:
-        """See BaseScorer."""
+        """The module of the user's own that it imports."""
         return self.function.partition(":")[0]
 
     def mistakes(self) -> Iterator[str]:
-        """See BaseScorer."""
+        """Yield a line for each mistake that its own keys show."""
         if not FUNCTION_PATTERN.fullmatch(self.function):
             yield f"function: {self.function!r} is not module:function for type python; give {FUNCTION_EXAMPLE}"
 
@@ -45,7 +45,7 @@ class PythonScorer(BaseScorer):
         return import_function(self.function, f"scorer '{self.log_name}'")
 
     def build(self, run_apart: RunApart | None) -> Scorer:
-        """See WorkerScorer."""
+        """Make the scorer from its own keys."""
         return self.load()
 
 
@@ -67,5 +67,5 @@ class RewardServerScorer(BaseScorer):
     )
 
     def key_variables(self) -> Iterator[tuple[str, str | None]]:
-        """See BaseScorer."""
+        """Yield the key that names a server's environment variable, and its value."""
         yield "api_key_env", self.api_key_env

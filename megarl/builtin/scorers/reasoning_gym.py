@@ -54,13 +54,13 @@ class ReasoningGymScorer(AnswerScorer):
 
         return of_first_group(self.pattern, score)
 
-    def compared_with(self, reference: Mapping[str, Any]) -> list[Any]:
-        """See AnswerScorer."""
+    def compared_with(self, reference: Mapping[str, object]) -> list[Any]:
+        """Return what ``why_refused`` looks at in a row."""
         return ["entry" in reference]
 
     @staticmethod
-    def why_refused(*values: Any) -> str | None:
-        """See AnswerScorer."""
+    def why_refused(*values: object) -> str | None:
+        """Say why no response can be compared with the row's answer; None where one can."""
         return None if values[0] else "the row is not of a reasoning_gym source, so its answer cannot be scored by one"
 
 

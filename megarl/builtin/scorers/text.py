@@ -34,11 +34,11 @@ class RegexScorer(BaseScorer):
     pattern: str = key(..., "regular expression", "What is looked for.", give="a regular expression")
 
     def mistakes(self) -> Iterator[str]:
-        """See BaseScorer."""
+        """Yield a line for each mistake that its own keys show."""
         yield from pattern_mistakes("pattern", self.pattern)
 
     def build(self, run_apart: RunApart | None) -> Scorer:
-        """See WorkerScorer."""
+        """Make the scorer from its own keys."""
         pattern = re.compile(self.pattern)
         return lambda response, reference: 1.0 if pattern.search(response) else 0.0
 
@@ -51,7 +51,7 @@ class FormatScorer(BaseScorer):
     tags: list[str] = key(list, "-", "In place of a pattern: one <tag>...</tag> of each, in this order, and nothing else.")
 
     def mistakes(self) -> Iterator[str]:
-        """See BaseScorer."""
+        """Yield a line for each mistake that its own keys show."""
         if bool(self.tags) == (self.pattern is not None):
             yield "tags: type format needs either tags or a pattern; give for example tags: [think, answer]"
         if any(re.search(r"[<>/\s]", tag) or not tag for tag in self.tags):
@@ -59,7 +59,7 @@ class FormatScorer(BaseScorer):
         yield from pattern_mistakes("pattern", self.pattern)
 
     def build(self, run_apart: RunApart | None) -> Scorer:
-        """See WorkerScorer."""
+        """Make the scorer from its own keys."""
         whole = tagged_sections(self.tags) if self.pattern is None else re.compile(self.pattern, re.DOTALL)
         return lambda response, reference: 1.0 if whole.fullmatch(response) else 0.0
 
@@ -71,7 +71,7 @@ class RepetitionScorer(BaseScorer):
     ngram: int = key(..., "words", "Length of the sequences.", give="for example 4", ge=1)
 
     def build(self, run_apart: RunApart | None) -> Scorer:
-        """See WorkerScorer."""
+        """Make the scorer from its own keys."""
         return lambda response, reference: -ngram_repetition(response, self.ngram)
 
 
@@ -82,7 +82,7 @@ class LanguageScorer(BaseScorer):
     script: Script = key(..., "-", "The script.", give="for example latin")
 
     def build(self, run_apart: RunApart | None) -> Scorer:
-        """See WorkerScorer."""
+        """Make the scorer from its own keys."""
         return lambda response, reference: script_share(response, self.script)
 
 

@@ -48,7 +48,7 @@ def _refusals(facts: Architecture, engine: EngineName) -> Iterator[str]:
     yield from family.engine_refusals(facts, engine)
 
 
-def check_rope_scaling(scaling: Mapping[str, Any], facts: Architecture) -> Iterator[str]:
+def check_rope_scaling(scaling: Mapping[str, object], facts: Architecture) -> Iterator[str]:
     """Refuse a model.rope_scaling that transformers or an engine would read otherwise than it is meant; one line for each mistake.
 
     Args:
@@ -69,11 +69,11 @@ def check_rope_scaling(scaling: Mapping[str, Any], facts: Architecture) -> Itera
         yield from lines or _check_together(scaling, facts)
 
 
-def _nearest(name: str, names: Mapping[str, Any] | tuple[str, ...]) -> str:
+def _nearest(name: str, names: Mapping[str, object] | tuple[str, ...]) -> str:
     return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
 
 
-def _check_names(rope_type: str, scaling: Mapping[str, Any]) -> Iterator[str]:
+def _check_names(rope_type: str, scaling: Mapping[str, object]) -> Iterator[str]:
     """Check that the names are exactly those of the type."""
     needed, optional = NAMES[rope_type]
     known = ("rope_type", *needed, *optional)

@@ -51,7 +51,7 @@ def _counts(path: str, config: Config) -> bool:
 
 
 def _same_folder(now: Path, then: Path) -> bool:
-    """Whether they hold the same model as far as a look can tell; a folder that has gone elsewhere is not held against the run."""
+    """Tell whether they hold the same model, as far as a look can tell; a folder that has gone elsewhere does not count."""
     if now == then or not then.is_dir() or now.resolve() == then.resolve():
         return True
     if any(_bytes(now / name) != _bytes(then / name) for name in SAME_FILES):

@@ -165,7 +165,7 @@ class SFTConfig(Section):
 
 
 class RewardsConfig(Section):
-    """Scoring of responses."""
+    """How responses are scored."""
 
     scorers: list[ScorerConfig] = key(
         list, "-", "The scorers of every task that has none of its own; RL needs at least one, or an environment."

@@ -99,7 +99,7 @@ class PartialConfig(Section):
 
 
 class RolloutConfig(Section):
-    """Sampling of responses."""
+    """How responses are sampled."""
 
     engine: Literal["embedded", "sglang", "vllm"] = key("embedded", "-", "Which engine samples.")
     prompts_per_step: int = key(32, "prompts", "Groups that one step trains on.", ge=1)

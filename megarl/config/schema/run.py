@@ -67,7 +67,7 @@ class StepSize:
 
     @property
     def tokens(self) -> int:
-        """Of all units."""
+        """The tokens of all units."""
         return self.units * self.unit_tokens
 
 
@@ -162,7 +162,7 @@ class Config(Section):
 
     @property
     def step_size(self) -> StepSize:
-        """See StepSize."""
+        """What one step trains on, as StepSize describes."""
         raise NotImplementedError("of a kind only")
 
 
@@ -175,32 +175,32 @@ class RLRun(Config):
 
     @property
     def samples_responses(self) -> bool:
-        """See Config."""
+        """Whether the policy answers prompts, as Config describes."""
         return True
 
     @property
     def has_reference(self) -> bool:
-        """See Config."""
+        """Whether the reference model is needed, as Config describes."""
         return self.algorithm.kl.place != "none" or self.observe.kl_reference
 
     @property
     def has_critic(self) -> bool:
-        """See Config."""
+        """Whether a critic learns, as Config describes."""
         return self.algorithm.has_critic
 
     @property
     def updates_per_step(self) -> int:
-        """See Config."""
+        """Optimizer steps in one step of the run."""
         return self.algorithm.updates_per_step
 
     @property
     def trained_temperature(self) -> float:
-        """See Config."""
+        """The temperature that rollouts are sampled at."""
         return self.rollout.temperature
 
     @property
     def step_size(self) -> StepSize:
-        """See Config."""
+        """What one step trains on, as StepSize describes."""
         rollout = self.rollout
         return StepSize(
             units=rollout.prompts_per_step * rollout.samples_per_prompt,
@@ -219,12 +219,12 @@ class SFTRun(Config):
 
     @property
     def samples_responses(self) -> bool:
-        """See Config."""
+        """Whether the policy answers prompts, as Config describes."""
         return self.evaluation.data is not None
 
     @property
     def step_size(self) -> StepSize:
-        """See Config."""
+        """What one step trains on, as StepSize describes."""
         longest = self.sft.max_tokens
         return StepSize(
             units=self.sft.examples_per_step, unit_tokens=longest, longest=longest, longest_words=f"sft.max_tokens {longest}"
@@ -239,7 +239,7 @@ class _PairsRun(Config):
 
     @property
     def step_size(self) -> StepSize:
-        """See Config."""
+        """What one step trains on, as StepSize describes."""
         longest = self.preference.max_tokens
         return StepSize(
             units=self.preference.pairs_per_step,
@@ -254,7 +254,7 @@ class PreferenceRun(_PairsRun):
 
     @property
     def has_reference(self) -> bool:
-        """See Config."""
+        """Whether the reference model is needed, as Config describes."""
         return self.preference.has_reference
 
 

@@ -63,7 +63,7 @@ def keep_stores_to_their_address() -> None:
         rendezvous.TCPStore = functools.partial(_store, rendezvous.TCPStore)
 
 
-def _store(original: Callable[..., Any], *, host_name: str, port: int, is_master: bool, **others: Any) -> Any:
+def _store(original: Callable[..., object], *, host_name: str, port: int, is_master: bool, **others: object) -> Any:
     """Open torch's store, as torch.distributed.rendezvous makes one."""
     if is_master:
         family, _, _, _, place = socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)[0]

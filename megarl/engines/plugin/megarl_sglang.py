@@ -53,7 +53,7 @@ def _with_key(original: Callable[..., Any], *arguments: Any) -> Any:
     return server_args
 
 
-def _guarded(original: Callable[..., None], *arguments: Any, **named: Any) -> None:
+def _guarded(original: Callable[..., None], *arguments: object, **named: object) -> None:
     """Serve only those who have the run's key."""
     from sglang.srt.entrypoints.http_server import app
 
@@ -61,7 +61,7 @@ def _guarded(original: Callable[..., None], *arguments: Any, **named: Any) -> No
     original(*arguments, **named)
 
 
-def _no_stop_tokens(model_config: Any) -> set[int]:
+def _no_stop_tokens(model_config: object) -> set[int]:
     return set()
 
 

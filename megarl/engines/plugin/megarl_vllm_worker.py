@@ -135,7 +135,7 @@ def _pack_experts(model: nn.Module) -> None:
     vLLM does so when it first loads a model, not on a reload (unquantized_fused_moe_method.py): the kernels would read the new
     weights in the wrong order.
     """
-    layer: Any
+    layer: object
     for layer in model.modules():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         if kernel is not None and layer.w13_weight.device.type == "cpu":

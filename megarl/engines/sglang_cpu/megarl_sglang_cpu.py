@@ -5,8 +5,6 @@ ends and kernels for GPUs. It finds this file, in each of its processes, by the 
 (sglang/srt/plugins/__init__.py). Without batch-invariant kernels a sample can change where rounding decides between two tokens.
 """
 
-from typing import Any
-
 from megarl_murmur_hash import murmur_hash32
 from sglang.srt.arg_groups.choices import (
     add_deterministic_attention_backend_choices,
@@ -31,5 +29,5 @@ def _leave_torch_alone() -> None:
     """Install SGLang's batch-invariant sampling without its GPU kernels."""
 
 
-def _leave_memory_alone(buffer: Any, *arguments: Any) -> None:
+def _leave_memory_alone(buffer: object, *arguments: object) -> None:
     """Instead of pinning for the GPU the host memory that keeps every token's experts."""

@@ -42,7 +42,7 @@ class Family(ABC):
         """Return the tensors of checkpoints that no parameter takes."""
         return weight_blocks.left_out(model)
 
-    def completed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def completed(self, values: Mapping[str, object]) -> dict[str, Any]:
         """Return a config.json to be written, with what transformers needs of the family and a file may leave out."""
         return dict(values)
 

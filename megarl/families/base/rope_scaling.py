@@ -42,7 +42,7 @@ def normalised(scaling: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value if name in as_it_is else float(value) for name, value in scaling.items()}
 
 
-def with_scaling(raw: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+def with_scaling(raw: Mapping[str, object], scaling: Mapping[str, object]) -> dict[str, Any]:
     """Return a config.json with another scaling in place of its own.
 
     ``rope_theta`` stays. ``max_position_embeddings`` becomes what the scaling reaches (see ``_reach``).

@@ -30,14 +30,14 @@ UNKNOWN_ATTENTION = (
 
 
 def _whole(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
-    def is_right(value: Any) -> bool:
+    def is_right(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
     return is_right, f"a whole number from {low} to {high}"
 
 
 def _number(low: float, *, above: bool) -> tuple[Callable[[Any], bool], str]:
-    def is_right(value: Any) -> bool:
+    def is_right(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and (value > low if above else value >= low)
 
     return is_right, f"a number {'>' if above else '≥'} {low:g}"
@@ -118,7 +118,7 @@ ROPE_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check_values(raw: Mapping[str, Any], file: Path) -> None:
+def check_values(raw: Mapping[str, object], file: Path) -> None:
     """Refuse wrong values; a key that is left out or null is for its reader to judge.
 
     Raises:
@@ -141,7 +141,7 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
             yield f"partial_rotary_factor is {_text(part)}, and only heads that rotate whole are supported"
 
 
-def _wrong(values: Mapping[str, Any], table: Mapping[str, tuple[Callable[[Any], bool], str]], prefix: str) -> Iterator[str]:
+def _wrong(values: Mapping[str, object], table: Mapping[str, tuple[Callable[[object], bool], str]], prefix: str) -> Iterator[str]:
     for name, (is_right, words) in table.items():
         value = values.get(name)
         if value is not None and not is_right(value):
@@ -156,5 +156,5 @@ def _mismatches(raw: Mapping[str, Any]) -> Iterator[str]:
         yield f"layer_types has {_text(others[0])}, and only full_attention and sliding_attention are supported"
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return shortened(json.dumps(value), 60)

@@ -75,7 +75,7 @@ class PartialFolder:
         WeightsError: the output exists, cannot be written, or holds something else unfinished.
     """
 
-    def __init__(self, output: Path, purpose: dict[str, Any]) -> None:
+    def __init__(self, output: Path, purpose: dict[str, object]) -> None:
         self.output = output
         self.path = output.with_name(output.name + ".partial")
         self._finished: dict[str, dict[str, Any]] = {}
@@ -101,7 +101,7 @@ class PartialFolder:
     def __exit__(self, *error: object) -> None:
         self._journal.close()
 
-    def _continue(self, purpose: dict[str, Any]) -> None:
+    def _continue(self, purpose: dict[str, object]) -> None:
         self._journal.seek(0)
         text = self._journal.read()
         whole = text.rfind(b"\n") + 1  # a killed process may leave half a line
@@ -140,7 +140,7 @@ class PartialFolder:
             )
 
     @contextmanager
-    def write(self, name: str, facts: dict[str, Any]) -> Iterator[BinaryIO]:
+    def write(self, name: str, facts: dict[str, object]) -> Iterator[BinaryIO]:
         """Write one file; when the block ends it is on the disk under its name, and known to whoever continues.
 
         Args:
@@ -180,7 +180,7 @@ class PartialFolder:
                 f"cannot write {self.output}: {reason}; what is finished stays in {self.path}, the same command continues it"
             ) from error
 
-    def _record(self, line: dict[str, Any]) -> None:
+    def _record(self, line: dict[str, object]) -> None:
         self._journal.write(json.dumps(line).encode() + b"\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())

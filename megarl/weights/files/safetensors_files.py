@@ -154,7 +154,7 @@ def write_safetensors(stream: BinaryIO, tensors: dict[str, tuple[tuple[int, ...]
         tensors: name to shape and dtype.
         pieces: the contiguous CPU tensors whose bytes, one after the other, are those of the tensors in that order.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, (shape, dtype) in tensors.items():
         stop = start + math.prod(shape) * dtype.itemsize
