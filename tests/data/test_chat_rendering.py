@@ -105,9 +105,11 @@ def test_what_a_template_may_not_do_is_a_refusal(text: str, tokenizer: Any, tmp_
 
 
 def test_a_killed_worker_and_a_fork_cost_nothing(tokenizer: Any) -> None:
+    others = psutil.Process().children()
     template, text = renderer(tokenizer), "{{ messages[0].content }}"
     assert template.render(text, [{"content": "one"}], TODAY) == "one"
-    workers = psutil.Process().children()
+    workers = [child for child in psutil.Process().children() if child not in others]
+    assert workers
     for process in workers:
         process.kill()
     assert template.render(text, [{"content": "two"}], TODAY) == "two"
@@ -117,4 +119,5 @@ def test_a_killed_worker_and_a_fork_cost_nothing(tokenizer: Any) -> None:
     assert os.waitpid(fork, 0)[1] == 0
     assert template.render(text, [{"content": "three"}], TODAY) == "three"
     del template
-    assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    mine = [child for child in psutil.Process().children() if child not in others]
+    assert not [child for child in mine if child.status() != psutil.STATUS_ZOMBIE]
