@@ -33,7 +33,7 @@ def refusal(capfd: pytest.CaptureFixture[str], name: str, *arguments: object) ->
     capfd.readouterr()
     assert tool(name, *arguments) == 2
     error = capfd.readouterr().err
-    assert len(error.splitlines()) == 1
+    assert len(error.splitlines()) == 1, error
     return error.strip()
 
 
